@@ -1,0 +1,48 @@
+# sala_compile_options(TARGET): the warnings and floating-point rules of the whole project.
+#
+# -ffp-contract=off: the compiler must not fuse a*b+c on machines that can and leave it on those that cannot; where a fused
+# multiply-add is wanted it is written std::fma. Together with the absence of -ffast-math this keeps results the same on
+# every x86-64 machine.
+function(sala_compile_options TARGET)
+  target_compile_options(${TARGET} PRIVATE
+    -Wall -Wextra -Werror -Wshadow -Wnon-virtual-dtor -Wno-unused-parameter
+    -ffp-contract=off -fno-math-errno -fno-trapping-math)
+  target_include_directories(${TARGET} PUBLIC ${CMAKE_SOURCE_DIR})
+  if(SALA_SANITIZE)
+    target_compile_options(${TARGET} PUBLIC -fsanitize=${SALA_SANITIZE} -fno-omit-frame-pointer)
+    target_compile_options(${TARGET} PRIVATE -fno-sanitize-recover=all)
+    target_compile_definitions(${TARGET} PUBLIC SALA_SANITIZED=1)
+    target_link_options(${TARGET} PUBLIC -fsanitize=${SALA_SANITIZE})
+  endif()
+endfunction()
+
+# sala_room(NAME USES rooms... LINKS libraries...): one library target sala_NAME of all .cc files below the folder.
+function(sala_room NAME)
+  cmake_parse_arguments(ROOM "" "" "USES;LINKS" ${ARGN})
+  file(GLOB_RECURSE SOURCES CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/*.cc)
+  add_library(sala_${NAME} STATIC ${SOURCES})
+  sala_compile_options(sala_${NAME})
+  foreach(USED ${ROOM_USES})
+    target_link_libraries(sala_${NAME} PUBLIC sala_${USED})
+  endforeach()
+  target_link_libraries(sala_${NAME} PUBLIC ${ROOM_LINKS})
+endfunction()
+
+# sala_tests(NAME LINKS targets... [TIMEOUT seconds]): one GoogleTest program of the .cc files in this folder and below,
+# excluding *_bench.cc.
+function(sala_tests NAME)
+  cmake_parse_arguments(TESTS "" "TIMEOUT" "LINKS" ${ARGN})
+  file(GLOB_RECURSE SOURCES CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/*.cc)
+  list(FILTER SOURCES EXCLUDE REGEX "_bench\\.cc$")
+  if(NOT SOURCES)
+    return()
+  endif()
+  add_executable(${NAME} ${SOURCES})
+  sala_compile_options(${NAME})
+  target_link_libraries(${NAME} PRIVATE ${TESTS_LINKS} GTest::gtest GTest::gmock GTest::gtest_main)
+  if(NOT TESTS_TIMEOUT)
+    set(TESTS_TIMEOUT 300)
+  endif()
+  add_test(NAME ${NAME} COMMAND ${NAME})
+  set_tests_properties(${NAME} PROPERTIES TIMEOUT ${TESTS_TIMEOUT})
+endfunction()

@@ -1,0 +1,152 @@
+// The checkpoint format: a directory of slices of named global tensors, valid only with its manifest, which is written last.
+// Layout, schemas and faults: docs/formats.md. This room knows the format, not ranks or stages: recipes/ decides when to
+// save and who owns which slice.
+//
+// Saving (a writer per rank, all sharing one directory; `Coordinator` steps on rank 0 only):
+//   rank 0: CheckpointCommit commit = CheckpointCommit::Begin(root, step)  -> .tmp-step-000000012-1/
+//   each:   WriteCheckpointSlices(dir, writer, save_id, slices) -> WrittenFiles (gathered to rank 0 by the caller as text)
+//   rank 0: commit.Finish(manifest, all WrittenFiles, config_yaml)         -> step-000000012/
+// Loading: Checkpoint::Open(dir) checks manifest, sizes and index; ReadSlice reads any box of any tensor, whatever the
+// slices on disk, and verifies the CRC of every slice it touches in full.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
+#include "core/status.h"
+#include "nlohmann/json.hpp"
+
+namespace sala {
+
+enum class TensorKind : uint8_t { kParam, kMaster, kExpAvg, kExpAvgSq, kBuffer };
+std::string_view NameOf(TensorKind kind);  // "param", "master", "exp_avg", "exp_avg_sq", "buffer"
+
+// A part of a named global tensor: elements [flat_begin, flat_end) of the whole tensor in row-major order. (Boxes of tensor
+// parallelism are written as the index schema allows; a slice here with flat range covers ZeRO shards.)
+struct TensorSlice {
+  std::string name;
+  TensorKind kind = TensorKind::kParam;
+  DType dtype = DType::kF32;
+  std::vector<int64_t> shape;       // of the global tensor
+  std::vector<int64_t> box_offset;  // empty: whole tensor
+  std::vector<int64_t> box_shape;   // empty: whole tensor
+  int64_t flat_begin = 0;           // range in row-major order of the box
+  int64_t flat_end = -1;            // -1: to the end of the box
+  const void* data = nullptr;       // elements flat_begin .. flat_end
+};
+
+// What one writer wrote; ToJson/FromJson carry it to rank 0.
+struct WrittenSlices {
+  nlohmann::json json;  // files with bytes and crc, slices with offsets and crc
+};
+
+StatusOr<WrittenSlices> WriteCheckpointSlices(const std::string& directory, int writer, const std::string& save_id,
+                                              const std::vector<TensorSlice>& slices);
+
+struct CheckpointInfo {  // the manifest's content that is not derived from the files
+  std::string save_id;   // filled by Begin
+  int64_t global_step = 0;
+  nlohmann::json stage;     // {name, index, step, final}
+  nlohmann::json program;   // {version, ...}
+  nlohmann::json topology;  // {world, dp, tp, cp, zero_stage}
+  nlohmann::json model;     // {config_sha256, parameters, tensors, mixer_types}
+  std::string tokenizer_fingerprint;
+  nlohmann::json trainer;   // counters, cursor, HALO state
+  nlohmann::json parent;    // {path, save_id} or null
+};
+
+class CheckpointCommit {
+ public:
+  // Makes the temporary directory. CKPT-SAVE (74) when it cannot; CKPT-SPACE (74) when the file system has less than
+  // 1.1 * bytes_needed free.
+  static StatusOr<CheckpointCommit> Begin(const std::string& root, int64_t global_step, int64_t bytes_needed);
+  const std::string& directory() const { return directory_; }
+  const std::string& save_id() const { return save_id_; }
+  // index.h5, config.yaml, extra files, manifest.json, fsyncs, rename. Returns the final directory.
+  StatusOr<std::string> Finish(CheckpointInfo info, const std::vector<WrittenSlices>& written,
+                               const std::string& config_yaml,
+                               const std::vector<std::pair<std::string, std::string>>& extra_files = {});
+  void Abandon();  // renames to .del-* and removes
+
+ private:
+  std::string root_;
+  std::string directory_;
+  std::string save_id_;
+  int64_t global_step_ = 0;
+};
+
+enum class VerifyLevel { kQuick, kFull, kDeep };
+
+struct StoredTensor {
+  std::string name;
+  TensorKind kind = TensorKind::kParam;
+  DType dtype = DType::kF32;
+  std::vector<int64_t> shape;
+};
+
+class Checkpoint {
+ public:
+  // CKPT-NONE (no such directory or no manifest), CKPT-MANIFEST, CKPT-VERSION, CKPT-SIZE, CKPT-MIXED, CKPT-CRC.
+  static StatusOr<Checkpoint> Open(const std::string& directory);
+
+  const std::string& directory() const { return directory_; }
+  const CheckpointInfo& info() const { return info_; }
+  const std::vector<StoredTensor>& tensors() const { return tensors_; }
+  const StoredTensor* Find(const std::string& name, TensorKind kind) const;
+
+  // Elements [begin, end) in row-major order of the global tensor, converted to float32. CKPT-TENSOR, CKPT-CRC, CKPT-COVER.
+  Status ReadF32(const std::string& name, TensorKind kind, int64_t begin, int64_t end, float* out) const;
+
+  StatusOr<std::string> ReadConfig() const;  // config.yaml
+  Status Verify(VerifyLevel level) const;    // the first problem, named by file, tensor and slice
+
+ private:
+  struct Slice {
+    size_t tensor = 0;
+    std::string file;
+    std::vector<int64_t> box_offset, box_shape;
+    int64_t flat_begin = 0, flat_end = 0;
+    int64_t byte_offset = 0, bytes = 0;
+    uint32_t crc = 0;
+  };
+  std::string directory_;
+  CheckpointInfo info_;
+  nlohmann::json manifest_;
+  std::vector<StoredTensor> tensors_;
+  std::vector<Slice> slices_;
+};
+
+struct CheckpointListing {
+  std::string directory;
+  int64_t global_step = 0;
+  bool stage_final = false;
+  std::string stage;
+};
+
+// Complete-looking checkpoints below root (valid manifest), oldest first. Other names are ignored.
+std::vector<CheckpointListing> ListCheckpoints(const std::string& root);
+
+// The newest checkpoint that opens and passes `level`; older ones are tried when it does not, with a warning each. CKPT-NONE
+// when there is none at all; nullopt is returned for an empty root.
+StatusOr<std::optional<Checkpoint>> NewestValidCheckpoint(const std::string& root, VerifyLevel level);
+
+// Removes all but the newest `keep_last`, stage-final ones, `protect`ed paths and directories that hold a file KEEP; also
+// left-over .tmp-* and .del-*.
+Status PruneCheckpoints(const std::string& root, int64_t keep_last, const std::vector<std::string>& protect);
+Status RemoveLeftovers(const std::string& root);
+
+struct TensorDifference {
+  std::string name;
+  TensorKind kind = TensorKind::kParam;
+  bool equal = false;       // same bits
+  std::string note;         // "only in A", "shape differs: ..." or ""
+  double max_abs = 0;
+  double rms = 0;
+};
+StatusOr<std::vector<TensorDifference>> DiffCheckpoints(const Checkpoint& a, const Checkpoint& b);
+
+}  // namespace sala
