@@ -29,4 +29,8 @@ void LightningBackward(const Context& ctx, const ConstTensor& q, const ConstTens
                        float scale, const ConstTensor& state_in, const ConstTensor& dstate_out, const Tensor& dq,
                        const Tensor& dk, const Tensor& dv, const Tensor& dstate_in);
 
+// One new token (generation): q, k, v, out [N, D]; state [N, D, D] is updated in place.
+void LightningDecode(const Context& ctx, const ConstTensor& q, const ConstTensor& k, const ConstTensor& v,
+                     std::span<const float> slopes, float scale, const Tensor& state, const Tensor& out);
+
 }  // namespace sala::kernels

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
 
 #include "core/context.h"
 #include "kernels/common/documents.h"
@@ -27,6 +28,9 @@ struct SparseAttentionConfig {
   // Free blocks a token may choose besides the forced ones.
   int64_t free_blocks() const { return total_blocks() - init_blocks - local_blocks(); }
 };
+
+// "" when the numbers fit together, else one sentence that says what does not.
+std::string SparseConfigProblem(const SparseAttentionConfig& config);
 
 // Compressed keys: k f32 [T, K, D] -> fine and coarse means of full windows inside each document. Document s has
 // FineCount(n_s) fine keys; they are stored one document after the other.

@@ -1,0 +1,94 @@
+#include "model/config.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace sala::model {
+
+const char* NameOf(MixerType type) { return type == MixerType::kSoftmax ? "minicpm4" : "lightning-attn"; }
+
+void SparseConfig::Bind(ConfigBinder& b) {
+  b.Field("kernel_size", &kernel_size, {.min = 1});
+  b.Field("kernel_stride", &kernel_stride, {.min = 1});
+  b.Field("init_blocks", &init_blocks, {.min = 0});
+  b.Field("block_size", &block_size, {.min = 1});
+  b.Field("window_size", &window_size, {.min = 0});
+  b.Field("topk", &topk, {.min = 0});
+  b.Field("dense_len", &dense_len, {.min = 0});
+}
+
+void ModelConfig::Bind(ConfigBinder& b) {
+  const FieldOptions positive_required{.required = true, .min = 1};
+  b.Field("vocab_size", &vocab_size, {.min = 0});
+  b.Field("hidden_size", &hidden_size, positive_required);
+  b.Field("intermediate_size", &intermediate_size, positive_required);
+  b.Field("num_hidden_layers", &num_hidden_layers, positive_required);
+  b.Field("num_attention_heads", &num_attention_heads, positive_required);
+  b.Field("num_key_value_heads", &num_key_value_heads, positive_required);
+  b.Field("head_dim", &head_dim, positive_required);
+  b.Field("rms_norm_eps", &rms_norm_eps, {.min = 0});
+  b.Field("rope_theta", &rope_theta, {.min = 1});
+  b.Field("max_position_embeddings", &max_position_embeddings, {.min = 1});
+  b.Field("tie_word_embeddings", &tie_word_embeddings);
+  b.Field("attn_use_rope", &attn_use_rope);
+  b.Field("attn_qk_norm", &attn_qk_norm);
+  b.Field("attn_use_output_gate", &attn_use_output_gate);
+  b.Field("lightning_nh", &lightning_nh, {.min = 0});
+  b.Field("lightning_head_dim", &lightning_head_dim, {.min = 0});
+  b.Field("lightning_use_rope", &lightning_use_rope);
+  b.Field("qk_norm", &qk_norm);
+  b.Field("use_output_norm", &use_output_norm);
+  b.Field("use_output_gate", &use_output_gate);
+  b.Field("mixer_types", &mixer_types);
+  b.Section("sparse_config", &sparse);
+  b.Field("scale_emb", &scale_emb);
+  b.Field("scale_depth", &scale_depth, {.min = 0});
+  b.Field("dim_model_base", &dim_model_base, {.min = 1});
+  b.Field("initializer_range", &initializer_range, {.min = 0});
+  b.Field("bos_token_id", &bos_token_id, {.min = 0});
+  b.Field("eos_token_id", &eos_token_id, {.min = 0});
+  b.Field("pad_token_id", &pad_token_id, {.min = 0});
+}
+
+Status ModelConfig::Resolve() {
+  const auto error = [](const std::string& text) { return MakeError(ExitCode::kConfig, "CFG-MODEL", text); };
+  if (vocab_size < 1) return error("model.vocab_size is not known: set it, or name a tokenizer");
+  if (num_attention_heads % num_key_value_heads != 0) {
+    return error("model.num_attention_heads " + std::to_string(num_attention_heads) +
+                 " is not a multiple of model.num_key_value_heads " + std::to_string(num_key_value_heads));
+  }
+  if (lightning_nh == 0) lightning_nh = num_attention_heads;
+  if (lightning_head_dim == 0) lightning_head_dim = head_dim;
+  if ((attn_use_rope && head_dim % 2 != 0) || (lightning_use_rope && lightning_head_dim % 2 != 0)) {
+    return error("head_dim and lightning_head_dim must be even for the rotary embedding");
+  }
+  if (mixer_types.empty()) mixer_types.assign(static_cast<size_t>(num_hidden_layers), NameOf(MixerType::kSoftmax));
+  if (static_cast<int64_t>(mixer_types.size()) != num_hidden_layers) {
+    return error("model.mixer_types has " + std::to_string(mixer_types.size()) + " entries for " +
+                 std::to_string(num_hidden_layers) + " layers; give one per layer");
+  }
+  for (size_t i = 0; i < mixer_types.size(); ++i) {
+    std::string& name = mixer_types[i];
+    if (name == "lightning" || name == "lightning_attn") name = NameOf(MixerType::kLightning);
+    if (name != NameOf(MixerType::kSoftmax) && name != NameOf(MixerType::kLightning)) {
+      return error("model.mixer_types[" + std::to_string(i) + "] is '" + name + "'; use minicpm4 or lightning-attn");
+    }
+  }
+  if (const std::string problem = kernels::SparseConfigProblem(sparse); !problem.empty()) {
+    return error("model.sparse_config: " + problem);
+  }
+  return OkStatus();
+}
+
+MixerType ModelConfig::mixer(int64_t layer) const {
+  return mixer_types[static_cast<size_t>(layer)] == NameOf(MixerType::kLightning) ? MixerType::kLightning
+                                                                                  : MixerType::kSoftmax;
+}
+
+bool ModelConfig::has_lightning() const {
+  return std::find(mixer_types.begin(), mixer_types.end(), NameOf(MixerType::kLightning)) != mixer_types.end();
+}
+
+double ModelConfig::residual_scale() const { return scale_depth / std::sqrt(static_cast<double>(num_hidden_layers)); }
+
+}  // namespace sala::model

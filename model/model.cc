@@ -1,0 +1,343 @@
+#include "model/model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <utility>
+
+#include "core/check.h"
+#include "kernels/embedding/embedding.h"
+#include "kernels/gemm/gemm.h"
+#include "kernels/qk_norm_rope/qk_norm_rope.h"
+#include "kernels/rms_norm/rms_norm.h"
+#include "kernels/swiglu/swiglu.h"
+#include "model/mixer.h"
+
+namespace sala::model {
+namespace {
+
+using kernels::Write;
+
+Tensor NewLike(Arena& arena, const ConstTensor& x) { return arena.New(DType::kF32, {x.dim(0), x.dim(1)}); }
+
+void Copy(const ConstTensor& from, const Tensor& to) {
+  std::memcpy(to.raw(), from.raw(), static_cast<size_t>(from.numel()) * SizeOf(from.dtype()));
+}
+
+// Views of a store, empty for tensors that are absent or not wanted.
+class Binder {
+ public:
+  Binder(ParameterStore& store, const std::function<bool(const ParameterSpec&)>& wanted)
+      : store_(store), wanted_(wanted) {}
+
+  Tensor operator()(const std::string& name) const {
+    if (!store_.Has(name) || (wanted_ && !wanted_(store_.Spec(name)))) return {};
+    return store_.Get(name);
+  }
+
+ private:
+  ParameterStore& store_;
+  const std::function<bool(const ParameterSpec&)>& wanted_;
+};
+
+}  // namespace
+
+MixerTensors BindMixer(const ModelConfig& config, int64_t layer, MixerType type, ParameterStore& store,
+                       const std::function<bool(const ParameterSpec&)>& wanted) {
+  const Binder get(store, wanted);
+  const std::string prefix = "model.layers." + std::to_string(layer) + ".self_attn.";
+  const bool softmax = type == MixerType::kSoftmax;
+  MixerTensors m;
+  m.q_proj = get(prefix + "q_proj.weight");
+  m.k_proj = get(prefix + "k_proj.weight");
+  m.v_proj = get(prefix + "v_proj.weight");
+  m.o_proj = get(prefix + "o_proj.weight");
+  m.gate = get(prefix + (softmax ? "o_gate.weight" : "z_proj.weight"));
+  m.q_norm = get(prefix + "q_norm.weight");
+  m.k_norm = get(prefix + "k_norm.weight");
+  m.o_norm = get(prefix + "o_norm.weight");
+  return m;
+}
+
+ModelTensors BindTensors(const ModelConfig& config, ParameterStore& store,
+                         const std::function<bool(const ParameterSpec&)>& wanted) {
+  const Binder get(store, wanted);
+  ModelTensors tensors;
+  tensors.embedding = get("model.embed_tokens.weight");
+  tensors.norm = get("model.norm.weight");
+  tensors.head = config.tie_word_embeddings ? tensors.embedding : get("lm_head.weight");
+  for (int64_t l = 0; l < config.num_hidden_layers; ++l) {
+    const std::string prefix = "model.layers." + std::to_string(l) + ".";
+    LayerTensors layer;
+    layer.input_norm = get(prefix + "input_layernorm.weight");
+    layer.post_norm = get(prefix + "post_attention_layernorm.weight");
+    layer.mixer = BindMixer(config, l, config.mixer(l), store, wanted);
+    layer.gate_proj = get(prefix + "mlp.gate_proj.weight");
+    layer.up_proj = get(prefix + "mlp.up_proj.weight");
+    layer.down_proj = get(prefix + "mlp.down_proj.weight");
+    tensors.layers.push_back(layer);
+  }
+  return tensors;
+}
+
+int64_t Batch::targets() const {
+  return std::count_if(labels.begin(), labels.end(), [](int32_t label) { return label >= 0; });
+}
+
+Batch SingleDocument(const std::vector<int32_t>& tokens) {
+  Batch batch;
+  batch.tokens = tokens;
+  batch.labels.assign(tokens.size(), -1);
+  batch.positions.resize(tokens.size());
+  std::iota(batch.positions.begin(), batch.positions.end(), 0);
+  batch.cu_seqlens = {0, static_cast<int32_t>(tokens.size())};
+  return batch;
+}
+
+Model::Model(ModelConfig config, ParameterStore& store) : config_(std::move(config)) {
+  tensors_ = BindTensors(config_, store);
+}
+
+Model Model::WithMixer(int64_t layer, MixerType type, const MixerTensors& mixer) const {
+  Model changed = *this;
+  changed.config_.mixer_types[static_cast<size_t>(layer)] = NameOf(type);
+  changed.tensors_.layers[static_cast<size_t>(layer)].mixer = mixer;
+  return changed;
+}
+
+BatchTables Model::MakeTables(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options) const {
+  BatchTables tables;
+  const auto table = [&](int64_t head_dim, Tensor* cos, Tensor* sin) {
+    *cos = arena.New(DType::kF32, {batch.size(), head_dim / 2});
+    *sin = arena.New(DType::kF32, {batch.size(), head_dim / 2});
+    kernels::RopeTable(ctx, batch.positions_view(), head_dim, static_cast<float>(config_.rope_theta), *cos, *sin);
+  };
+  if (config_.attn_use_rope) table(config_.head_dim, &tables.attention_cos, &tables.attention_sin);
+  if (config_.lightning_use_rope && config_.has_lightning()) {
+    table(config_.lightning_head_dim, &tables.lightning_cos, &tables.lightning_sin);
+  }
+  for (const kernels::DocumentRange& document : kernels::Documents(batch.cu_seqlens)) {
+    const bool sparse = options.sparse_attention && document.length() >= config_.sparse.dense_len;
+    (sparse ? tables.sparse_documents : tables.dense_documents).push_back(document);
+  }
+  return tables;
+}
+
+// out = x + r * mixer(norm(x)); out += r * mlp(norm(out)). `out` may not be the state's x.
+void Model::LayerForward(const Context& ctx, Arena& arena, const Batch& batch, const BatchTables& tables,
+                         const RunOptions& options, int64_t layer, LayerState& s, const Tensor& out) const {
+  const LayerTensors& w = tensors_.layers[static_cast<size_t>(layer)];
+  const auto eps = static_cast<float>(config_.rms_norm_eps);
+  const auto r = static_cast<float>(config_.residual_scale());
+  const int64_t t = s.x.dim(0);
+
+  s.n1 = NewLike(arena, s.x);
+  s.rstd1 = arena.New(DType::kF32, {t});
+  kernels::RmsNormForward(ctx, s.x, w.input_norm, eps, s.n1, s.rstd1);
+  s.mid = NewLike(arena, s.x);
+  Copy(s.x, s.mid);
+  s.mixer = MixerForward(ctx, arena, config_, config_.mixer(layer), w.mixer, batch, tables, options, s.n1,
+                         {.y = s.mid, .alpha = r, .write = Write::kAccumulate});
+
+  s.n2 = NewLike(arena, s.x);
+  s.rstd2 = arena.New(DType::kF32, {t});
+  kernels::RmsNormForward(ctx, s.mid, w.post_norm, eps, s.n2, s.rstd2);
+  s.gate = arena.New(DType::kF32, {t, config_.intermediate_size});
+  s.up = arena.New(DType::kF32, {t, config_.intermediate_size});
+  s.h = arena.New(DType::kF32, {t, config_.intermediate_size});
+  kernels::GemmNT(ctx, s.n2, w.gate_proj, s.gate);
+  kernels::GemmNT(ctx, s.n2, w.up_proj, s.up);
+  kernels::SwiGluForward(ctx, s.gate, s.up, s.h);
+  Copy(s.mid, out);
+  kernels::GemmNT(ctx, s.h, w.down_proj, out, {.alpha = r, .write = Write::kAccumulate});
+}
+
+// dx [T, H] holds the gradient of the layer's output on entry and of its input on return.
+void Model::LayerBackward(const Context& ctx, Arena& arena, const Batch& batch, const BatchTables& tables, int64_t layer,
+                          const LayerState& s, const LayerTensors& gradients, const Tensor& dx) const {
+  const LayerTensors& w = tensors_.layers[static_cast<size_t>(layer)];
+  const auto r = static_cast<float>(config_.residual_scale());
+  const ArenaScope scope(arena);
+
+  const Tensor dh = NewLike(arena, s.h);
+  kernels::GemmNN(ctx, dx, w.down_proj, dh, {.alpha = r});
+  if (!gradients.down_proj.empty()) {
+    kernels::GemmTN(ctx, dx, s.h, gradients.down_proj, {.alpha = r, .write = Write::kAccumulate});
+  }
+  const Tensor dgate = NewLike(arena, s.gate);
+  const Tensor dup = NewLike(arena, s.up);
+  kernels::SwiGluBackward(ctx, dh, s.gate, s.up, dgate, dup);
+  const Tensor dn = NewLike(arena, s.x);
+  kernels::GemmNN(ctx, dgate, w.gate_proj, dn);
+  kernels::GemmNN(ctx, dup, w.up_proj, dn, {.write = Write::kAccumulate});
+  if (!gradients.gate_proj.empty()) {
+    kernels::GemmTN(ctx, dgate, s.n2, gradients.gate_proj, {.write = Write::kAccumulate});
+  }
+  if (!gradients.up_proj.empty()) kernels::GemmTN(ctx, dup, s.n2, gradients.up_proj, {.write = Write::kAccumulate});
+  kernels::RmsNormBackward(ctx, dn, s.mid, w.post_norm, s.rstd2, dx, Write::kAccumulate, gradients.post_norm);
+
+  MixerBackward(ctx, arena, config_, config_.mixer(layer), w.mixer, batch, tables, s.mixer, r, dx, dn, gradients.mixer);
+  kernels::RmsNormBackward(ctx, dn, s.x, w.input_norm, s.rstd1, dx, Write::kAccumulate, gradients.input_norm);
+}
+
+ForwardState Model::Forward(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options) const {
+  ForwardState state;
+  const int64_t t = batch.size();
+  state.tables = MakeTables(ctx, arena, batch, options);
+  Tensor x = arena.New(DType::kF32, {t, config_.hidden_size});
+  kernels::EmbeddingForward(ctx, batch.tokens_view(), tensors_.embedding, static_cast<float>(config_.scale_emb), x);
+  for (int64_t l = 0; l < config_.num_hidden_layers; ++l) {
+    Tensor out = NewLike(arena, x);
+    LayerState layer;
+    layer.x = x;
+    if (options.recompute) {
+      const ArenaScope scope(arena);
+      LayerForward(ctx, arena, batch, state.tables, options, l, layer, out);
+      layer = LayerState{};
+      layer.x = x;
+    } else {
+      LayerForward(ctx, arena, batch, state.tables, options, l, layer, out);
+    }
+    state.layers.push_back(layer);
+    x = out;
+  }
+  state.last = x;
+  state.rstd = arena.New(DType::kF32, {t});
+  state.hidden = NewLike(arena, x);
+  kernels::RmsNormForward(ctx, x, tensors_.norm, static_cast<float>(config_.rms_norm_eps), state.hidden, state.rstd);
+  return state;
+}
+
+void Model::Backward(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options,
+                     const ForwardState& state, const ConstTensor& dhidden, const ModelTensors& gradients) const {
+  const ArenaScope scope(arena);
+  const Tensor dx = NewLike(arena, dhidden);
+  kernels::RmsNormBackward(ctx, dhidden, state.last, tensors_.norm, state.rstd, dx, Write::kOverwrite, gradients.norm);
+  for (int64_t l = config_.num_hidden_layers - 1; l >= 0; --l) {
+    const LayerTensors& layer_gradients = gradients.layers[static_cast<size_t>(l)];
+    const LayerState& kept = state.layers[static_cast<size_t>(l)];
+    if (options.recompute) {
+      // The same code on the same input: the recomputed activations, block choices included, have the bits of the first run.
+      const ArenaScope layer_scope(arena);
+      LayerState again;
+      again.x = kept.x;
+      const Tensor out = NewLike(arena, kept.x);
+      LayerForward(ctx, arena, batch, state.tables, options, l, again, out);
+      LayerBackward(ctx, arena, batch, state.tables, l, again, layer_gradients, dx);
+    } else {
+      LayerBackward(ctx, arena, batch, state.tables, l, kept, layer_gradients, dx);
+    }
+  }
+  if (!gradients.embedding.empty()) {
+    kernels::EmbeddingBackward(ctx, batch.tokens_view(), dx, static_cast<float>(config_.scale_emb),
+                               gradients.embedding);
+  }
+}
+
+Tensor Model::ForwardOnly(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options,
+                          int64_t first_layer, Tensor x, const LayerHook& hook,
+                          const std::function<void(int64_t, const ConstTensor&)>& on_input) const {
+  const int64_t t = batch.size();
+  const Tensor hidden = arena.New(DType::kF32, {t, config_.hidden_size});
+  if (x.empty()) {
+    SALA_CHECK(first_layer == 0) << "starting at layer " << first_layer << " needs its input";
+    x = NewLike(arena, hidden);
+    kernels::EmbeddingForward(ctx, batch.tokens_view(), tensors_.embedding, static_cast<float>(config_.scale_emb), x);
+  }
+  const ArenaScope scope(arena);
+  const BatchTables tables = MakeTables(ctx, arena, batch, options);
+  const Tensor out = NewLike(arena, x);
+  for (int64_t l = first_layer; l < config_.num_hidden_layers; ++l) {
+    if (on_input) on_input(l, x);
+    const ArenaScope layer_scope(arena);
+    LayerState layer;
+    layer.x = x;
+    LayerForward(ctx, arena, batch, tables, options, l, layer, out);
+    if (hook) {
+      // The residual form above adds the mixer's output without keeping it; alignment wants it alone.
+      const Tensor y = NewLike(arena, x);
+      kernels::GemmNT(ctx, layer.mixer.u, tensors_.layers[static_cast<size_t>(l)].mixer.o_proj, y);
+      hook(l, layer.n1, y);
+    }
+    Copy(out, x);
+  }
+  const Tensor rstd = arena.New(DType::kF32, {t});
+  kernels::RmsNormForward(ctx, x, tensors_.norm, static_cast<float>(config_.rms_norm_eps), hidden, rstd);
+  return hidden;
+}
+
+std::vector<float> Model::Logits(const Context& ctx, Arena& arena, const ConstTensor& hidden_row) const {
+  std::vector<float> logits(static_cast<size_t>(config_.vocab_size));
+  kernels::GemmNT(ctx, hidden_row, tensors_.head, Tensor(logits.data(), {1, config_.vocab_size}),
+                  {.alpha = logit_scale()});
+  return logits;
+}
+
+std::vector<float> Model::Prefill(const Context& ctx, Arena& arena, const std::vector<int32_t>& tokens,
+                                  const RunOptions& options, Cache* cache) const {
+  SALA_CHECK(!tokens.empty()) << "a prompt needs at least one token";
+  const Batch batch = SingleDocument(tokens);
+  const ArenaScope scope(arena);
+  const BatchTables tables = MakeTables(ctx, arena, batch, options);
+  const auto eps = static_cast<float>(config_.rms_norm_eps);
+  cache->length = batch.size();
+  cache->layers.assign(static_cast<size_t>(config_.num_hidden_layers), LayerCache{});
+  Tensor x = arena.New(DType::kF32, {batch.size(), config_.hidden_size});
+  kernels::EmbeddingForward(ctx, batch.tokens_view(), tensors_.embedding, static_cast<float>(config_.scale_emb), x);
+  const Tensor n = NewLike(arena, x);
+  const Tensor rstd = arena.New(DType::kF32, {batch.size()});
+  for (int64_t l = 0; l < config_.num_hidden_layers; ++l) {
+    const ArenaScope layer_scope(arena);
+    kernels::RmsNormForward(ctx, x, tensors_.layers[static_cast<size_t>(l)].input_norm, eps, n, rstd);
+    MixerForward(ctx, arena, config_, config_.mixer(l), tensors_.layers[static_cast<size_t>(l)].mixer, batch, tables,
+                 options, n,
+                 {.y = x, .alpha = static_cast<float>(config_.residual_scale()), .write = Write::kAccumulate},
+                 &cache->layers[static_cast<size_t>(l)]);
+    MlpForward(ctx, arena, l, x);
+  }
+  kernels::RmsNormForward(ctx, x, tensors_.norm, eps, n, rstd);
+  return Logits(ctx, arena, n.Rows(batch.size() - 1, batch.size()));
+}
+
+// x += r * mlp(norm(x)), nothing kept.
+void Model::MlpForward(const Context& ctx, Arena& arena, int64_t layer, const Tensor& x) const {
+  const LayerTensors& w = tensors_.layers[static_cast<size_t>(layer)];
+  const ArenaScope scope(arena);
+  const Tensor n = NewLike(arena, x);
+  const Tensor rstd = arena.New(DType::kF32, {x.dim(0)});
+  kernels::RmsNormForward(ctx, x, w.post_norm, static_cast<float>(config_.rms_norm_eps), n, rstd);
+  const Tensor gate = arena.New(DType::kF32, {x.dim(0), config_.intermediate_size});
+  const Tensor up = NewLike(arena, gate);
+  kernels::GemmNT(ctx, n, w.gate_proj, gate);
+  kernels::GemmNT(ctx, n, w.up_proj, up);
+  kernels::SwiGluForward(ctx, gate, up, gate);
+  kernels::GemmNT(ctx, gate, w.down_proj, x,
+                  {.alpha = static_cast<float>(config_.residual_scale()), .write = Write::kAccumulate});
+}
+
+std::vector<float> Model::Decode(const Context& ctx, Arena& arena, int32_t token, const RunOptions& options,
+                                 Cache* cache) const {
+  Batch batch = SingleDocument({token});
+  batch.positions[0] = static_cast<int32_t>(cache->length);
+  ++cache->length;
+  const ArenaScope scope(arena);
+  const BatchTables tables = MakeTables(ctx, arena, batch, options);
+  const auto eps = static_cast<float>(config_.rms_norm_eps);
+  const Tensor x = arena.New(DType::kF32, {1, config_.hidden_size});
+  const Tensor n = NewLike(arena, x);
+  const Tensor rstd = arena.New(DType::kF32, {1});
+  kernels::EmbeddingForward(ctx, batch.tokens_view(), tensors_.embedding, static_cast<float>(config_.scale_emb), x);
+  for (int64_t l = 0; l < config_.num_hidden_layers; ++l) {
+    const ArenaScope layer_scope(arena);
+    kernels::RmsNormForward(ctx, x, tensors_.layers[static_cast<size_t>(l)].input_norm, eps, n, rstd);
+    MixerDecode(ctx, arena, config_, config_.mixer(l), tensors_.layers[static_cast<size_t>(l)].mixer, tables, options,
+                batch.positions_view(), n,
+                {.y = x, .alpha = static_cast<float>(config_.residual_scale()), .write = Write::kAccumulate},
+                &cache->layers[static_cast<size_t>(l)]);
+    MlpForward(ctx, arena, l, x);
+  }
+  kernels::RmsNormForward(ctx, x, tensors_.norm, eps, n, rstd);
+  return Logits(ctx, arena, n);
+}
+
+}  // namespace sala::model

@@ -1,0 +1,72 @@
+// Named parameters in one flat float32 buffer, and the same layout again for gradients and optimizer moments.
+//
+// Names are those of the exported model ("model.layers.0.self_attn.q_proj.weight"), weights are [out, in]. Every tensor starts
+// at a multiple of 16 elements; the gap elements stay zero. A flat layout makes communication few and large and lets the
+// optimizer state be cut anywhere.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "core/tensor.h"
+#include "model/config.h"
+
+namespace sala::model {
+
+// What muP and weight decay need to know of a tensor (docs/training.md).
+enum class ParameterKind : uint8_t {
+  kMatrix,     // 2-D weights of the blocks
+  kVector,     // norm weights
+  kEmbedding,  // input embedding (also the head, when tied)
+  kHead,       // untied output head
+};
+
+struct ParameterSpec {
+  std::string name;
+  std::vector<int64_t> shape;
+  ParameterKind kind = ParameterKind::kMatrix;
+  int64_t offset = 0;  // elements, in the flat buffer
+  int64_t numel = 0;
+};
+
+// All parameters of a model in a fixed order: embedding, layers, final norm, head.
+std::vector<ParameterSpec> ParameterSpecs(const ModelConfig& config);
+
+// The tensors of one mixer of the given type with the prefix "model.layers.I.self_attn.".
+std::vector<ParameterSpec> MixerSpecs(const ModelConfig& config, int64_t layer, MixerType type);
+
+// Assigns offsets in order; returns the size of the flat buffer in elements.
+int64_t LayOut(std::vector<ParameterSpec>& specs);
+
+class ParameterStore {
+ public:
+  ParameterStore() = default;
+  explicit ParameterStore(std::vector<ParameterSpec> specs);  // zero-filled
+
+  const std::vector<ParameterSpec>& specs() const { return specs_; }
+  int64_t size() const { return static_cast<int64_t>(data_.size()); }  // elements with gaps
+  int64_t parameters() const;                                          // elements without gaps
+  float* data() { return data_.data(); }
+  const float* data() const { return data_.data(); }
+
+  bool Has(const std::string& name) const { return index_.count(name) > 0; }
+  const ParameterSpec& Spec(const std::string& name) const;
+  Tensor Get(const std::string& name);  // CHECKs that it exists
+  ConstTensor Get(const std::string& name) const;
+
+ private:
+  std::vector<ParameterSpec> specs_;
+  std::map<std::string, size_t> index_;
+  std::vector<float> data_;
+};
+
+// Normal draws with the muP standard deviations (matrices initializer_range / sqrt(m), embedding and head
+// initializer_range; training.md), norm weights 1. Draws depend on (seed, tensor name) only.
+void InitialiseParameters(const ModelConfig& config, int64_t seed, ParameterStore& store);
+
+// One tensor: normal with this standard deviation.
+void InitialiseNormal(int64_t seed, const std::string& name, double standard_deviation, const Tensor& tensor);
+
+}  // namespace sala::model

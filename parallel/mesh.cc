@@ -1,0 +1,42 @@
+#include "parallel/mesh.h"
+
+#include <algorithm>
+#include <string>
+
+namespace sala::parallel {
+
+void MeshConfig::Bind(ConfigBinder& b) {
+  b.Field("dp", &dp, {.min = 0});
+  b.Field("cp", &cp, {.min = 1});
+  b.Field("tp", &tp, {.min = 1});
+  b.Field("zero_stage", &zero_stage, {.min = 0, .max = 1});
+}
+
+StatusOr<std::unique_ptr<Mesh>> Mesh::Create(Communicator& world, const MeshConfig& config) {
+  const auto error = [](const std::string& text) { return MakeError(ExitCode::kConfig, "CFG-MESH", text); };
+  if (config.cp != 1 || config.tp != 1) {
+    return error("parallel.cp is " + std::to_string(config.cp) + " and parallel.tp is " + std::to_string(config.tp) +
+                 "; this version splits data only: set both to 1");
+  }
+  MeshConfig resolved = config;
+  if (resolved.dp == 0) resolved.dp = world.size();
+  if (resolved.dp != world.size()) {
+    return error("parallel.dp is " + std::to_string(config.dp) + " but the job has " + std::to_string(world.size()) +
+                 " ranks; start mpirun -np " + std::to_string(config.dp) + " or set parallel.dp to 0 (all ranks)");
+  }
+  std::unique_ptr<Mesh> mesh(new Mesh(world, resolved));
+  SALA_ASSIGN_OR_RETURN(mesh->dp_group_, world.Split(0));
+  return mesh;
+}
+
+FlatPartition FlatPartition::Even(int64_t n, int ranks, int64_t alignment) {
+  FlatPartition partition;
+  const int64_t units = (n + alignment - 1) / alignment;
+  for (int64_t r = 0; r <= ranks; ++r) partition.begin.push_back(std::min(n, units * r / ranks * alignment));
+  for (size_t r = 0; r + 1 < partition.begin.size(); ++r) {
+    partition.counts.push_back(partition.begin[r + 1] - partition.begin[r]);
+  }
+  return partition;
+}
+
+}  // namespace sala::parallel

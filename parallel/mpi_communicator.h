@@ -1,0 +1,38 @@
+// The MPI library's life and the communicator on top of it.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "parallel/communicator.h"
+
+namespace sala::parallel {
+
+// Starts MPI (thread level FUNNELED: only the main thread calls it) and ends it on destruction. Make one, first thing in main.
+class MpiSession {
+ public:
+  static StatusOr<std::unique_ptr<MpiSession>> Start(int* argc, char*** argv);
+  MpiSession(const MpiSession&) = delete;
+  MpiSession& operator=(const MpiSession&) = delete;
+  ~MpiSession();
+
+  // All ranks of the job; the self communicator where there is only one.
+  StatusOr<std::unique_ptr<Communicator>> World();
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  const std::string& host() const { return host_; }
+
+  // Ends every rank of the job with this exit code, after the cause was logged.
+  [[noreturn]] static void Abort(int exit_code);
+
+ private:
+  MpiSession() = default;
+  int rank_ = 0;
+  int size_ = 1;
+  std::string host_;
+};
+
+// True when this process was started by an MPI launcher (mpirun, srun): a lone process then needs no MPI at all.
+bool LaunchedByMpi();
+
+}  // namespace sala::parallel

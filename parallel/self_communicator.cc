@@ -1,0 +1,68 @@
+#include <algorithm>
+#include <cstring>
+
+#include "core/check.h"
+#include "parallel/communicator.h"
+
+namespace sala::parallel {
+namespace {
+
+class SelfCommunicator : public Communicator {
+ public:
+  int rank() const override { return 0; }
+  int size() const override { return 1; }
+  Status Barrier() override { return OkStatus(); }
+  Status AllReduce(std::span<double>, Reduce) override { return OkStatus(); }
+  Status AllReduce(std::span<int64_t>, Reduce) override { return OkStatus(); }
+  Status ReduceScatterSum(std::span<const float> send, std::span<const int64_t> counts,
+                          std::span<float> recv) override {
+    SALA_CHECK(counts.size() == 1 && send.size() == recv.size()) << "one rank, one segment";
+    std::copy(send.begin(), send.end(), recv.begin());
+    return OkStatus();
+  }
+  Status AllGather(std::span<const float> send, std::span<const int64_t> counts, std::span<float> recv) override {
+    SALA_CHECK(counts.size() == 1 && send.size() == recv.size()) << "one rank, one segment";
+    if (send.data() != recv.data()) std::memcpy(recv.data(), send.data(), send.size_bytes());
+    return OkStatus();
+  }
+  Status Broadcast(std::span<char>, int root) override {
+    SALA_CHECK(root == 0) << "root " << root;
+    return OkStatus();
+  }
+  StatusOr<std::vector<std::string>> AllGatherText(const std::string& text) override {
+    return std::vector<std::string>{text};
+  }
+  StatusOr<std::unique_ptr<Communicator>> Split(int) override { return MakeSelfCommunicator(); }
+};
+
+// "EXIT\nCODE\nmessage": how a status travels between ranks; "" for OK.
+std::string Encode(const Status& status) {
+  if (status.ok()) return "";
+  return std::to_string(static_cast<int>(ExitCodeOf(status))) + "\n" + ErrorCodeOf(status) + "\n" + MessageOf(status);
+}
+
+Status Decode(const std::string& text) {
+  const size_t first = text.find('\n');
+  const size_t second = text.find('\n', first + 1);
+  const auto exit_code = static_cast<ExitCode>(std::stoi(text.substr(0, first)));
+  const std::string code = text.substr(first + 1, second - first - 1);
+  std::string message = text.substr(second + 1);
+  if (message.rfind(code + ": ", 0) == 0) message = message.substr(code.size() + 2);
+  return MakeError(exit_code, code, message);
+}
+
+}  // namespace
+
+std::unique_ptr<Communicator> MakeSelfCommunicator() { return std::make_unique<SelfCommunicator>(); }
+
+Status AgreeOnStatus(Communicator& comm, const Status& mine) {
+  if (comm.size() == 1) return mine;
+  SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all, comm.AllGatherText(Encode(mine)));
+  if (!mine.ok()) return mine;
+  for (size_t rank = 0; rank < all.size(); ++rank) {
+    if (!all[rank].empty()) return Annotate(Decode(all[rank]), "rank " + std::to_string(rank));
+  }
+  return OkStatus();
+}
+
+}  // namespace sala::parallel
