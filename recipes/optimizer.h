@@ -1,0 +1,71 @@
+// AdamW over the flat parameter buffer, its state split over the data-parallel ranks (ZeRO-1), with muP multipliers, clipping
+// by the global norm and the rule for non-finite gradients.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "core/checkpoint.h"
+#include "core/context.h"
+#include "model/parameters.h"
+#include "parallel/mesh.h"
+#include "recipes/config.h"
+
+namespace sala::recipes {
+
+struct UpdateResult {
+  double grad_norm = 0;   // of the global gradient, before clipping
+  bool clipped = false;
+  bool skipped = false;   // loss or gradient not finite: parameters and moments unchanged
+};
+
+class Optimizer {
+ public:
+  // `trainable` decides per tensor; frozen tensors keep their bits. The store must outlive the optimizer. float32 parameters
+  // are their own masters.
+  Optimizer(const OptimizerConfig& config, const model::ModelConfig& model, model::ParameterStore& params,
+            const std::function<bool(const model::ParameterSpec&)>& trainable, const parallel::Mesh& mesh);
+
+  // Sums `gradients` (same layout as the store, destroyed) over the ranks, clips, updates this rank's part, gathers the
+  // parameters. `loss_finite` must be the same on all ranks.
+  StatusOr<UpdateResult> Update(const Context& ctx, model::ParameterStore& gradients, double learning_rate,
+                                bool loss_finite);
+
+  int64_t updates() const { return updates_; }
+  void set_updates(int64_t updates) { updates_ = updates; }
+
+  // Slices of the moments this rank owns (kinds exp_avg, exp_avg_sq), named after the parameters.
+  void AppendSlices(std::vector<TensorSlice>* slices) const;
+  Status Load(const Checkpoint& checkpoint);
+
+  // This rank's range of the flat buffer.
+  int64_t begin() const { return begin_; }
+  int64_t end() const { return end_; }
+
+ private:
+  // The part of one tensor that lies in this rank's range and is updated.
+  struct Segment {
+    const model::ParameterSpec* spec;
+    int64_t begin, end;  // in the flat buffer
+    double lr_multiplier, weight_decay;
+  };
+
+  OptimizerConfig config_;
+  model::ParameterStore& params_;
+  const parallel::Mesh& mesh_;
+  parallel::FlatPartition partition_;
+  int64_t begin_ = 0;
+  int64_t end_ = 0;
+  std::vector<Segment> segments_;
+  std::vector<float> grad_, exp_avg_, exp_avg_sq_;  // [end_ - begin_]
+  int64_t updates_ = 0;
+};
+
+// lr and weight decay multipliers of one tensor (training.md, muP rules).
+double LearningRateMultiplier(const OptimizerConfig& config, const model::ModelConfig& model,
+                              const model::ParameterSpec& spec);
+double WeightDecay(const OptimizerConfig& config, const model::ParameterSpec& spec);
+
+}  // namespace sala::recipes
