@@ -6,6 +6,7 @@
 #include "core/check.h"
 #include "core/file.h"
 #include "core/hash.h"
+#include "core/utf8.h"
 #include "data/sentencepiece_tokenizer.h"
 #include "data/tokenizer_files.h"
 #include "data/utf8.h"
@@ -103,10 +104,10 @@ std::string StreamDecoder::Push(int32_t id) {
   std::string out;
   size_t at = 0;
   while (at < rest_.size()) {
-    const int length = Utf8CharacterLength(std::string_view(rest_).substr(at));
+    const size_t length = Utf8SequenceLength(rest_, at);
     if (length > 0) {
-      out.append(rest_, at, static_cast<size_t>(length));
-      at += static_cast<size_t>(length);
+      out.append(rest_, at, length);
+      at += length;
     } else if (rest_.size() - at < 4) {
       break;  // may become a character with the next token
     } else {
