@@ -76,7 +76,7 @@ PackedFile BestFit(std::vector<Segment> pieces, const PackRule& rule) {
 
 PackedFile OnePerSample(std::vector<Segment> pieces) {
   PackedFile out;
-  out.first.resize(pieces.size() + 1);
+  out.first.assign(pieces.size() + 1, 0);
   std::iota(out.first.begin(), out.first.end(), 0);
   out.segments = std::move(pieces);
   return out;
