@@ -31,7 +31,7 @@ class Tree:
     def _from_git(self):
         if not os.path.exists(os.path.join(self.root, ".git")):
             return []
-        command = ["git", "-C", self.root, "ls-files", "--cached", "--others", "--exclude-standard"]
+        command = ["git", "-c", "safe.directory=*", "-C", self.root, "ls-files", "--cached", "--others", "--exclude-standard"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         names = result.stdout.splitlines() if result.returncode == 0 else []
         return [name for name in names if os.path.isfile(os.path.join(self.root, name))]
