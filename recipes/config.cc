@@ -173,7 +173,6 @@ void BatchConfig::Bind(ConfigBinder& b) {
 
 void ValidationConfig::Bind(ConfigBinder& b) {
   b.Field("every_steps", &every_steps, {.min = 0});
-  b.Field("max_tokens", &max_tokens, {.min = 0});
 }
 
 void CheckpointConfig::Bind(ConfigBinder& b) {

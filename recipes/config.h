@@ -53,8 +53,7 @@ struct BatchConfig {
 };
 
 struct ValidationConfig {
-  int64_t every_steps = 0;  // 0: before the first and after the last step only
-  int64_t max_tokens = 65536;
+  int64_t every_steps = 0;  // 0: before the first and after the last step only. What is held out: data.validation
 
   void Bind(ConfigBinder& b);
 };
