@@ -1,0 +1,50 @@
+#include "launch/command.h"
+
+#include <array>
+#include <cstdarg>
+#include <cstdio>
+#include <string>
+
+namespace sala::launch {
+
+CLI::App* AddCommand(CLI::App& parent, const std::string& name, const std::string& description, const std::string& example) {
+  CLI::App* command = parent.add_subcommand(name, description);
+  command->footer("Example:\n  " + example);
+  return command;
+}
+
+void PrintError(const Status& status) { std::fprintf(stderr, "sala: error: %s\n", MessageOf(status).c_str()); }
+
+std::string WithCommas(int64_t value) {
+  std::string text = std::to_string(value);
+  const size_t first = value < 0 ? 1 : 0;
+  for (auto i = static_cast<int64_t>(text.size()) - 3; i > static_cast<int64_t>(first); i -= 3) {
+    text.insert(static_cast<size_t>(i), ",");
+  }
+  return text;
+}
+
+std::string ByteText(int64_t bytes) {
+  constexpr std::array<const char*, 5> kUnits = {"B", "KiB", "MiB", "GiB", "TiB"};
+  auto value = static_cast<double>(bytes);
+  size_t unit = 0;
+  while (value >= 1024 && unit + 1 < kUnits.size()) {
+    value /= 1024;
+    ++unit;
+  }
+  return unit == 0 ? std::to_string(bytes) + " B" : Format("%.1f %s", value, kUnits[unit]);
+}
+
+std::string Format(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  va_list again;
+  va_copy(again, arguments);
+  std::string text(static_cast<size_t>(std::vsnprintf(nullptr, 0, format, arguments)), '\0');
+  va_end(arguments);
+  std::vsnprintf(text.data(), text.size() + 1, format, again);
+  va_end(again);
+  return text;
+}
+
+}  // namespace sala::launch

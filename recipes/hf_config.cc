@@ -1,0 +1,415 @@
+#include "recipes/hf_config.h"
+
+#include <cmath>
+#include <optional>
+
+#include "core/file.h"
+
+namespace sala::recipes {
+namespace {
+
+constexpr char kSala[] = "minicpm_sala";
+constexpr char kMiniCpm[] = "minicpm";
+constexpr char kLlama[] = "llama";
+constexpr char kQwen3[] = "qwen3";
+constexpr char kLightningScale[] = "1/sqrt(d)";
+
+bool IsPlainTransformer(const model::ModelConfig& config) {
+  return !config.has_lightning() && config.attn_use_rope && !config.attn_use_output_gate;
+}
+
+// A JSON integer where the number is whole: the released files write scale_emb as 12, not 12.0.
+nlohmann::json Number(double value) {
+  constexpr double kExactIntegers = 9007199254740992.0;  // 2^53
+  if (value == std::floor(value) && std::fabs(value) < kExactIntegers)
+    return static_cast<int64_t>(value);
+  return value;
+}
+
+std::vector<int64_t> EosIds(const model::ModelConfig& config, const HfConfigOptions& options) {
+  return options.eos_token_ids.empty() ? std::vector<int64_t>{config.eos_token_id}
+                                       : options.eos_token_ids;
+}
+
+// One id is written as a number, several as a list: the two spellings readers know.
+nlohmann::json EosJson(const model::ModelConfig& config, const HfConfigOptions& options) {
+  const std::vector<int64_t> ids = EosIds(config, options);
+  if (ids.size() == 1) return ids[0];
+  return ids;
+}
+
+nlohmann::json SparseJson(const model::SparseConfig& sparse) {
+  return {{"kernel_size", sparse.kernel_size}, {"kernel_stride", sparse.kernel_stride},
+          {"init_blocks", sparse.init_blocks}, {"block_size", sparse.block_size},
+          {"window_size", sparse.window_size}, {"topk", sparse.topk},
+          {"dense_len", sparse.dense_len},     {"use_nope", false}};
+}
+
+// Reads fields of one JSON object and keeps the first error.
+class FieldReader {
+ public:
+  FieldReader(const nlohmann::json& json, std::string where)
+      : json_(json), where_(std::move(where)) {}
+
+  const Status& status() const { return status_; }
+
+  bool Has(const char* key) const { return json_.contains(key) && !json_[key].is_null(); }
+
+  // Missing: `fallback` where there is one, else an error.
+  void Read(const char* key, int64_t* value, std::optional<int64_t> fallback = std::nullopt) {
+    if (!Present(key, fallback.has_value())) {
+      if (fallback) *value = *fallback;
+    } else if (json_[key].is_number_integer()) {
+      *value = json_[key].get<int64_t>();
+    } else {
+      WrongType(key, "an integer");
+    }
+  }
+
+  void Read(const char* key, double* value, std::optional<double> fallback = std::nullopt) {
+    if (!Present(key, fallback.has_value())) {
+      if (fallback) *value = *fallback;
+    } else if (json_[key].is_number()) {
+      *value = json_[key].get<double>();
+    } else {
+      WrongType(key, "a number");
+    }
+  }
+
+  void Read(const char* key, bool* value, std::optional<bool> fallback = std::nullopt) {
+    if (!Present(key, fallback.has_value())) {
+      if (fallback) *value = *fallback;
+    } else if (json_[key].is_boolean()) {
+      *value = json_[key].get<bool>();
+    } else {
+      WrongType(key, "true or false");
+    }
+  }
+
+  void Read(const char* key, std::string* value,
+            std::optional<std::string> fallback = std::nullopt) {
+    if (!Present(key, fallback.has_value())) {
+      if (fallback) *value = *fallback;
+    } else if (json_[key].is_string()) {
+      *value = json_[key].get<std::string>();
+    } else {
+      WrongType(key, "a string");
+    }
+  }
+
+  void Read(const char* key, std::vector<std::string>* value) {
+    if (!Present(key, false)) return;
+    const nlohmann::json& list = json_[key];
+    value->clear();
+    for (const nlohmann::json& item : list) {
+      if (!item.is_string()) return WrongType(key, "a list of strings");
+      value->push_back(item.get<std::string>());
+    }
+    if (!list.is_array()) WrongType(key, "a list of strings");
+  }
+
+  // An id, or the first of a list of ids.
+  void ReadId(const char* key, int64_t* value, std::optional<int64_t> fallback) {
+    if (!Present(key, fallback.has_value())) {
+      if (fallback) *value = *fallback;
+      return;
+    }
+    const nlohmann::json& id =
+        json_[key].is_array() && !json_[key].empty() ? json_[key][0] : json_[key];
+    if (id.is_number_integer() && id.get<int64_t>() >= 0) {
+      *value = id.get<int64_t>();
+    } else {
+      WrongType(key, "a token id or a list of them");
+    }
+  }
+
+  void Fail(const std::string& code, const std::string& text) {
+    if (status_.ok()) status_ = MakeError(ExitCode::kData, code, where_ + ": " + text);
+  }
+
+  // Takes over the error of a reader of a nested object.
+  void Adopt(const Status& status) {
+    if (status_.ok()) status_ = status;
+  }
+
+  const nlohmann::json& json() const { return json_; }
+
+ private:
+  bool Present(const char* key, bool optional) {
+    if (Has(key)) return true;
+    if (!optional)
+      Fail("IMP-FIELD", std::string("field ") + key + " is missing; add it to the file");
+    return false;
+  }
+
+  void WrongType(const char* key, const char* expected) {
+    Fail("IMP-FIELD", std::string("field ") + key + " is " + Printable(json_[key].dump()) +
+                          ", expected " + expected);
+  }
+
+  const nlohmann::json& json_;
+  std::string where_;
+  Status status_;
+};
+
+// Features that change what the model computes and that it does not have.
+void RefuseUnsupported(FieldReader& in) {
+  const nlohmann::json& json = in.json();
+  const auto refuse = [&](const char* key, const std::string& why) {
+    in.Fail("IMP-ARCH", std::string(key) + " is " + Printable(json[key].dump()) + "; " + why);
+  };
+  if (in.Has("quantization_config")) {
+    in.Fail("IMP-QUANT",
+            "the weights are quantised (quantization_config); take the unquantised model");
+  }
+  for (const char* key : {"attention_bias", "mlp_bias"}) {
+    if (in.Has(key) && json[key] != false) {
+      in.Fail("IMP-BIAS", std::string(key) + " is on; layers with biases are not supported");
+    }
+  }
+  for (const char* key : {"num_experts", "num_local_experts", "n_routed_experts"}) {
+    if (in.Has(key) && json[key].is_number() && json[key].get<double>() > 1)
+      refuse(key, "mixtures of experts are not supported");
+  }
+  for (const char* key : {"q_lora_rank", "kv_lora_rank"}) {
+    if (in.Has(key)) refuse(key, "latent attention is not supported");
+  }
+  if (in.Has("use_sliding_window") && json["use_sliding_window"] != false)
+    refuse("use_sliding_window", "only full attention is supported");
+  if (in.Has("hidden_act") && json["hidden_act"] != "silu")
+    refuse("hidden_act", "only silu is supported");
+  if (in.Has("partial_rotary_factor") && json["partial_rotary_factor"] != 1.0) {
+    refuse("partial_rotary_factor", "only a rotation of the whole head is supported");
+  }
+  if (in.Has("attention_dropout") && json["attention_dropout"] != 0.0)
+    refuse("attention_dropout", "dropout is not supported");
+  if (in.Has("rope_scaling")) {
+    const nlohmann::json& scaling = json["rope_scaling"];
+    const nlohmann::json type =
+        scaling.is_object() ? scaling.value("rope_type", scaling.value("type", nlohmann::json()))
+                            : scaling;
+    if (type != "default")
+      refuse("rope_scaling",
+             "rotary scaling is not supported; take the model before its long-context extension");
+  }
+}
+
+void ReadShapes(FieldReader& in, const std::string& type, model::ModelConfig* c) {
+  in.Read("vocab_size", &c->vocab_size);
+  in.Read("hidden_size", &c->hidden_size);
+  in.Read("intermediate_size", &c->intermediate_size);
+  in.Read("num_hidden_layers", &c->num_hidden_layers);
+  in.Read("num_attention_heads", &c->num_attention_heads);
+  const bool sala = type == kSala;
+  // The other architectures define these by their defaults when the file is silent.
+  in.Read("num_key_value_heads", &c->num_key_value_heads,
+          sala ? std::nullopt : std::optional<int64_t>(c->num_attention_heads));
+  std::optional<int64_t> head_dim;
+  if (type == kLlama || type == kMiniCpm)
+    head_dim = c->num_attention_heads > 0 ? c->hidden_size / c->num_attention_heads : 0;
+  in.Read("head_dim", &c->head_dim, head_dim);
+  in.Read("max_position_embeddings", &c->max_position_embeddings);
+  in.Read("rms_norm_eps", &c->rms_norm_eps);
+  in.Read("tie_word_embeddings", &c->tie_word_embeddings,
+          sala ? std::nullopt : std::optional<bool>(type == kMiniCpm));
+  in.Read("initializer_range", &c->initializer_range,
+          sala ? std::nullopt : std::optional<double>(0.02));
+  for (const int64_t n :
+       {c->vocab_size, c->hidden_size, c->intermediate_size, c->num_hidden_layers,
+        c->num_attention_heads, c->num_key_value_heads, c->head_dim, c->max_position_embeddings}) {
+    if (n < 1 || n > int64_t{1} << 31)
+      in.Fail("IMP-FIELD", "a size is " + std::to_string(n) + ", expected 1 to 2^31");
+  }
+  if (c->num_hidden_layers > 100000)
+    in.Fail("IMP-FIELD", "num_hidden_layers is " + std::to_string(c->num_hidden_layers));
+}
+
+void ReadRope(FieldReader& in, const std::string& type, const std::string& path,
+              model::ModelConfig* c) {
+  // Newer files keep the rotary numbers in one object.
+  if (!in.Has("rope_theta") && in.Has("rope_parameters") &&
+      in.json()["rope_parameters"].is_object()) {
+    FieldReader inner(in.json()["rope_parameters"], path + ": rope_parameters");
+    std::string rope_type;
+    inner.Read("rope_type", &rope_type, "default");
+    inner.Read("rope_theta", &c->rope_theta);
+    if (rope_type != "default")
+      inner.Fail("IMP-ARCH",
+                 "rope_type is '" + Printable(rope_type) + "'; rotary scaling is not supported");
+    in.Adopt(inner.status());
+    return;
+  }
+  in.Read("rope_theta", &c->rope_theta,
+          type == kSala ? std::nullopt : std::optional<double>(10000.0));
+}
+
+void ReadScales(FieldReader& in, const std::string& type, model::ModelConfig* c) {
+  if (type == kSala || type == kMiniCpm) {
+    in.Read("scale_emb", &c->scale_emb);
+    in.Read("scale_depth", &c->scale_depth);
+    in.Read("dim_model_base", &c->dim_model_base);
+    if (c->dim_model_base < 1)
+      in.Fail("IMP-FIELD",
+              "dim_model_base is " + std::to_string(c->dim_model_base) + ", expected at least 1");
+    return;
+  }
+  // No muP: factors that change nothing, so that there is one code path.
+  c->scale_emb = 1;
+  c->scale_depth = std::sqrt(static_cast<double>(c->num_hidden_layers));
+  c->dim_model_base = static_cast<double>(c->hidden_size);
+}
+
+void ReadTokenIds(FieldReader& in, const std::string& type, model::ModelConfig* c) {
+  std::optional<int64_t> fallback;
+  if (type != kSala) fallback = 2;
+  in.ReadId("eos_token_id", &c->eos_token_id, fallback);
+  // Some vocabularies have no start or padding token; nothing the model computes depends on them.
+  in.ReadId("bos_token_id", &c->bos_token_id,
+            type == kSala ? std::nullopt : std::optional<int64_t>(c->eos_token_id));
+  in.ReadId("pad_token_id", &c->pad_token_id, c->eos_token_id);
+}
+
+void ReadSparse(FieldReader& in, model::ModelConfig* c, const std::string& path) {
+  if (!in.Has("sparse_config") || !in.json()["sparse_config"].is_object()) {
+    return in.Fail("IMP-FIELD", "field sparse_config is missing or not an object");
+  }
+  FieldReader sparse(in.json()["sparse_config"], path + ": sparse_config");
+  sparse.Read("kernel_size", &c->sparse.kernel_size);
+  sparse.Read("kernel_stride", &c->sparse.kernel_stride);
+  sparse.Read("init_blocks", &c->sparse.init_blocks);
+  sparse.Read("block_size", &c->sparse.block_size);
+  sparse.Read("window_size", &c->sparse.window_size);
+  sparse.Read("topk", &c->sparse.topk);
+  sparse.Read("dense_len", &c->sparse.dense_len);
+  bool use_nope = false;
+  sparse.Read("use_nope", &use_nope, false);
+  if (use_nope) sparse.Fail("IMP-ARCH", "use_nope true is not supported");
+  in.Adopt(sparse.status());
+}
+
+void ReadHybrid(FieldReader& in, const std::string& path, model::ModelConfig* c) {
+  in.Read("attn_use_rope", &c->attn_use_rope);
+  in.Read("attn_use_output_gate", &c->attn_use_output_gate);
+  in.Read("lightning_nh", &c->lightning_nh);
+  in.Read("lightning_head_dim", &c->lightning_head_dim);
+  in.Read("lightning_use_rope", &c->lightning_use_rope);
+  in.Read("qk_norm", &c->qk_norm);
+  in.Read("use_output_norm", &c->use_output_norm);
+  in.Read("use_output_gate", &c->use_output_gate);
+  in.Read("mixer_types", &c->mixer_types);
+  int64_t key_value_heads = 0;
+  in.Read("lightning_nkv", &key_value_heads);
+  if (key_value_heads != c->lightning_nh) {
+    in.Fail("IMP-ARCH", "lightning_nkv is " + std::to_string(key_value_heads) +
+                            " and lightning_nh is " + std::to_string(c->lightning_nh) +
+                            "; linear layers need as many key/value heads as query heads");
+  }
+  std::string scale;
+  in.Read("lightning_scale", &scale);
+  if (scale != kLightningScale)
+    in.Fail("IMP-ARCH",
+            "lightning_scale is '" + Printable(scale) + "'; only 1/sqrt(d) is supported");
+  ReadSparse(in, c, path);
+}
+
+}  // namespace
+
+StatusOr<nlohmann::json> HfConfig(const model::ModelConfig& config,
+                                  const HfConfigOptions& options) {
+  if (config.attn_qk_norm) {
+    return MakeError(ExitCode::kData, "EXP-QKNORM",
+                     "attn_qk_norm is true: the exported format has no query/key norm in softmax "
+                     "layers; train with "
+                     "attn_qk_norm: false, or export nothing");
+  }
+  const bool plain = IsPlainTransformer(config);
+  const char* dtype = options.dtype == DType::kBF16 ? "bfloat16" : "float32";
+  nlohmann::json out = {
+      {"architectures",
+       nlohmann::json::array({plain ? "MiniCPMForCausalLM" : "MiniCPMSALAForCausalLM"})},
+      {"model_type", plain ? kMiniCpm : kSala},
+      {"torch_dtype", dtype},  // read by engines; newer libraries read "dtype"
+      {"dtype", dtype},
+      {"vocab_size", config.vocab_size},
+      {"hidden_size", config.hidden_size},
+      {"intermediate_size", config.intermediate_size},
+      {"num_hidden_layers", config.num_hidden_layers},
+      {"num_attention_heads", config.num_attention_heads},
+      {"num_key_value_heads", config.num_key_value_heads},
+      {"head_dim", config.head_dim},
+      {"hidden_act", "silu"},
+      {"rms_norm_eps", config.rms_norm_eps},
+      {"max_position_embeddings", config.max_position_embeddings},
+      {"rope_theta", config.rope_theta},
+      {"rope_scaling", nullptr},
+      {"attention_bias", false},
+      {"attention_dropout", 0.0},
+      {"initializer_range", config.initializer_range},
+      {"scale_emb", Number(config.scale_emb)},
+      {"scale_depth", config.scale_depth},
+      {"dim_model_base", Number(config.dim_model_base)},
+      {"tie_word_embeddings", config.tie_word_embeddings},
+      {"pretraining_tp", 1},
+      {"use_cache", true},
+      {"bos_token_id", config.bos_token_id},
+      {"eos_token_id", EosJson(config, options)},
+      {"pad_token_id", config.pad_token_id},
+  };
+  if (plain) return out;
+  out["mup_denominator"] = config.num_hidden_layers;  // never read by the model code; the released
+                                                      // file has the layer count
+  out["shift_labels"] = true;
+  out["mixer_types"] = config.mixer_types;
+  out["attn_use_rope"] = config.attn_use_rope;
+  out["attn_use_output_gate"] = config.attn_use_output_gate;
+  out["lightning_nh"] = config.lightning_nh;
+  out["lightning_nkv"] = config.lightning_nh;
+  out["lightning_head_dim"] = config.lightning_head_dim;
+  out["lightning_scale"] = kLightningScale;
+  out["lightning_use_rope"] = config.lightning_use_rope;
+  out["qk_norm"] = config.qk_norm;
+  out["use_output_norm"] = config.use_output_norm;
+  out["use_output_gate"] = config.use_output_gate;
+  out["sparse_config"] = SparseJson(config.sparse);
+  return out;
+}
+
+nlohmann::json HfGenerationConfig(const model::ModelConfig& config,
+                                  const HfConfigOptions& options) {
+  return {{"do_sample", true},
+          {"bos_token_id", config.bos_token_id},
+          {"eos_token_id", EosJson(config, options)},
+          {"pad_token_id", config.pad_token_id}};
+}
+
+StatusOr<model::ModelConfig> ModelConfigFromHf(const nlohmann::json& json,
+                                               const std::string& path) {
+  if (!json.is_object())
+    return MakeError(ExitCode::kData, "IMP-FIELD", path + ": not a JSON object");
+  FieldReader in(json, path);
+  std::string type;
+  in.Read("model_type", &type);
+  SALA_RETURN_IF_ERROR(in.status());
+  if (type != kSala && type != kMiniCpm && type != kLlama && type != kQwen3) {
+    return MakeError(ExitCode::kData, "IMP-ARCH",
+                     path + ": model_type is '" + Printable(type) +
+                         "', expected minicpm_sala, minicpm, llama or qwen3");
+  }
+  RefuseUnsupported(in);
+  model::ModelConfig config;
+  ReadShapes(in, type, &config);
+  ReadRope(in, type, path, &config);
+  ReadScales(in, type, &config);
+  ReadTokenIds(in, type, &config);
+  config.attn_use_rope = true;
+  config.attn_qk_norm = type == kQwen3;
+  config.attn_use_output_gate = false;
+  if (type == kSala) ReadHybrid(in, path, &config);
+  SALA_RETURN_IF_ERROR(in.status());
+  const Status resolved = config.Resolve();
+  if (!resolved.ok())
+    return MakeError(ExitCode::kData, "IMP-FIELD", path + ": " + MessageOf(resolved));
+  return config;
+}
+
+}  // namespace sala::recipes
