@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <complex>
 #include <cstdint>
@@ -146,6 +147,22 @@ inline void ExpectSameGradient(const std::vector<double>& found,
   for (size_t i = 0; i < found.size(); ++i) {
     ASSERT_NEAR(found[i], expected[i], 1e-12 * largest) << "element " << i;
   }
+}
+
+// Bound of the rounding error of logits = scale * hidden W^T in float32: one rounding for each of
+// `width` products, relative to the largest sum of absolute terms.
+inline double LogitError(const Matrix& hidden, const Matrix& weight, double scale) {
+  double largest = 0;
+  for (int64_t t = 0; t < hidden.rows(); ++t) {
+    for (int64_t v = 0; v < weight.rows(); ++v) {
+      double sum = 0;
+      for (int64_t i = 0; i < hidden.columns(); ++i) {
+        sum += std::abs(static_cast<double>(hidden.at(t, i)) * weight.at(v, i));
+      }
+      largest = std::max(largest, sum);
+    }
+  }
+  return static_cast<double>(hidden.columns() + 1) * kF32Round * largest * scale;
 }
 
 }  // namespace sala::kernels

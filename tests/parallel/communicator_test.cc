@@ -1,0 +1,123 @@
+// The contract of Communicator, run alone and under mpirun: every rank runs every test.
+#include "parallel/communicator.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <numeric>
+
+#include "parallel/mpi_communicator.h"
+
+namespace sala::parallel {
+namespace {
+
+Communicator* world = nullptr;
+
+// Values whose float sum depends on the order, different on every rank.
+float Value(int rank, int64_t i) {
+  return (rank % 2 == 0 ? 1.0F : -1.0F) * std::ldexp(1.0F + 0.37F * static_cast<float>(i % 11), (rank * 7 + static_cast<int>(i)) % 24);
+}
+
+std::vector<int64_t> UnevenCounts() {
+  std::vector<int64_t> counts;
+  for (int r = 0; r < world->size(); ++r) counts.push_back(r % 3 == 1 ? 0 : 5 + 4 * r);
+  return counts;
+}
+
+TEST(CommunicatorTest, ReduceScatterAddsInRankOrder) {
+  const std::vector<int64_t> counts = UnevenCounts();
+  const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  std::vector<float> send;
+  for (int64_t i = 0; i < total; ++i) send.push_back(Value(world->rank(), i));
+  std::vector<float> recv(static_cast<size_t>(counts[static_cast<size_t>(world->rank())]), NAN);
+  ASSERT_TRUE(world->ReduceScatterSum(send, counts, recv).ok());
+  int64_t begin = 0;
+  for (int r = 0; r < world->rank(); ++r) begin += counts[static_cast<size_t>(r)];
+  for (size_t i = 0; i < recv.size(); ++i) {
+    float expected = Value(0, begin + static_cast<int64_t>(i));
+    for (int r = 1; r < world->size(); ++r) expected += Value(r, begin + static_cast<int64_t>(i));
+    EXPECT_EQ(std::memcmp(&recv[i], &expected, sizeof(float)), 0) << recv[i] << " " << expected;
+  }
+}
+
+TEST(CommunicatorTest, AllGatherKeepsRankOrderInPlaceAndOutOfPlace) {
+  const std::vector<int64_t> counts = UnevenCounts();
+  const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  int64_t begin = 0;
+  for (int r = 0; r < world->rank(); ++r) begin += counts[static_cast<size_t>(r)];
+  const int64_t mine = counts[static_cast<size_t>(world->rank())];
+  std::vector<float> send;
+  for (int64_t i = 0; i < mine; ++i) send.push_back(static_cast<float>(begin + i));
+  std::vector<float> recv(static_cast<size_t>(total), NAN);
+  ASSERT_TRUE(world->AllGather(send, counts, recv).ok());
+  std::vector<float> in_place(static_cast<size_t>(total), NAN);
+  std::copy(send.begin(), send.end(), in_place.begin() + begin);
+  ASSERT_TRUE(world->AllGather({in_place.data() + begin, static_cast<size_t>(mine)}, counts, in_place).ok());
+  for (int64_t i = 0; i < total; ++i) {
+    EXPECT_EQ(recv[static_cast<size_t>(i)], static_cast<float>(i));
+    EXPECT_EQ(in_place[static_cast<size_t>(i)], static_cast<float>(i));
+  }
+}
+
+TEST(CommunicatorTest, AllReduceKinds) {
+  const double r = world->rank();
+  const double n = world->size();
+  std::vector<double> values = {r + 1, -r};
+  ASSERT_TRUE(world->AllReduce(std::span<double>(values), Reduce::kSum).ok());
+  EXPECT_EQ(values[0], n * (n + 1) / 2);
+  EXPECT_EQ(values[1], -n * (n - 1) / 2);
+  values = {r, -r};
+  ASSERT_TRUE(world->AllReduce(std::span<double>(values), Reduce::kMax).ok());
+  EXPECT_EQ(values[0], n - 1);
+  EXPECT_EQ(values[1], 0);
+  std::vector<int64_t> integers = {world->rank(), 1};
+  ASSERT_TRUE(world->AllReduce(std::span<int64_t>(integers), Reduce::kMin).ok());
+  EXPECT_EQ(integers[0], 0);
+  EXPECT_EQ(integers[1], 1);
+}
+
+TEST(CommunicatorTest, BroadcastAndText) {
+  std::string text = world->rank() == 0 ? "from the root" : "             ";
+  ASSERT_TRUE(world->Broadcast({text.data(), text.size()}, 0).ok());
+  EXPECT_EQ(text, "from the root");
+  const auto all = world->AllGatherText(std::string(static_cast<size_t>(world->rank()), 'x'));
+  ASSERT_TRUE(all.ok());
+  ASSERT_EQ(static_cast<int>(all->size()), world->size());
+  for (int r = 0; r < world->size(); ++r) EXPECT_EQ((*all)[static_cast<size_t>(r)], std::string(static_cast<size_t>(r), 'x'));
+}
+
+TEST(CommunicatorTest, SplitMakesGroups) {
+  auto part = world->Split(world->rank() % 2);
+  ASSERT_TRUE(part.ok());
+  std::vector<int64_t> ranks = {world->rank()};
+  ASSERT_TRUE((*part)->AllReduce(std::span<int64_t>(ranks), Reduce::kMin).ok());
+  EXPECT_EQ(ranks[0], world->rank() % 2);
+}
+
+TEST(CommunicatorTest, OneRanksErrorReachesAll) {
+  EXPECT_TRUE(AgreeOnStatus(*world, OkStatus()).ok());
+  const int failing = world->size() - 1;
+  const Status mine = world->rank() == failing ? MakeError(ExitCode::kData, "DS-CRC", "file x: wrong") : OkStatus();
+  const Status agreed = AgreeOnStatus(*world, mine);
+  EXPECT_EQ(ExitCodeOf(agreed), ExitCode::kData);
+  EXPECT_EQ(ErrorCodeOf(agreed), "DS-CRC");
+  EXPECT_NE(MessageOf(agreed).find("file x: wrong"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace sala::parallel
+
+int main(int argc, char** argv) {
+  ::testing::InitGoogleTest(&argc, argv);
+  if (!sala::parallel::LaunchedByMpi()) {
+    const auto self = sala::parallel::MakeSelfCommunicator();
+    sala::parallel::world = self.get();
+    return RUN_ALL_TESTS();
+  }
+  auto session = sala::parallel::MpiSession::Start(&argc, &argv);
+  auto world = (*session)->World();
+  sala::parallel::world = world->get();
+  return RUN_ALL_TESTS();
+}

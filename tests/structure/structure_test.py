@@ -1,0 +1,168 @@
+#!/usr/bin/env python3
+"""Plants one violation at a time in a small tree that keeps all rules, and asks each check for exactly that line."""
+
+import os
+import sys
+import tempfile
+import unittest
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import structure  # pylint: disable=wrong-import-position
+
+GOOD = {
+    "docs/architecture.md": """
+| room | may use | holds |
+|---|---|---|
+| `core/` | | basics |
+| `kernels/` | `core` | operations |
+| `data/` | `core` | data |
+| `launch/` | `core` `kernels` `data` | the program |
+
+| other | table |
+|---|---|
+| `data` | `launch` |
+""",
+    "docs/errors.md": "| code | exit |\n|---|---|\n| `AB-CODE`, `AB-MORE` | 65 |\n| `INTERNAL` | 70 |\n",
+    "core/CMakeLists.txt": "sala_room(core\n  LINKS absl::status)\n",
+    "core/status.h": "// Errors.\n#pragma once\n#include <string>\n",
+    "core/status.cc": """#include "core/status.h"
+// A comment may name "ZZ-OTHER" and MakeError(x, "ZZ-THIRD", y).
+Status A() { return MakeError(ExitCode::kData, "AB-CODE", "text, with (brackets)"); }
+Status B() {
+  return MakeError(ExitCode::kData,
+                   empty ? "INTERNAL" : code, "UTF-8 text");
+}
+Status C() { return helper("AB-MORE", "UTF-8"); }
+""",
+    "kernels/CMakeLists.txt": "sala_room(kernels USES core)\n",
+    "kernels/add/add.h": '// Adds.\n#pragma once\n#include "core/status.h"\n',
+    "data/CMakeLists.txt": "sala_room(data USES core LINKS PkgConfig::X)\n",
+    "data/store.cc": '#include "core/status.h"\n',
+    "launch/main.cc": '#include "data/store.h"\n#include "kernels/add/add.h"\n',
+    "launch/CMakeLists.txt": "add_executable(sala main.cc)\n",
+    "tests/kernels/add/add_test.cc": '#include "kernels/add/add.h"\n#include "tests/kernels/common/k.h"\n',
+    "tests/kernels/common/k.h": "// Helpers.\n",
+    "launch/run": "#!/usr/bin/env bash\ncat /usr/share/x build/home/a\n",
+}
+
+
+class StructureTest(unittest.TestCase):
+    def violations(self, changes, checks=tuple(structure.CHECKS)):
+        """`changes`: file -> new text, or None to leave the file out."""
+        files = {**GOOD, **changes}
+        with tempfile.TemporaryDirectory() as root:
+            for name, text in files.items():
+                if text is None:
+                    continue
+                path = os.path.join(root, name)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write(text)
+            tree = structure.Tree(root)
+            return [line for check in checks for line in structure.CHECKS[check](tree)]
+
+    def expect_one(self, changes, expected):
+        self.assertEqual(self.violations(changes), [expected])
+
+    def test_good_tree_passes(self):
+        self.assertEqual(self.violations({}), [])
+
+    def test_rooms_are_read_from_the_document(self):
+        with tempfile.TemporaryDirectory() as root:
+            os.makedirs(os.path.join(root, "docs"))
+            with open(os.path.join(root, "docs/architecture.md"), "w", encoding="utf-8") as file:
+                file.write(GOOD["docs/architecture.md"])
+            rooms = structure.rooms_of(structure.Tree(root))
+        self.assertEqual(rooms, {"core": set(), "kernels": {"core"}, "data": {"core"},
+                                 "launch": {"core", "kernels", "data"}})
+
+    def test_missing_room_table(self):
+        self.assertIn("docs/architecture.md:1: no table with the columns `room` and `may use`",
+                      self.violations({"docs/architecture.md": "nothing"}, ["rooms"]))
+
+    def test_room_order(self):
+        table = GOOD["docs/architecture.md"].replace("| `core/` | |", "| `core/` | `data` |")
+        self.expect_one({"docs/architecture.md": table},
+                        "docs/architecture.md:1: room core may use data, which does not stand before it")
+
+    def test_upward_include(self):
+        self.assertIn('core/up.cc:2: room core must not include "kernels/add/add.h"',
+                      self.violations({"core/up.cc": '\n#include "kernels/add/add.h"\n'}, ["includes"]))
+
+    def test_sideways_include(self):
+        text = '#include "core/status.h"\n#  include "kernels/add/add.h"\n'
+        self.assertEqual(self.violations({"data/store.cc": text}, ["includes"]),
+                         ['data/store.cc:2: room data must not include "kernels/add/add.h"'])
+
+    def test_include_not_from_root(self):
+        self.expect_one({"core/near.cc": '#include "status.h"\n'},
+                        'core/near.cc:1: include "status.h" is not a path from the root')
+        self.expect_one({"core/near.cc": '#include "../core/status.h"\n'},
+                        'core/near.cc:1: include "../core/status.h" is not a path from the root')
+
+    def test_room_includes_tests(self):
+        self.expect_one({"core/t.cc": '#include "tests/kernels/common/k.h"\n'},
+                        'core/t.cc:1: room core must not include "tests/kernels/common/k.h"')
+
+    def test_test_of_lower_room_includes_higher_room(self):
+        self.expect_one({"tests/kernels/add/more.cc": '#include "data/store.h"\n'},
+                        'tests/kernels/add/more.cc:1: room kernels must not include "data/store.h"')
+
+    def test_link_to_forbidden_room(self):
+        self.assertIn("data/CMakeLists.txt:1: room data must not link kernels",
+                      self.violations({"data/CMakeLists.txt": "sala_room(data USES core kernels)\n"}, ["links"]))
+
+    def test_link_missing(self):
+        self.expect_one({"kernels/CMakeLists.txt": "\nsala_room(kernels)\n"},
+                        "kernels/CMakeLists.txt:2: files of kernels include core, USES does not name it")
+
+    def test_link_unused(self):
+        self.expect_one({"data/store.cc": "int x;\n"},
+                        "data/CMakeLists.txt:1: USES names core, no file of data includes it")
+
+    def test_link_of_another_name(self):
+        self.expect_one({"data/CMakeLists.txt": "sala_room(datum USES core)\n"},
+                        "data/CMakeLists.txt:1: sala_room names datum, the folder is data")
+
+    def test_unlisted_error_code(self):
+        self.expect_one({"data/store.cc": '#include "core/status.h"\nauto e = MakeError(f(1, 2),\n "DS-NEW", "x");\n'},
+                        "data/store.cc:3: error code DS-NEW is not listed in docs/errors.md")
+        self.expect_one({"data/store.cc": '#include "core/status.h"\nauto e = MakeError(k, "SINGLE", "x");\n'},
+                        "data/store.cc:2: error code SINGLE is not listed in docs/errors.md")
+        self.expect_one({"data/store.cc": '#include "core/status.h"\nb.Error("key", "CFG-NEW", "x");\n'},
+                        "data/store.cc:2: error code CFG-NEW is not listed in docs/errors.md")
+
+    def test_listed_error_code_nobody_raises(self):
+        self.expect_one({"docs/errors.md": GOOD["docs/errors.md"] + "| `AB-OLD` | 65 |\n"},
+                        "docs/errors.md:5: error code AB-OLD is raised nowhere")
+
+    def test_missing_error_catalogue(self):
+        self.expect_one({"docs/errors.md": None}, "docs/errors.md:1: missing: the catalogue of error codes")
+
+    def test_kernel_without_contract(self):
+        self.expect_one({"kernels/sub/cpu.cc": "", "tests/kernels/sub/sub_test.cc": ""},
+                        "kernels/sub:1: no contract kernels/sub/sub.h")
+
+    def test_kernel_without_test(self):
+        self.expect_one({"tests/kernels/add/add_test.cc": None},
+                        "kernels/add:1: no test tests/kernels/add/*_test.cc")
+
+    def test_header_without_overview(self):
+        self.expect_one({"core/bare.h": "#pragma once\n"},
+                        "core/bare.h:1: header does not open with an overview comment")
+
+    def test_machine_path(self):
+        for folder in ("home", "root", "Users", "work"):
+            self.expect_one({"launch/run": f"cd\ncp x /{folder}/me/x\n"},
+                            f"launch/run:2: path of one machine: /{folder}/m")
+
+    def test_left_over_notes(self):
+        for word in ("TO" + "DO", "FIX" + "ME"):
+            self.expect_one({"core/status.h": f"// Errors.\n// {word}: more\n"},
+                            f"core/status.h:2: left-over note: {word}")
+        self.expect_one({"core/status.h": "// Errors.\n" + "<" * 7 + " ours\n"},
+                        "core/status.h:2: left-over note: " + "<" * 7)
+
+
+if __name__ == "__main__":
+    unittest.main()
