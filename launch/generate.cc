@@ -1,16 +1,17 @@
 // sala generate: continues a prompt, text shown as it comes.
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "core/config.h"
 #include "data/chat.h"
 #include "data/tokenizer.h"
 #include "launch/command.h"
 #include "model/generate.h"
 #include "recipes/checkpointing.h"
-#include "recipes/config.h"
 #include "recipes/export.h"
 
 namespace sala::launch {
@@ -26,13 +27,21 @@ struct GenerateOptions {
   model::SamplingOptions sampling;
 };
 
+// The one key of a stage's configuration that matters here.
+struct SparseKey {
+  bool sparse_attention = false;
+  void Bind(ConfigBinder& b) { b.Field("sparse_attention", &sparse_attention); }
+};
+
 // auto: as the model was trained. A stage's configuration says so; an exported hybrid is one whose long stages used it.
 StatusOr<bool> UseSparse(const GenerateOptions& options, const recipes::LoadedModel& loaded) {
   if (options.sparse != "auto") return options.sparse == "on";
   if (!loaded.checkpoint) return loaded.config.has_lightning();
   SALA_ASSIGN_OR_RETURN(const std::string yaml, loaded.checkpoint->ReadConfig());
-  SALA_ASSIGN_OR_RETURN(const recipes::StageConfig stage, recipes::ParseStage(yaml, options.checkpoint + "/config.yaml"));
-  return stage.sparse_attention;
+  SALA_ASSIGN_OR_RETURN(const ConfigDocument document, ConfigDocument::Parse(yaml, options.checkpoint + "/config.yaml"));
+  SparseKey key;
+  static_cast<void>(BindConfig(document, &key));  // complains of all the other keys
+  return key.sparse_attention;
 }
 
 StatusOr<std::vector<int32_t>> PromptIds(const GenerateOptions& options, const data::Tokenizer& tokenizer) {

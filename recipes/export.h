@@ -50,7 +50,7 @@ StatusOr<ExportReport> ExportModel(const model::ModelConfig& config,
 // EXP-TOKENIZER (66) when there is none.
 StatusOr<std::string> TokenizerPathFor(const std::string& model_path, const std::string& named);
 
-struct HfModel {
+struct HfFolder {
   model::ModelConfig config;
   model::ParameterStore params;
 };
@@ -58,6 +58,6 @@ struct HfModel {
 // Reads a folder of model_type minicpm_sala, minicpm, llama or qwen3. Tied embeddings are untied:
 // the head becomes a copy of the embedding. Errors: FILE-MISSING (66), IMP-* and ST-* (65);
 // IMP-MISSING and IMP-EXTRA list tensors the configuration asks for or has no place for.
-StatusOr<HfModel> LoadHfFolder(const std::string& directory);
+StatusOr<HfFolder> LoadHfFolder(const std::string& directory);
 
 }  // namespace sala::recipes
