@@ -3,9 +3,10 @@
 # -ffp-contract=off: the compiler must not fuse a*b+c on machines that can and leave it on those that cannot; where a fused
 # multiply-add is wanted it is written std::fma. Together with the absence of -ffast-math this keeps results the same on
 # every x86-64 machine.
+# -Wno-restrict: g++ 12 raises it wrongly for "literal" + std::string (GCC bug 105651).
 function(sala_compile_options TARGET)
   target_compile_options(${TARGET} PRIVATE
-    -Wall -Wextra -Werror -Wshadow -Wnon-virtual-dtor -Wno-unused-parameter
+    -Wall -Wextra -Werror -Wshadow -Wnon-virtual-dtor -Wno-unused-parameter -Wno-restrict
     -ffp-contract=off -fno-math-errno -fno-trapping-math)
   target_include_directories(${TARGET} PUBLIC ${CMAKE_SOURCE_DIR})
   if(SALA_SANITIZE)
@@ -20,6 +21,13 @@ endfunction()
 function(sala_room NAME)
   cmake_parse_arguments(ROOM "" "" "USES;LINKS" ${ARGN})
   file(GLOB_RECURSE SOURCES CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/*.cc)
+  if(NOT SOURCES)  # a room that is headers only so far
+    add_library(sala_${NAME} INTERFACE)
+    foreach(USED ${ROOM_USES})
+      target_link_libraries(sala_${NAME} INTERFACE sala_${USED})
+    endforeach()
+    return()
+  endif()
   add_library(sala_${NAME} STATIC ${SOURCES})
   sala_compile_options(sala_${NAME})
   foreach(USED ${ROOM_USES})

@@ -25,7 +25,8 @@ void* Arena::Allocate(size_t bytes) {
     Block block;
     block.size = std::max(size, block_bytes_);
     block.data.reset(std::aligned_alloc(kAlignment, block.size));
-    SALA_CHECK(block.data != nullptr) << "out of memory: arena asked for " << block.size << " bytes";
+    SALA_CHECK(block.data != nullptr)
+        << "out of memory: arena asked for " << block.size << " bytes";
     blocks_.push_back(std::move(block));
     offset_ = 0;
   }

@@ -1,14 +1,16 @@
-// Arena: memory for activations and work space. Allocation moves a pointer; freeing goes back to a mark, last in first out.
+// Arena: memory for activations and work space. Allocation moves a pointer; freeing goes back to a
+// mark, last in first out.
 //
 //   Arena arena;
 //   {
-//     ArenaScope scope(arena);                       // everything allocated below is given back at the closing brace
-//     Tensor h = arena.New(DType::kF32, {t, width}); // uninitialised
+//     ArenaScope scope(arena);                       // everything allocated below is given back at
+//     the closing brace Tensor h = arena.New(DType::kF32, {t, width}); // uninitialised
 //   }
 //   arena.peak_bytes();                              // the most that was ever in use
 //
-// Memory comes in blocks that are kept for the arena's life, so a step that repeats allocates nothing new. Pointers are
-// aligned to 64 bytes. Not thread-safe: one arena per rank, used from the thread that drives the model.
+// Memory comes in blocks that are kept for the arena's life, so a step that repeats allocates
+// nothing new. Pointers are aligned to 64 bytes. Not thread-safe: one arena per rank, used from the
+// thread that drives the model.
 #pragma once
 
 #include <cstddef>

@@ -15,7 +15,8 @@ std::string& ProcessHost() {
   return host;
 }
 
-constexpr int kExitInternal = 70;  // ExitCode::kInternal; status.h is not included here to keep this header small
+constexpr int kExitInternal =
+    70;  // ExitCode::kInternal; status.h is not included here to keep this header small
 
 }  // namespace
 

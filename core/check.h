@@ -1,5 +1,6 @@
-// SALA_CHECK(condition) << "detail": aborts with file, line, rank and host when an invariant of ours is broken.
-// For mistakes of users, files and clusters return a Status instead (core/status.h).
+// SALA_CHECK(condition) << "detail": aborts with file, line, rank and host when an invariant of
+// ours is broken. For mistakes of users, files and clusters return a Status instead
+// (core/status.h).
 #pragma once
 
 #include <sstream>
@@ -14,7 +15,8 @@ class CheckFailure {
   CheckFailure(const char* file, int line, const char* condition);
   CheckFailure(const CheckFailure&) = delete;
   CheckFailure& operator=(const CheckFailure&) = delete;
-  [[noreturn]] ~CheckFailure();  // NOLINT(bugprone-exception-escape): prints and ends the process with exit code 70
+  [[noreturn]] ~CheckFailure();  // NOLINT(bugprone-exception-escape): prints and ends the process
+                                 // with exit code 70
   std::ostream& stream() { return text_; }
 
  private:
@@ -28,7 +30,7 @@ struct CheckVoidify {
 
 }  // namespace sala
 
-#define SALA_CHECK(condition)            \
-  (condition) ? static_cast<void>(0)     \
-              : ::sala::CheckVoidify() & \
-                    ::sala::CheckFailure(__FILE__, __LINE__, #condition).stream()
+#define SALA_CHECK(condition) \
+  (condition)                 \
+      ? static_cast<void>(0)  \
+      : ::sala::CheckVoidify() & ::sala::CheckFailure(__FILE__, __LINE__, #condition).stream()

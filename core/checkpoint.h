@@ -1,13 +1,14 @@
-// The checkpoint format: a directory of slices of named global tensors, valid only with its manifest, which is written last.
-// Layout, schemas and faults: docs/formats.md. This room knows the format, not ranks or stages: recipes/ decides when to
-// save and who owns which slice.
+// The checkpoint format: a directory of slices of named global tensors, valid only with its
+// manifest, which is written last. Layout, schemas and faults: docs/formats.md. This room knows the
+// format, not ranks or stages: recipes/ decides when to save and who owns which slice.
 //
 // Saving (a writer per rank, all sharing one directory; `Coordinator` steps on rank 0 only):
-//   rank 0: CheckpointCommit commit = CheckpointCommit::Begin(root, step)  -> .tmp-step-000000012-1/
-//   each:   WriteCheckpointSlices(dir, writer, save_id, slices) -> WrittenFiles (gathered to rank 0 by the caller as text)
-//   rank 0: commit.Finish(manifest, all WrittenFiles, config_yaml)         -> step-000000012/
-// Loading: Checkpoint::Open(dir) checks manifest, sizes and index; ReadSlice reads any box of any tensor, whatever the
-// slices on disk, and verifies the CRC of every slice it touches in full.
+//   rank 0: CheckpointCommit commit = CheckpointCommit::Begin(root, step)  ->
+//   .tmp-step-000000012-1/ each:   WriteCheckpointSlices(dir, writer, save_id, slices) ->
+//   WrittenFiles (gathered to rank 0 by the caller as text) rank 0: commit.Finish(manifest, all
+//   WrittenFiles, config_yaml)         -> step-000000012/
+// Loading: Checkpoint::Open(dir) checks manifest, sizes and index; ReadSlice reads any box of any
+// tensor, whatever the slices on disk, and verifies the CRC of every slice it touches in full.
 #pragma once
 
 #include <array>
@@ -25,8 +26,9 @@ namespace sala {
 enum class TensorKind : uint8_t { kParam, kMaster, kExpAvg, kExpAvgSq, kBuffer };
 std::string_view NameOf(TensorKind kind);  // "param", "master", "exp_avg", "exp_avg_sq", "buffer"
 
-// A part of a named global tensor: elements [flat_begin, flat_end) of the whole tensor in row-major order. (Boxes of tensor
-// parallelism are written as the index schema allows; a slice here with flat range covers ZeRO shards.)
+// A part of a named global tensor: elements [flat_begin, flat_end) of the whole tensor in row-major
+// order. (Boxes of tensor parallelism are written as the index schema allows; a slice here with
+// flat range covers ZeRO shards.)
 struct TensorSlice {
   std::string name;
   TensorKind kind = TensorKind::kParam;
@@ -44,7 +46,8 @@ struct WrittenSlices {
   nlohmann::json json;  // files with bytes and crc, slices with offsets and crc
 };
 
-StatusOr<WrittenSlices> WriteCheckpointSlices(const std::string& directory, int writer, const std::string& save_id,
+StatusOr<WrittenSlices> WriteCheckpointSlices(const std::string& directory, int writer,
+                                              const std::string& save_id,
                                               const std::vector<TensorSlice>& slices);
 
 struct CheckpointInfo {  // the manifest's content that is not derived from the files
@@ -55,21 +58,23 @@ struct CheckpointInfo {  // the manifest's content that is not derived from the 
   nlohmann::json topology;  // {world, dp, tp, cp, zero_stage}
   nlohmann::json model;     // {config_sha256, parameters, tensors, mixer_types}
   std::string tokenizer_fingerprint;
-  nlohmann::json trainer;   // counters, cursor, HALO state
-  nlohmann::json parent;    // {path, save_id} or null
+  nlohmann::json trainer;  // counters, cursor, HALO state
+  nlohmann::json parent;   // {path, save_id} or null
 };
 
 class CheckpointCommit {
  public:
-  // Makes the temporary directory. CKPT-SAVE (74) when it cannot; CKPT-SPACE (74) when the file system has less than
-  // 1.1 * bytes_needed free.
-  static StatusOr<CheckpointCommit> Begin(const std::string& root, int64_t global_step, int64_t bytes_needed);
+  // Makes the temporary directory. CKPT-SAVE (74) when it cannot; CKPT-SPACE (74) when the file
+  // system has less than 1.1 * bytes_needed free.
+  static StatusOr<CheckpointCommit> Begin(const std::string& root, int64_t global_step,
+                                          int64_t bytes_needed);
   const std::string& directory() const { return directory_; }
   const std::string& save_id() const { return save_id_; }
   // index.h5, config.yaml, extra files, manifest.json, fsyncs, rename. Returns the final directory.
-  StatusOr<std::string> Finish(CheckpointInfo info, const std::vector<WrittenSlices>& written,
-                               const std::string& config_yaml,
-                               const std::vector<std::pair<std::string, std::string>>& extra_files = {});
+  StatusOr<std::string> Finish(
+      CheckpointInfo info, const std::vector<WrittenSlices>& written,
+      const std::string& config_yaml,
+      const std::vector<std::pair<std::string, std::string>>& extra_files = {});
   void Abandon();  // renames to .del-* and removes
 
  private:
@@ -90,7 +95,8 @@ struct StoredTensor {
 
 class Checkpoint {
  public:
-  // CKPT-NONE (no such directory or no manifest), CKPT-MANIFEST, CKPT-VERSION, CKPT-SIZE, CKPT-MIXED, CKPT-CRC.
+  // CKPT-NONE (no such directory or no manifest), CKPT-MANIFEST, CKPT-VERSION, CKPT-SIZE,
+  // CKPT-MIXED, CKPT-CRC.
   static StatusOr<Checkpoint> Open(const std::string& directory);
 
   const std::string& directory() const { return directory_; }
@@ -98,8 +104,10 @@ class Checkpoint {
   const std::vector<StoredTensor>& tensors() const { return tensors_; }
   const StoredTensor* Find(const std::string& name, TensorKind kind) const;
 
-  // Elements [begin, end) in row-major order of the global tensor, converted to float32. CKPT-TENSOR, CKPT-CRC, CKPT-COVER.
-  Status ReadF32(const std::string& name, TensorKind kind, int64_t begin, int64_t end, float* out) const;
+  // Elements [begin, end) in row-major order of the global tensor, converted to float32.
+  // CKPT-TENSOR, CKPT-CRC, CKPT-COVER.
+  Status ReadF32(const std::string& name, TensorKind kind, int64_t begin, int64_t end,
+                 float* out) const;
 
   StatusOr<std::string> ReadConfig() const;  // config.yaml
   Status Verify(VerifyLevel level) const;    // the first problem, named by file, tensor and slice
@@ -130,20 +138,22 @@ struct CheckpointListing {
 // Complete-looking checkpoints below root (valid manifest), oldest first. Other names are ignored.
 std::vector<CheckpointListing> ListCheckpoints(const std::string& root);
 
-// The newest checkpoint that opens and passes `level`; older ones are tried when it does not, with a warning each. CKPT-NONE
-// when there is none at all; nullopt is returned for an empty root.
-StatusOr<std::optional<Checkpoint>> NewestValidCheckpoint(const std::string& root, VerifyLevel level);
+// The newest checkpoint that opens and passes `level`; older ones are tried when it does not, with
+// a warning each. CKPT-NONE when there is none at all; nullopt is returned for an empty root.
+StatusOr<std::optional<Checkpoint>> NewestValidCheckpoint(const std::string& root,
+                                                          VerifyLevel level);
 
-// Removes all but the newest `keep_last`, stage-final ones, `protect`ed paths and directories that hold a file KEEP; also
-// left-over .tmp-* and .del-*.
-Status PruneCheckpoints(const std::string& root, int64_t keep_last, const std::vector<std::string>& protect);
+// Removes all but the newest `keep_last`, stage-final ones, `protect`ed paths and directories that
+// hold a file KEEP; also left-over .tmp-* and .del-*.
+Status PruneCheckpoints(const std::string& root, int64_t keep_last,
+                        const std::vector<std::string>& protect);
 Status RemoveLeftovers(const std::string& root);
 
 struct TensorDifference {
   std::string name;
   TensorKind kind = TensorKind::kParam;
-  bool equal = false;       // same bits
-  std::string note;         // "only in A", "shape differs: ..." or ""
+  bool equal = false;  // same bits
+  std::string note;    // "only in A", "shape differs: ..." or ""
   double max_abs = 0;
   double rms = 0;
 };

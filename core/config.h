@@ -8,15 +8,17 @@
 //       b.Field("warmup_steps", &warmup_steps, {.min = 0});
 //     }
 //   };
-//   SALA_ASSIGN_OR_RETURN(ConfigDocument doc, ConfigDocument::Load("stable.yaml", {"optimizer.peak_lr=2e-3"}));
-//   SALA_RETURN_IF_ERROR(BindConfig(doc, &config));   // every key checked
-//   std::string resolved = EmitConfig(config);        // YAML of every value, defaults included
+//   SALA_ASSIGN_OR_RETURN(ConfigDocument doc, ConfigDocument::Load("stable.yaml",
+//   {"optimizer.peak_lr=2e-3"})); SALA_RETURN_IF_ERROR(BindConfig(doc, &config));   // every key
+//   checked std::string resolved = EmitConfig(config);        // YAML of every value, defaults
+//   included
 //
-// One Bind serves reading and writing. Errors (exit 78): CFG-SYNTAX, CFG-KEY (unknown, with the nearest valid key),
-// CFG-DUP, CFG-TYPE, CFG-RANGE, CFG-MISSING, CFG-CONFLICT, CFG-SET (bad --set); each names file:line:column and the dotted
-// path. Integers accept 7_800_000 and the suffixes K, M, G, T (powers of 1000? no: K = 1024, M = 1024^2, ... : lengths are
-// binary in this field, so 4K = 4096); decimals such as 010 are decimal ten; floats accept 1e9 and 3e-4.
-// All errors of a document are collected and reported together, first one first.
+// One Bind serves reading and writing. Errors (exit 78): CFG-SYNTAX, CFG-KEY (unknown, with the
+// nearest valid key), CFG-DUP, CFG-TYPE, CFG-RANGE, CFG-MISSING, CFG-CONFLICT, CFG-SET (bad --set);
+// each names file:line:column and the dotted path. Integers accept 7_800_000 and the suffixes K, M,
+// G, T (powers of 1000? no: K = 1024, M = 1024^2, ... : lengths are binary in this field, so 4K =
+// 4096); decimals such as 010 are decimal ten; floats accept 1e9 and 3e-4. All errors of a document
+// are collected and reported together, first one first.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +36,10 @@ namespace sala {
 
 class ConfigDocument {
  public:
-  // `sets`: "a.b=c" overrides in order (list elements as a.0.b); the value is parsed as YAML; they may add keys.
-  static StatusOr<ConfigDocument> Load(const std::string& path, const std::vector<std::string>& sets = {});
+  // `sets`: "a.b=c" overrides in order (list elements as a.0.b); the value is parsed as YAML; they
+  // may add keys.
+  static StatusOr<ConfigDocument> Load(const std::string& path,
+                                       const std::vector<std::string>& sets = {});
   static StatusOr<ConfigDocument> Parse(const std::string& text, const std::string& name,
                                         const std::vector<std::string>& sets = {});
   const std::string& path() const { return path_; }
@@ -120,13 +124,15 @@ class ConfigBinder {
 
   bool reading() const;
   bool Present(const char* key) const;  // while reading: the key is written in the current mapping
-  // Reports a contradiction or a bad value at the place where `key` is written (or at the mapping, if it is not).
+  // Reports a contradiction or a bad value at the place where `key` is written (or at the mapping,
+  // if it is not).
   void Error(const char* key, const std::string& code, const std::string& text);
 
  private:
   friend class ConfigBinderAccess;  // BindConfig and EmitConfig
   ConfigBinder();
-  void EnumField(const char* key, std::string* text, const std::vector<std::string>& allowed, FieldOptions options);
+  void EnumField(const char* key, std::string* text, const std::vector<std::string>& allowed,
+                 FieldOptions options);
   bool BeginSection(const char* key, FieldOptions options);
   void EndSection();
   int64_t BeginList(const char* key, int64_t size, FieldOptions options);
@@ -142,7 +148,7 @@ class ConfigBinderAccess {
  public:
   static std::unique_ptr<ConfigBinder> Reader(const ConfigDocument& document);
   static std::unique_ptr<ConfigBinder> Writer();
-  static Status Finish(ConfigBinder& binder);        // unknown keys and collected errors
+  static Status Finish(ConfigBinder& binder);           // unknown keys and collected errors
   static std::string Text(const ConfigBinder& binder);  // YAML
 };
 

@@ -17,8 +17,8 @@ struct ThreadPool::State {
   const std::function<void(int64_t, int64_t)>* body = nullptr;
   int64_t n = 0;
   int64_t grain = 1;
-  int64_t next = 0;      // first index nobody has taken
-  int64_t running = 0;   // pieces taken and not finished
+  int64_t next = 0;     // first index nobody has taken
+  int64_t running = 0;  // pieces taken and not finished
   bool stop = false;
   std::vector<std::thread> workers;
 
@@ -45,8 +45,9 @@ ThreadPool::ThreadPool(int threads) : threads_(threads), state_(std::make_unique
     state_->workers.emplace_back([state = state_.get()] {
       std::unique_lock<std::mutex> lock(state->mutex);
       while (true) {
-        state->work_ready.wait(
-            lock, [state] { return state->stop || (state->body != nullptr && state->next < state->n); });
+        state->work_ready.wait(lock, [state] {
+          return state->stop || (state->body != nullptr && state->next < state->n);
+        });
         if (state->stop) return;
         state->Drain(lock);
       }

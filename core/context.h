@@ -1,4 +1,5 @@
-// What an operation runs on: the device, its worker threads and its work space. The first argument of every kernel.
+// What an operation runs on: the device, its worker threads and its work space. The first argument
+// of every kernel.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,8 @@
 
 namespace sala {
 
-// A pool of worker threads that block (never spin) between jobs. With threads = 1 everything runs on the caller.
+// A pool of worker threads that block (never spin) between jobs. With threads = 1 everything runs
+// on the caller.
 class ThreadPool {
  public:
   explicit ThreadPool(int threads);
@@ -20,9 +22,10 @@ class ThreadPool {
 
   int threads() const { return threads_; }
 
-  // Calls body(begin, end) over [0, n) cut in pieces of `grain` (the last may be shorter) and returns when all are done.
-  // The cut depends on n and grain only, never on the number of threads, so a reduction that keeps one partial result per
-  // piece and adds them in order has the same bits for any thread count. `body` must not call For again.
+  // Calls body(begin, end) over [0, n) cut in pieces of `grain` (the last may be shorter) and
+  // returns when all are done. The cut depends on n and grain only, never on the number of threads,
+  // so a reduction that keeps one partial result per piece and adds them in order has the same bits
+  // for any thread count. `body` must not call For again.
   void For(int64_t n, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& body);
 
  private:
@@ -34,7 +37,8 @@ class ThreadPool {
 struct Context {
   DeviceKind device = DeviceKind::kCpu;
   ThreadPool* pool = nullptr;  // never null when a kernel is called
-  Arena* scratch = nullptr;    // work space; a kernel gives back all it takes before it returns. Only the calling thread may use it
+  Arena* scratch = nullptr;  // work space; a kernel gives back all it takes before it returns. Only
+                             // the calling thread may use it
 };
 
 }  // namespace sala

@@ -19,7 +19,8 @@ bool IsDirectory(const std::string& path);
 StatusOr<std::vector<std::string>> ListDirectory(const std::string& path);  // names, sorted
 Status MakeDirectories(const std::string& path);
 
-// Writes path.tmp, fsyncs, renames over path, fsyncs the directory: readers see the old file or the new one. FILE-WRITE (74).
+// Writes path.tmp, fsyncs, renames over path, fsyncs the directory: readers see the old file or the
+// new one. FILE-WRITE (74).
 Status WriteFileAtomically(const std::string& path, std::string_view bytes);
 Status FsyncFile(const std::string& path);
 Status FsyncDirectory(const std::string& path);

@@ -8,11 +8,12 @@
 
 namespace sala {
 
-// CRC32C (Castagnoli, initial and final XOR all ones); "123456789" gives e3069283. `crc` continues an earlier value.
+// CRC32C (Castagnoli, initial and final XOR all ones); "123456789" gives e3069283. `crc` continues
+// an earlier value.
 uint32_t Crc32c(const void* data, size_t bytes, uint32_t crc = 0);
-uint64_t Xxh3(std::string_view bytes);     // XXH3-64, seed 0
+uint64_t Xxh3(std::string_view bytes);  // XXH3-64, seed 0
 std::string Sha256Hex(std::string_view bytes);
-std::string Hex32(uint32_t value);         // 8 lower-case hex digits
+std::string Hex32(uint32_t value);  // 8 lower-case hex digits
 
 // Streaming SHA-256 for files.
 class Sha256 {

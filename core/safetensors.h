@@ -1,5 +1,5 @@
-// safetensors files: reader with every check of the format before any value is used, writer with fixed order.
-// Format and errors (ST-*, exit 65): docs/formats.md.
+// safetensors files: reader with every check of the format before any value is used, writer with
+// fixed order. Format and errors (ST-*, exit 65): docs/formats.md.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +45,8 @@ struct SafetensorsTensor {
 Status WriteSafetensors(const std::string& path, std::vector<SafetensorsTensor> tensors,
                         const std::map<std::string, std::string>& metadata);
 
-// A Hugging Face model folder: model.safetensors, or model-0000i-of-0000n.safetensors with model.safetensors.index.json.
+// A Hugging Face model folder: model.safetensors, or model-0000i-of-0000n.safetensors with
+// model.safetensors.index.json.
 class SafetensorsModel {
  public:
   static StatusOr<SafetensorsModel> Open(const std::string& directory);
@@ -61,7 +62,8 @@ class SafetensorsModel {
 };
 
 // Splits into files of at most max_shard_bytes and writes the index when more than one is needed.
-Status WriteSafetensorsModel(const std::string& directory, const std::vector<SafetensorsTensor>& tensors,
+Status WriteSafetensorsModel(const std::string& directory,
+                             const std::vector<SafetensorsTensor>& tensors,
                              int64_t max_shard_bytes = int64_t{5} * 1000 * 1000 * 1000);
 
 }  // namespace sala

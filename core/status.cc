@@ -12,16 +12,24 @@ constexpr char kCodeUrl[] = "sala/code";
 // The nearest canonical code, for callers that look at status.code().
 absl::StatusCode Canonical(ExitCode exit_code) {
   switch (exit_code) {
-    case ExitCode::kOk: return absl::StatusCode::kOk;
+    case ExitCode::kOk:
+      return absl::StatusCode::kOk;
     case ExitCode::kUsage:
-    case ExitCode::kConfig: return absl::StatusCode::kInvalidArgument;
-    case ExitCode::kData: return absl::StatusCode::kDataLoss;
-    case ExitCode::kNoInput: return absl::StatusCode::kNotFound;
-    case ExitCode::kInternal: return absl::StatusCode::kInternal;
+    case ExitCode::kConfig:
+      return absl::StatusCode::kInvalidArgument;
+    case ExitCode::kData:
+      return absl::StatusCode::kDataLoss;
+    case ExitCode::kNoInput:
+      return absl::StatusCode::kNotFound;
+    case ExitCode::kInternal:
+      return absl::StatusCode::kInternal;
     case ExitCode::kDevice:
-    case ExitCode::kIo: return absl::StatusCode::kUnavailable;
-    case ExitCode::kRequeue: return absl::StatusCode::kAborted;
-    case ExitCode::kNumbers: return absl::StatusCode::kOutOfRange;
+    case ExitCode::kIo:
+      return absl::StatusCode::kUnavailable;
+    case ExitCode::kRequeue:
+      return absl::StatusCode::kAborted;
+    case ExitCode::kNumbers:
+      return absl::StatusCode::kOutOfRange;
   }
   return absl::StatusCode::kUnknown;
 }

@@ -7,7 +7,8 @@
 //
 //   if (size != expected)
 //     return MakeError(ExitCode::kData, "CKPT-SIZE",
-//                      path + ": file has " + n + " bytes, manifest says " + m + "; restore it or remove " + dir);
+//                      path + ": file has " + n + " bytes, manifest says " + m + "; restore it or
+//                      remove " + dir);
 //
 // A broken invariant of our own is SALA_CHECK (core/check.h), not a Status.
 #pragma once
@@ -44,7 +45,8 @@ enum class ExitCode : int {
 // An error whose message reads "CODE: text".
 Status MakeError(ExitCode exit_code, std::string_view code, std::string_view text);
 
-// The exit code an error carries; kOk for an OK status, kInternal for an error that was not made by MakeError.
+// The exit code an error carries; kOk for an OK status, kInternal for an error that was not made by
+// MakeError.
 ExitCode ExitCodeOf(const Status& status);
 
 // The catalogue code an error carries ("CKPT-CRC"), or "" where there is none.
@@ -61,8 +63,8 @@ Status Annotate(const Status& status, std::string_view context);
 #define SALA_STATUS_CONCAT_INNER(a, b) a##b
 #define SALA_STATUS_CONCAT(a, b) SALA_STATUS_CONCAT_INNER(a, b)
 
-#define SALA_RETURN_IF_ERROR(expr)                   \
-  do {                                               \
+#define SALA_RETURN_IF_ERROR(expr)                                                  \
+  do {                                                                              \
     if (::sala::Status sala_status = (expr); !sala_status.ok()) return sala_status; \
   } while (false)
 

@@ -1,10 +1,10 @@
 // A tensor view: pointer, number type, shape, strides, device. It owns nothing.
 //
-//   Tensor q = qkv.Columns(0, n * d).AsHeads(n, d);   // [T, N, D] view into a [T, (N + 2K) * D] buffer
-//   float* row = q.Row<float>(t);                     // first element of token t
+//   Tensor q = qkv.Columns(0, n * d).AsHeads(n, d);   // [T, N, D] view into a [T, (N + 2K) * D]
+//   buffer float* row = q.Row<float>(t);                     // first element of token t
 //
-// Strides count elements. The last dimension of a view is always contiguous. ConstTensor is the read-only form; a Tensor
-// converts to it.
+// Strides count elements. The last dimension of a view is always contiguous. ConstTensor is the
+// read-only form; a Tensor converts to it.
 #pragma once
 
 #include <array>
@@ -54,7 +54,8 @@ class BasicTensor {
 
   // Tensor -> ConstTensor.
   template <bool kOther, typename = std::enable_if_t<kConst && !kOther>>
-  BasicTensor(const BasicTensor<kOther>& other)  // NOLINT(google-explicit-constructor): adding const is free
+  BasicTensor(const BasicTensor<kOther>&
+                  other)  // NOLINT(google-explicit-constructor): adding const is free
       : data_(other.raw()), dtype_(other.dtype()), device_(other.device()), rank_(other.rank()) {
     for (int d = 0; d < rank_; ++d) {
       shape_[d] = other.dim(d);
@@ -88,8 +89,8 @@ class BasicTensor {
   // The data as T; the number type must agree.
   template <typename T>
   Element<T>* Data() const {
-    SALA_CHECK(dtype_ == DTypeOf<T>::value) << "tensor holds " << NameOf(dtype_) << ", asked for "
-                                            << NameOf(DTypeOf<T>::value);
+    SALA_CHECK(dtype_ == DTypeOf<T>::value)
+        << "tensor holds " << NameOf(dtype_) << ", asked for " << NameOf(DTypeOf<T>::value);
     return static_cast<Element<T>*>(data_);
   }
 
@@ -121,8 +122,8 @@ class BasicTensor {
 
   // [T, N * D] -> [T, N, D], strides kept.
   BasicTensor AsHeads(int64_t n, int64_t d) const {
-    SALA_CHECK(rank_ == 2 && shape_[1] == n * d) << "cannot split " << shape_[1] << " columns in " << n
-                                                 << " heads of " << d;
+    SALA_CHECK(rank_ == 2 && shape_[1] == n * d)
+        << "cannot split " << shape_[1] << " columns in " << n << " heads of " << d;
     BasicTensor view = *this;
     view.rank_ = 3;
     view.shape_ = {shape_[0], n, d, 0};
@@ -140,8 +141,9 @@ class BasicTensor {
  private:
   VoidPointer Offset(int64_t elements) const {
     using Byte = std::conditional_t<kConst, const char, char>;
-    return data_ == nullptr ? nullptr
-                            : static_cast<Byte*>(data_) + elements * static_cast<int64_t>(SizeOf(dtype_));
+    return data_ == nullptr
+               ? nullptr
+               : static_cast<Byte*>(data_) + elements * static_cast<int64_t>(SizeOf(dtype_));
   }
 
   VoidPointer data_ = nullptr;

@@ -1,0 +1,273 @@
+#include "data/sentencepiece_tokenizer.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <utility>
+
+#include "core/file.h"
+#include "core/hash.h"
+#include "core/rng.h"
+#include "data/sentencepiece_api.h"
+#include "data/tokenizer_files.h"
+#include "data/utf8.h"
+
+namespace sala::data {
+namespace {
+
+constexpr char kSpaceMark[] = "\xe2\x96\x81";  // U+2581
+
+std::string Escaped(const std::string& piece) { return nlohmann::json(piece).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace); }
+
+std::string SpacesFor(std::string piece) {
+  size_t at = 0;
+  while ((at = piece.find(kSpaceMark, at)) != std::string::npos) piece.replace(at++, 3, " ");
+  return piece;
+}
+
+class SentencePieceTokenizer : public Tokenizer {
+ public:
+  SentencePieceTokenizer(std::string path, std::string bytes, std::unique_ptr<SentencePieceModel> model,
+                         std::map<std::string, int32_t> added)
+      : path_(std::move(path)), bytes_(std::move(bytes)), model_(std::move(model)) {
+    SetAddedTokens(std::move(added));
+    name_ = "sentencepiece";
+    const std::vector<int> probe = model_->Encode("a");
+    dummy_prefix_ = !probe.empty() && SpacesFor(model_->piece(probe[0]))[0] == ' ';
+    fingerprint_ = Fingerprint();
+    token_bytes_.reserve(static_cast<size_t>(model_->size()));
+    for (int id = 0; id < model_->size(); ++id) token_bytes_.push_back(BytesOf(id));
+  }
+
+  std::string TokenBytes(int32_t id) const override {
+    return id >= 0 && id < model_->size() ? token_bytes_[static_cast<size_t>(id)] : std::string();
+  }
+  int64_t vocab_size() const override {
+    return model_->size() + static_cast<int64_t>(added_tokens().size());
+  }
+  int32_t bos_id() const override { return model_->bos_id(); }
+  int32_t eos_id() const override { return model_->eos_id(); }
+  int32_t pad_id() const override { return model_->pad_id() >= 0 ? model_->pad_id() : eos_id(); }
+  int32_t unk_id() const override { return model_->unk_id(); }
+  std::optional<int32_t> FindToken(const std::string& token) const override {
+    if (const auto added = Tokenizer::FindToken(token)) return added;
+    const int id = model_->Find(token);
+    return id < 0 ? std::nullopt : std::optional<int32_t>(id);
+  }
+  Status SaveTo(const std::string& directory) const override;
+
+ protected:
+  void AppendPieces(std::string_view text, int64_t offset, std::vector<Piece>* out) const override {
+    for (const SentencePiece& p : model_->EncodeWithOffsets(text))
+      out->push_back({p.id, offset + p.begin});
+  }
+  void AppendIds(std::string_view text, std::vector<int32_t>* out) const override {
+    const std::vector<int> ids = model_->Encode(text);
+    out->insert(out->end(), ids.begin(), ids.end());
+  }
+  bool adds_dummy_prefix() const override { return dummy_prefix_; }
+
+ private:
+  std::string PieceName(int id) const { return id < 0 ? std::string() : model_->piece(id); }
+
+  std::string BytesOf(int id) const {
+    if (id == model_->unk_id()) return "\xef\xbf\xbd";
+    if (model_->is_control(id)) return "";
+    const std::string& piece = model_->piece(id);
+    if (model_->is_byte(id))  // "<0x0A>"
+      return std::string(1, static_cast<char>(std::strtol(piece.c_str() + 3, nullptr, 16)));
+    return SpacesFor(piece);
+  }
+
+  // Spec: each piece in id order, then what decides the order of merges (here the scores), then normaliser (inside the
+  // model's bytes; the format has no free formatting, so hashing them is exact) and added tokens.
+  std::string Fingerprint() const {
+    Sha256 sha;
+    const auto line = [&](const std::string& text) { sha.Update(text.data(), text.size()); };
+    for (int id = 0; id < model_->size(); ++id) {
+      char score[40];
+      std::snprintf(score, sizeof score, "\t%a\n", static_cast<double>(model_->score(id)));
+      line(std::to_string(id) + "\t" + Escaped(model_->piece(id)) + score);
+    }
+    line("model\t" + Sha256Hex(bytes_) + "\n");
+    line(nlohmann::json(added_tokens()).dump());
+    return sha.HexDigest();
+  }
+
+  std::string path_;
+  std::string bytes_;
+  std::unique_ptr<SentencePieceModel> model_;
+  std::vector<std::string> token_bytes_;
+  bool dummy_prefix_ = false;
+};
+
+Status SentencePieceTokenizer::SaveTo(const std::string& directory) const {
+  SALA_RETURN_IF_ERROR(MakeDirectories(directory));
+  SALA_RETURN_IF_ERROR(WriteFileAtomically(directory + "/" + kSentencePieceFile, bytes_));
+  const std::string from = path_.substr(0, path_.find_last_of('/') + 1);
+  for (const char* name : {kAddedTokensFile, "tokenizer_config.json", "special_tokens_map.json"}) {
+    if (!PathExists(from + name)) continue;
+    SALA_ASSIGN_OR_RETURN(const std::string content, ReadFile(from + name));
+    SALA_RETURN_IF_ERROR(WriteFileAtomically(directory + "/" + name, content));
+  }
+  return WriteTokenizerConfigs(*this, directory,
+                               {.tokenizer_class = "LlamaTokenizer",
+                                .unk = PieceName(unk_id()),
+                                .bos = PieceName(bos_id()),
+                                .eos = PieceName(eos_id()),
+                                .pad = PieceName(pad_id())});
+}
+
+// added_tokens.json: ids must be exactly those after the pieces, each once.
+StatusOr<std::map<std::string, int32_t>> ReadAddedTokens(const std::string& path, int pieces) {
+  std::map<std::string, int32_t> added;
+  if (!PathExists(path)) return added;
+  const auto bad = [&](const std::string& text) {
+    return MakeError(ExitCode::kData, "TOK-FORMAT", path + ": " + text);
+  };
+  SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  const nlohmann::json json = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object()) return bad("not a JSON object of token texts and ids");
+  std::vector<bool> used(json.size(), false);
+  for (const auto& [token, id] : json.items()) {
+    if (!id.is_number_integer()) return bad("the id of \"" + Printable(token) + "\" is not an integer");
+    const int64_t place = id.get<int64_t>() - pieces;
+    if (token.empty()) return bad("an added token is empty");
+    if (place < 0 || place >= static_cast<int64_t>(used.size()) || used[static_cast<size_t>(place)]) {
+      return bad("token \"" + Printable(token) + "\" has id " + id.dump() + "; the " +
+                 std::to_string(used.size()) + " added tokens need the ids from " + std::to_string(pieces) +
+                 " (after the pieces of the model), each once");
+    }
+    used[static_cast<size_t>(place)] = true;
+    added[token] = id.get<int32_t>();
+  }
+  return added;
+}
+
+}  // namespace
+
+StatusOr<std::unique_ptr<Tokenizer>> LoadSentencePieceTokenizer(const std::string& path) {
+  SALA_ASSIGN_OR_RETURN(std::string bytes, ReadFile(path));
+  std::string error;
+  auto model = SentencePieceModel::FromBytes(bytes, &error);
+  if (model == nullptr) {
+    return MakeError(ExitCode::kData, "TOK-FORMAT",
+                     path + ": not a SentencePiece model of " + std::to_string(bytes.size()) + " bytes (" +
+                         Printable(error) + "); copy the file again");
+  }
+  const std::string directory = path.substr(0, path.find_last_of('/') + 1);
+  SALA_ASSIGN_OR_RETURN(auto added, ReadAddedTokens(directory + kAddedTokensFile, model->size()));
+  return std::unique_ptr<Tokenizer>(std::make_unique<SentencePieceTokenizer>(
+      path, std::move(bytes), std::move(model), std::move(added)));
+}
+
+namespace {
+
+// Gives the lines of the files to the trainer, cut at tabs (a reserved character of the trainer; a tab is one byte token) and
+// below the trainer's limit of 4,192 bytes a sentence, at a space. Keeps a seeded share of the lines when there is too much.
+class TrainingLines {
+ public:
+  TrainingLines(const TrainTokenizerOptions& options, int64_t total_bytes)
+      : inputs_(options.inputs),
+        draws_("tokenizer|" + std::to_string(options.seed)),
+        share_(total_bytes > options.max_bytes
+                   ? static_cast<double>(options.max_bytes) / static_cast<double>(total_bytes)
+                   : 1.0) {}
+
+  bool Next(std::string* sentence) {
+    while (pending_.empty()) {
+      std::string line;
+      if (!ReadLine(&line)) return false;
+      if (share_ < 1.0 && draws_.NextDouble() >= share_) continue;
+      Cut(ReplaceInvalidUtf8(line));
+    }
+    *sentence = std::move(pending_.back());
+    pending_.pop_back();
+    return true;
+  }
+
+ private:
+  bool ReadLine(std::string* line) {
+    while (!std::getline(stream_, *line)) {
+      if (next_input_ == inputs_.size()) return false;
+      stream_.close();
+      stream_.clear();
+      stream_.open(inputs_[next_input_++], std::ios::binary);
+    }
+    return true;
+  }
+
+  void Cut(const std::string& line) {
+    constexpr size_t kLimit = 4000;
+    std::vector<std::string> parts;
+    size_t begin = 0;
+    while (begin < line.size()) {
+      size_t end = std::min(line.find('\t', begin), line.size());
+      if (end - begin > kLimit) {
+        end = line.rfind(' ', begin + kLimit);
+        if (end == std::string::npos || end <= begin) {
+          end = begin + kLimit;
+          while (end > begin + 1 && (static_cast<uint8_t>(line[end]) & 0xc0) == 0x80) --end;
+        }
+      }
+      if (end > begin) parts.push_back(line.substr(begin, end - begin));
+      begin = end < line.size() && line[end] == '\t' ? end + 1 : end;
+    }
+    pending_.assign(parts.rbegin(), parts.rend());
+  }
+
+  const std::vector<std::string>& inputs_;
+  PhiloxStream draws_;
+  double share_;
+  std::ifstream stream_;
+  size_t next_input_ = 0;
+  std::vector<std::string> pending_;  // reversed
+};
+
+}  // namespace
+
+Status TrainSentencePiece(const TrainTokenizerOptions& options) {
+  const auto failed = [&](ExitCode exit_code, const std::string& text) {
+    return MakeError(exit_code, "TOK-TRAIN", text);
+  };
+  int64_t total = 0;
+  for (const std::string& input : options.inputs) {
+    SALA_ASSIGN_OR_RETURN(const int64_t bytes, FileSize(input));
+    total += bytes;
+  }
+  if (total == 0) return failed(ExitCode::kData, "no input text to train a tokenizer on");
+  const int64_t added = static_cast<int64_t>(options.added_tokens.size());
+  constexpr int64_t kSmallest = 3 + 256 + 1;  // unk, bos, eos, the bytes, one piece
+  if (options.vocab_size - added < kSmallest || options.vocab_size > (1 << 24)) {
+    return failed(ExitCode::kConfig, "vocab_size: found " + std::to_string(options.vocab_size) + ", expected at least " +
+                                         std::to_string(kSmallest + added) + " (256 bytes, 3 special, " +
+                                         std::to_string(added) + " added tokens and one piece) and at most 2^24");
+  }
+  TrainingLines lines(options, total);
+  std::string model;
+  const SentencePieceTraining training{.vocab_size = static_cast<int>(options.vocab_size - added),
+                                       .character_coverage = options.character_coverage};
+  const std::string error =
+      TrainSentencePieceModel(training, [&](std::string* s) { return lines.Next(s); }, &model);
+  if (!error.empty()) {
+    return failed(ExitCode::kData, "vocab_size " + std::to_string(options.vocab_size) + " on " + std::to_string(total) +
+                                       " bytes of text: " + Printable(error) +
+                                       "; use more text or another vocab_size");
+  }
+  SALA_RETURN_IF_ERROR(MakeDirectories(options.output));
+  nlohmann::json added_json = nlohmann::json::object();
+  for (size_t i = 0; i < options.added_tokens.size(); ++i)
+    added_json[options.added_tokens[i]] = training.vocab_size + static_cast<int64_t>(i);
+  SALA_RETURN_IF_ERROR(WriteFileAtomically(options.output + "/" + kAddedTokensFile, added_json.dump(2) + "\n"));
+  SALA_RETURN_IF_ERROR(WriteFileAtomically(options.output + "/" + kSentencePieceFile, model));
+  SALA_ASSIGN_OR_RETURN(const auto tokenizer, LoadTokenizer(options.output));
+  if (tokenizer->vocab_size() != options.vocab_size) {
+    return failed(ExitCode::kData, "the text of " + std::to_string(total) + " bytes gives only " +
+                                       std::to_string(tokenizer->vocab_size()) + " tokens, asked were " +
+                                       std::to_string(options.vocab_size) + "; use more text or a smaller vocab_size");
+  }
+  return tokenizer->SaveTo(options.output);
+}
+
+}  // namespace sala::data

@@ -1,0 +1,19 @@
+#include "kernels/common/documents.h"
+
+#include "core/check.h"
+
+namespace sala::kernels {
+
+std::vector<DocumentRange> Documents(std::span<const int32_t> cu_seqlens) {
+  SALA_CHECK(!cu_seqlens.empty() && cu_seqlens.front() == 0) << "cu_seqlens must start with 0";
+  std::vector<DocumentRange> documents;
+  documents.reserve(cu_seqlens.size() - 1);
+  for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s) {
+    SALA_CHECK(cu_seqlens[s] <= cu_seqlens[s + 1])
+        << "cu_seqlens falls from " << cu_seqlens[s] << " to " << cu_seqlens[s + 1] << " at " << s;
+    if (cu_seqlens[s] < cu_seqlens[s + 1]) documents.push_back({cu_seqlens[s], cu_seqlens[s + 1]});
+  }
+  return documents;
+}
+
+}  // namespace sala::kernels

@@ -1,0 +1,80 @@
+// Elementary functions and sums for loops over float arrays.
+//
+// SALA_VECTORIZE goes before a function that holds a hot loop: the compiler makes one copy per
+// instruction set and the program takes the best one at start. The functions below are free of
+// branches, calls and fused multiply-adds, so the loop becomes vector code and every copy gives the
+// same bits (the project compiles with -ffp-contract=off). Sums keep a fixed number of partial
+// sums, whatever the vector width, and join them in a fixed tree.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+// The resolvers behind target_clones run before a sanitizer is ready.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(SALA_SANITIZED)
+#define SALA_VECTORIZE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SALA_VECTORIZE
+#endif
+
+// For helpers that must become part of every copy of their caller.
+#define SALA_INLINE __attribute__((always_inline)) inline
+
+namespace sala::kernels {
+
+// e^x, at most 2 units in the last place off while the result is normal. -inf gives 0, above 88.73
+// inf, NaN NaN; results below the normal range are rounded to it gradually. x = n ln2 + r with |r|
+// <= ln2 / 2; ln2 in two parts, the first short enough for n * first to be exact; e^r by its Taylor
+// polynomial of degree 7, whose remainder r^8 / 8! is below 2^-27 of the result; 2^n in two factors
+// so that neither leaves the exponent range.
+SALA_INLINE float Exp(float x) {
+  constexpr float kRound =
+      12582912.0F;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  x = x > 89.0F ? 89.0F : x;
+  x = x < -104.0F ? -104.0F : x;
+  const float shifted = x * 1.44269504F + kRound;
+  const float n = shifted - kRound;
+  const uint32_t bits = std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(kRound);
+  const float r = (x - n * 0.693359375F) - n * -2.12194440e-4F;
+  float p = 1.0F / 5040;
+  p = p * r + 1.0F / 720;
+  p = p * r + 1.0F / 120;
+  p = p * r + 1.0F / 24;
+  p = p * r + 1.0F / 6;
+  p = p * r + 0.5F;
+  p = (p * r * r + r) + 1.0F;
+  const auto exponent = static_cast<int32_t>(bits);
+  const int32_t half = exponent >> 1;
+  const auto first = static_cast<uint32_t>(half) + 127U;
+  const auto second = bits - static_cast<uint32_t>(half) + 127U;
+  return p * std::bit_cast<float>(first << 23) * std::bit_cast<float>(second << 23);
+}
+
+// 1 / (1 + e^-x)
+SALA_INLINE float Sigmoid(float x) { return 1.0F / (1.0F + Exp(-x)); }
+
+constexpr int64_t kLanes = 16;
+
+// ((0+8) + (4+12)) + ... : the fixed tree over the partial sums.
+template <typename S>
+SALA_INLINE S JoinLanes(S (&lane)[kLanes]) {
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t l = 0; l < width; ++l) lane[l] += lane[l + width];
+  }
+  return lane[0];
+}
+
+// sum of term(i) over i in [0, n): term i goes to partial sum i mod kLanes. S is the type of the
+// sums.
+template <typename S, typename Term>
+SALA_INLINE S LaneSum(int64_t n, const Term& term) {
+  S lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) lane[l] += term(i + l);
+  }
+  for (; i < n; ++i) lane[i % kLanes] += term(i);
+  return JoinLanes(lane);
+}
+
+}  // namespace sala::kernels
