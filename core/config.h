@@ -15,10 +15,13 @@
 //
 // One Bind serves reading and writing. Errors (exit 78): CFG-SYNTAX, CFG-KEY (unknown, with the
 // nearest valid key), CFG-DUP, CFG-TYPE, CFG-RANGE, CFG-MISSING, CFG-CONFLICT, CFG-SET (bad --set);
-// each names file:line:column and the dotted path. Integers accept 7_800_000 and the suffixes K, M,
-// G, T (powers of 1000? no: K = 1024, M = 1024^2, ... : lengths are binary in this field, so 4K =
-// 4096); decimals such as 010 are decimal ten; floats accept 1e9 and 3e-4. All errors of a document
-// are collected and reported together, first one first.
+// each names file:line:column (or the --set argument) and the dotted path. All errors of a document
+// are reported together, in the order of the file.
+//
+// Integers accept 7_800_000 and the binary suffixes K, M, G, T (4K = 4096, 1M = 1024 * 1024):
+// lengths are binary in this field. Leading zeros are decimal (010 is ten); 0x, fractions and
+// exponents are refused. Floats accept integers, 1e9 and 3e-4; nan and inf are refused. Quoted
+// values are text, never numbers. Anchors, aliases and tags are refused.
 #pragma once
 
 #include <cstdint>
@@ -71,7 +74,7 @@ class ConfigBinder {
   void Field(const char* key, std::vector<int64_t>* value, FieldOptions options = {});
   void Field(const char* key, std::vector<double>* value, FieldOptions options = {});
   void Field(const char* key, std::vector<std::string>* value, FieldOptions options = {});
-  // null or absent: empty. Written as null when empty.
+  // null: empty; absent: the default stays. Written as null when empty.
   void Field(const char* key, std::optional<int64_t>* value, FieldOptions options = {});
   void Field(const char* key, std::optional<double>* value, FieldOptions options = {});
   void Field(const char* key, std::optional<std::string>* value, FieldOptions options = {});
@@ -91,7 +94,9 @@ class ConfigBinder {
     }
   }
 
-  // A nested mapping; S has void Bind(ConfigBinder&).
+  // A nested mapping; S has void Bind(ConfigBinder&). Absent or null: bound to an empty mapping, so
+  // that required keys inside are asked for. An optional section that is absent keeps its default,
+  // null empties it.
   template <typename S>
   void Section(const char* key, S* section, FieldOptions options = {}) {
     if (BeginSection(key, options)) {
@@ -101,10 +106,11 @@ class ConfigBinder {
   }
   template <typename S>
   void Section(const char* key, std::optional<S>* section, FieldOptions options = {}) {
-    if (reading() ? Present(key) : section->has_value()) {
-      if (reading()) section->emplace();
+    if (reading() ? HasValue(key) : section->has_value()) {
+      if (!section->has_value()) section->emplace();
       Section(key, &**section, options);
     } else {
+      if (reading() && Present(key)) section->reset();
       Absent(key, options);
     }
   }
@@ -138,6 +144,7 @@ class ConfigBinder {
   int64_t BeginList(const char* key, int64_t size, FieldOptions options);
   bool BeginItem(int64_t index);
   void EndList();
+  bool HasValue(const char* key) const;  // present and not null
   void Absent(const char* key, FieldOptions options);
 
   struct State;
@@ -166,7 +173,8 @@ std::string EmitConfig(S config) {
   return ConfigBinderAccess::Text(*binder);
 }
 
-// "7_800_000", "4K", "0.5M"? no fractions: an integer with optional suffix -> value, or nullopt.
+// "7_800_000", "4K": an integer with optional binary suffix -> value; nullopt when it is none or
+// does not fit.
 std::optional<int64_t> ParseInteger(const std::string& text);
 
 // The candidate with the smallest edit distance to `word`, or "" if none is near.

@@ -36,7 +36,8 @@ struct SaveRequest {
   CheckpointConfig policy;
 };
 
-// Collective. Writes checkpoints/step-NNNNNNNNN, prunes old ones. A failed save is logged and counted; CKPT-SAVE (74) is
+// Collective. Writes checkpoints/step-NNNNNNNNN of session.global_step (a save that is not the end of a training step, such as
+// an assembled model, advances global_step by one first, so that no two checkpoints share a number), prunes old ones. A failed save is logged and counted; CKPT-SAVE (74) is
 // returned only after policy.max_failures in a row, or at once for a stage-final save or when `must_succeed`.
 // Returns the directory ("" after a tolerated failure).
 StatusOr<std::string> SaveCheckpoint(Session& session, const SaveRequest& request, bool must_succeed = false);

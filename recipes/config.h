@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/config.h"
@@ -52,8 +53,7 @@ struct BatchConfig {
 };
 
 struct ValidationConfig {
-  int64_t every_steps = 0;  // 0: before the first and after the last step only
-  int64_t max_tokens = 65536;
+  int64_t every_steps = 0;  // 0: before the first and after the last step only. What is held out: data.validation
 
   void Bind(ConfigBinder& b);
 };
@@ -159,6 +159,7 @@ struct RunConfig {
 // What `sala train` reads: a pipeline, or one stage (then `stages` has one entry).
 struct PipelineConfig {
   std::string name;
+  bool single_stage = false;  // the file was a stage file
   RunConfig run;
   std::vector<StageConfig> stages;
 };
@@ -167,8 +168,13 @@ struct PipelineConfig {
 // first: "stable.schedule.peak_lr=1e-3"; "run.dir=..." and "tokenizer=..." go to the pipeline itself.
 StatusOr<PipelineConfig> LoadPipeline(const std::string& path, const std::vector<std::string>& sets);
 
-// YAML of everything, defaults filled in, in the form that LoadPipeline can read back stage by stage.
-std::string EmitPipeline(const PipelineConfig& config);
+// Everything with defaults filled in, as files that LoadPipeline reads back: {"config.yaml", text} and, for a pipeline,
+// {"stages/NAME.yaml", text} for each stage.
+std::vector<std::pair<std::string, std::string>> EmitPipeline(const PipelineConfig& config);
 std::string EmitStage(const StageConfig& config);
+
+// CFG-RESUME (78) when a stage that is resumed differs from the saved one in anything but what may change between starts:
+// parallel, checkpoint and validation sections, micro_batch_sequences, recompute.
+Status CheckResumable(const StageConfig& now, const std::string& saved_yaml, const std::string& checkpoint);
 
 }  // namespace sala::recipes

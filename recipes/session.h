@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "core/context.h"
@@ -40,6 +41,9 @@ class Session {
   std::string path(const std::string& relative) const { return config_.run.dir + "/" + relative; }
   std::string checkpoint_root() const { return path("checkpoints"); }
 
+  // Each stage may split the ranks differently.
+  Status UseMesh(const parallel::MeshConfig& config);
+
   // Rank 0 only; elsewhere these do nothing.
   Status WriteMetrics(const nlohmann::ordered_json& line);       // metrics/train.jsonl
   Status WriteValidation(const nlohmann::ordered_json& line);    // metrics/valid.jsonl
@@ -51,7 +55,9 @@ class Session {
 
  private:
   Session(parallel::Communicator& world, const PipelineConfig& config);
-  Status Prepare();
+  Status PrepareDirectory();  // rank 0
+  double last_status_seconds_ = 0;
+  std::string last_status_state_;
 
   parallel::Communicator& world_;
   PipelineConfig config_;
@@ -59,7 +65,7 @@ class Session {
   ThreadPool pool_;
   Arena arena_, scratch_;
   Context ctx_;
-  RunLock lock_;
+  std::optional<RunLock> lock_;  // rank 0
   std::unique_ptr<data::Tokenizer> tokenizer_;
   MetricsFile train_metrics_, valid_metrics_;
 };

@@ -1,4 +1,5 @@
-// Dense causal softmax attention over packed documents, grouped-query: query head h reads key/value head h / (N / K).
+// Dense causal softmax attention over packed documents, grouped-query: query head h reads key/value
+// head h / (N / K).
 //   o_h[t] = sum_{j <= t, same document} softmax_j(scale q_h[t] . k_g[j]) v_g[j]
 #pragma once
 
@@ -9,19 +10,22 @@
 
 namespace sala::kernels {
 
-// q f32 [T, N, D], k and v f32 [T, K, D] (any token stride, N a multiple of K) -> out f32 [T, N, D], lse f32 [T, N] (natural
-// log of the sum of exp(scale q.k)). Only tokens inside `documents` are read and written.
-void AttentionForward(const Context& ctx, const ConstTensor& q, const ConstTensor& k, const ConstTensor& v,
-                      std::span<const DocumentRange> documents, float scale, const Tensor& out, const Tensor& lse);
+// q f32 [T, N, D], k and v f32 [T, K, D] (any token stride, N a multiple of K) -> out f32 [T, N,
+// D], lse f32 [T, N] (natural log of the sum of exp(scale q.k)). Only tokens inside `documents` are
+// read and written.
+void AttentionForward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
+                      const ConstTensor& v, std::span<const DocumentRange> documents, float scale,
+                      const Tensor& out, const Tensor& lse);
 
 // dq, dk, dv overwritten for the tokens of `documents`.
-void AttentionBackward(const Context& ctx, const ConstTensor& q, const ConstTensor& k, const ConstTensor& v,
-                       const ConstTensor& out, const ConstTensor& lse, const ConstTensor& dout,
-                       std::span<const DocumentRange> documents, float scale, const Tensor& dq, const Tensor& dk,
-                       const Tensor& dv);
+void AttentionBackward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
+                       const ConstTensor& v, const ConstTensor& out, const ConstTensor& lse,
+                       const ConstTensor& dout, std::span<const DocumentRange> documents,
+                       float scale, const Tensor& dq, const Tensor& dk, const Tensor& dv);
 
-// One new token (generation): q [N, D], keys and values of all n tokens so far including the new one, [n, K, D].
-void AttentionDecode(const Context& ctx, const ConstTensor& q, const ConstTensor& k, const ConstTensor& v, float scale,
-                     const Tensor& out);
+// One new token (generation): q [N, D], keys and values of all n tokens so far including the new
+// one, [n, K, D].
+void AttentionDecode(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
+                     const ConstTensor& v, float scale, const Tensor& out);
 
 }  // namespace sala::kernels

@@ -17,6 +17,13 @@
 #define SALA_VECTORIZE
 #endif
 
+// Before an element-wise loop whose arrays are either apart or exactly the same memory.
+#if defined(__clang__)
+#define SALA_INDEPENDENT
+#else
+#define SALA_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 // For helpers that must become part of every copy of their caller.
 #define SALA_INLINE __attribute__((always_inline)) inline
 

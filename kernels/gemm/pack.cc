@@ -1,6 +1,7 @@
 #include "kernels/gemm/pack.h"
 
 #include <algorithm>
+#include <cstring>
 
 #if defined(__SSE2__)
 #include <xmmintrin.h>
@@ -35,12 +36,30 @@ void ZeroPadding(int64_t k, int64_t columns, int64_t width, float* to) {
   for (int64_t p = 0; p < k; ++p) std::fill(to + p * width + columns, to + (p + 1) * width, 0.0F);
 }
 
+template <int kWidth>
+void CopyRows(int64_t k, const float* from, int64_t row, float* to) {
+  for (int64_t p = 0; p < k; ++p)
+    std::memcpy(to + p * kWidth, from + p * row, kWidth * sizeof(float));
+}
+
 }  // namespace
 
 void PackRows(int64_t k, int64_t columns, const float* from, int64_t row, int64_t width,
               float* to) {
+  switch (columns == width ? width : 0) {  // widths of whole panels
+    case 6:
+      return CopyRows<6>(k, from, row, to);
+    case 12:
+      return CopyRows<12>(k, from, row, to);
+    case 16:
+      return CopyRows<16>(k, from, row, to);
+    case 32:
+      return CopyRows<32>(k, from, row, to);
+    default:
+      break;
+  }
   for (int64_t p = 0; p < k; ++p) {
-    std::copy_n(from + p * row, columns, to + p * width);
+    for (int64_t j = 0; j < columns; ++j) to[p * width + j] = from[p * row + j];
   }
   ZeroPadding(k, columns, width, to);
 }

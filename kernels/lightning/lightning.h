@@ -1,5 +1,6 @@
 // Lightning attention: linear attention with one constant decay per head, lambda_h = exp(-slope_h).
-//   S_h[t] = lambda_h S_h[t-1] + k_h[t] v_h[t]^T        o_h[t] = scale S_h[t]^T q_h[t]        S = 0 at a document's start
+//   S_h[t] = lambda_h S_h[t-1] + k_h[t] v_h[t]^T        o_h[t] = scale S_h[t]^T q_h[t]        S = 0
+//   at a document's start
 // Chunked form with only non-negative powers of lambda (never lambda^-j); state in float32.
 #pragma once
 
@@ -11,23 +12,34 @@
 
 namespace sala::kernels {
 
-// The decay slopes of n heads: 2^(-8 (h+1) / n) for a power of two; otherwise those of the largest power of two p below n,
-// then every second slope of 2p heads (the ALiBi rule). Source: model.md 3.2.
+// The decay slopes of n heads: 2^(-8 (h+1) / n) for a power of two; otherwise those of the largest
+// power of two p below n, then every second slope of 2p heads (the ALiBi rule). Source:
+// model.md 3.2.
 std::vector<float> LightningSlopes(int64_t n);
 
 // q, k, v f32 [T, N, D] (any token stride), cu_seqlens [S + 1], slopes [N].
-// state_in f32 [N, D, D] (key x value) enters the first document, which then counts as begun before token 0; empty: zero.
-// out f32 [T, N, D]; state_out f32 [N, D, D], the state after the last token, may be empty. All overwritten.
-void LightningForward(const Context& ctx, const ConstTensor& q, const ConstTensor& k, const ConstTensor& v,
-                      std::span<const int32_t> cu_seqlens, std::span<const float> slopes, float scale,
-                      const ConstTensor& state_in, const Tensor& out, const Tensor& state_out);
+// state_in f32 [N, D, D] (key x value) enters the first document, which then counts as begun before
+// token 0; empty: zero. out f32 [T, N, D]; state_out f32 [N, D, D], the state after the last token,
+// may be empty. All overwritten.
+void LightningForward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
+                      const ConstTensor& v, std::span<const int32_t> cu_seqlens,
+                      std::span<const float> slopes, float scale, const ConstTensor& state_in,
+                      const Tensor& out, const Tensor& state_out);
 
-// dstate_out [N, D, D]: gradient of the state that leaves the last token; empty: zero. dq, dk, dv, and dstate_in (may be
-// empty) are overwritten. The states are recomputed; forward saves nothing.
-void LightningBackward(const Context& ctx, const ConstTensor& q, const ConstTensor& k, const ConstTensor& v,
-                       const ConstTensor& dout, std::span<const int32_t> cu_seqlens, std::span<const float> slopes,
-                       float scale, const ConstTensor& state_in, const ConstTensor& dstate_out, const Tensor& dq,
-                       const Tensor& dk, const Tensor& dv, const Tensor& dstate_in);
+// dstate_out [N, D, D]: gradient of the state that leaves the last token; empty: zero. dq, dk, dv,
+// and dstate_in (may be empty) are overwritten. The states are recomputed; forward saves nothing.
+void LightningBackward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
+                       const ConstTensor& v, const ConstTensor& dout,
+                       std::span<const int32_t> cu_seqlens, std::span<const float> slopes,
+                       float scale, const ConstTensor& state_in, const ConstTensor& dstate_out,
+                       const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                       const Tensor& dstate_in);
+
+// One new token (generation): q, k, v [N, D], out [N, D] overwritten, state [N, D, D] carried on to
+// the new token.
+void LightningDecode(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
+                     const ConstTensor& v, std::span<const float> slopes, float scale,
+                     const Tensor& state, const Tensor& out);
 
 // One new token (generation): q, k, v, out [N, D]; state [N, D, D] is updated in place.
 void LightningDecode(const Context& ctx, const ConstTensor& q, const ConstTensor& k, const ConstTensor& v,

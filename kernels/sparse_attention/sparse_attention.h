@@ -1,6 +1,7 @@
-// InfLLM-V2 block-sparse attention: key compression, block selection, attention over the selected blocks.
-// Rules: model.md section 4 in docs/math (arXiv 2509.24663; the released kernels where they differ). Selection carries no
-// gradient; the blocks chosen by the forward pass are kept and used by the backward pass.
+// InfLLM-V2 block-sparse attention: key compression, block selection, attention over the selected
+// blocks. Rules: model.md section 4 in docs/math (arXiv 2509.24663; the released kernels where they
+// differ). Selection carries no gradient; the blocks chosen by the forward pass are kept and used
+// by the backward pass.
 #pragma once
 
 #include <cstdint>
@@ -13,13 +14,14 @@
 namespace sala::kernels {
 
 struct SparseAttentionConfig {
-  int64_t kernel_size = 32;    // tokens in a fine window; must be 2 * kernel_stride
+  int64_t kernel_size = 32;  // tokens in a fine window; must be 2 * kernel_stride
   int64_t kernel_stride = 16;
-  int64_t block_size = 64;     // a multiple of kernel_stride
+  int64_t block_size = 64;  // a multiple of kernel_stride
   int64_t init_blocks = 1;
   int64_t window_size = 2048;  // a multiple of block_size
-  int64_t topk = 64;           // blocks beside the window, so that total_blocks = topk + window_size / block_size
-  int64_t dense_len = 8192;    // documents shorter than this use dense attention
+  int64_t topk =
+      64;  // blocks beside the window, so that total_blocks = topk + window_size / block_size
+  int64_t dense_len = 8192;  // documents shorter than this use dense attention
 
   int64_t coarse_size() const { return 4 * kernel_size; }
   int64_t coarse_stride() const { return 4 * kernel_stride; }
@@ -29,38 +31,48 @@ struct SparseAttentionConfig {
   int64_t free_blocks() const { return total_blocks() - init_blocks - local_blocks(); }
 };
 
-// "" when the numbers fit together, else one sentence that says what does not.
+// "" when the kernels can work with `config`, otherwise one sentence: key, value found, value
+// expected. The kernels below abort on a config with a problem; whoever reads the config reports it
+// first.
 std::string SparseConfigProblem(const SparseAttentionConfig& config);
 
-// Compressed keys: k f32 [T, K, D] -> fine and coarse means of full windows inside each document. Document s has
-// FineCount(n_s) fine keys; they are stored one document after the other.
+// Compressed keys: k f32 [T, K, D] -> fine and coarse means of full windows inside each document.
+// Document s has FineCount(n_s) fine keys; they are stored one document after the other.
 int64_t FineCount(const SparseAttentionConfig& config, int64_t n);
 int64_t CoarseCount(const SparseAttentionConfig& config, int64_t n);
-// fine f32 [sum FineCount, K, D], coarse f32 [sum CoarseCount, K, D], overwritten; sums in float64, rounded once.
-void CompressKeys(const Context& ctx, const ConstTensor& k, std::span<const DocumentRange> documents,
-                  const SparseAttentionConfig& config, const Tensor& fine, const Tensor& coarse);
+// fine f32 [sum FineCount, K, D], coarse f32 [sum CoarseCount, K, D], overwritten; sums in float64,
+// rounded once.
+void CompressKeys(const Context& ctx, const ConstTensor& k,
+                  std::span<const DocumentRange> documents, const SparseAttentionConfig& config,
+                  const Tensor& fine, const Tensor& coarse);
 
 constexpr int32_t kNoBlock = -1;
 
-// blocks i32 [T, K, max(1, free_blocks)]: the free blocks (document-relative index) chosen by each token and key/value head,
-// ascending, then kNoBlock. Forced blocks (initial and local) are implied and not stored. Where all past blocks fit the
-// budget the list holds all of them that are not forced. Ties go to the lower block index.
+// blocks i32 [T, K, max(1, free_blocks)]: the free blocks (document-relative index) chosen by each
+// token and key/value head, ascending, then kNoBlock. Forced blocks (initial and local) are implied
+// and not stored. Where all past blocks fit the budget the list holds all of them that are not
+// forced. Ties go to the lower block index.
 void SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
-                  std::span<const DocumentRange> documents, const SparseAttentionConfig& config, float scale,
-                  const Tensor& blocks);
+                  std::span<const DocumentRange> documents, const SparseAttentionConfig& config,
+                  float scale, const Tensor& blocks);
 
 // Shapes as AttentionForward; every document is treated as sparse, whatever its length.
-void SparseAttentionForward(const Context& ctx, const ConstTensor& q, const ConstTensor& k, const ConstTensor& v,
-                            std::span<const DocumentRange> documents, const SparseAttentionConfig& config, float scale,
+void SparseAttentionForward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
+                            const ConstTensor& v, std::span<const DocumentRange> documents,
+                            const SparseAttentionConfig& config, float scale,
                             const ConstTensor& blocks, const Tensor& out, const Tensor& lse);
 
-void SparseAttentionBackward(const Context& ctx, const ConstTensor& q, const ConstTensor& k, const ConstTensor& v,
-                             const ConstTensor& out, const ConstTensor& lse, const ConstTensor& dout,
-                             std::span<const DocumentRange> documents, const SparseAttentionConfig& config, float scale,
-                             const ConstTensor& blocks, const Tensor& dq, const Tensor& dk, const Tensor& dv);
+void SparseAttentionBackward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
+                             const ConstTensor& v, const ConstTensor& out, const ConstTensor& lse,
+                             const ConstTensor& dout, std::span<const DocumentRange> documents,
+                             const SparseAttentionConfig& config, float scale,
+                             const ConstTensor& blocks, const Tensor& dq, const Tensor& dk,
+                             const Tensor& dv);
 
-// One new token (generation) at position n - 1: q [N, D], k and v [n, K, D] of all tokens so far; selects and attends.
-void SparseAttentionDecode(const Context& ctx, const ConstTensor& q, const ConstTensor& k, const ConstTensor& v,
-                           const SparseAttentionConfig& config, float scale, const Tensor& out);
+// One new token (generation) at position n - 1: q [N, D], k and v [n, K, D] of all tokens so far;
+// selects and attends.
+void SparseAttentionDecode(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
+                           const ConstTensor& v, const SparseAttentionConfig& config, float scale,
+                           const Tensor& out);
 
 }  // namespace sala::kernels

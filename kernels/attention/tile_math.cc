@@ -1,0 +1,77 @@
+#include "kernels/attention/tile_math.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "kernels/common/vector_math.h"
+
+namespace sala::kernels {
+namespace {
+
+SALA_INLINE float RowMax(const float* x, int64_t n) {
+  float lane[kLanes];
+  for (float& value : lane) value = -std::numeric_limits<float>::infinity();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) lane[l] = x[i + l] > lane[l] ? x[i + l] : lane[l];
+  }
+  for (; i < n; ++i) lane[i % kLanes] = x[i] > lane[i % kLanes] ? x[i] : lane[i % kLanes];
+  float best = lane[0];
+  for (int64_t l = 1; l < kLanes; ++l) best = lane[l] > best ? lane[l] : best;
+  return best;
+}
+
+SALA_INLINE int64_t Visible(const ScoreTile& tile, int64_t row) {
+  const int64_t visible = tile.first_visible + row / tile.group;
+  return visible < tile.keys ? visible : tile.keys;
+}
+
+}  // namespace
+
+SALA_VECTORIZE
+void OnlineSoftmax(const ScoreTile& tile, float* max, float* sum, float* o, int64_t d) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    float* s = tile.scores + r * tile.stride;
+    const int64_t visible = Visible(tile, r);
+    const float tile_max = RowMax(s, visible);
+    const float new_max = tile_max > max[r] ? tile_max : max[r];
+    for (int64_t j = 0; j < visible; ++j) s[j] = Exp(s[j] - new_max);
+    for (int64_t j = visible; j < tile.keys; ++j) s[j] = 0.0F;
+    const float tile_sum = LaneSum<float>(visible, [s](int64_t j) { return s[j]; });
+    if (new_max > max[r]) {
+      const float rescale = Exp(max[r] - new_max);
+      sum[r] *= rescale;
+      for (int64_t c = 0; c < d; ++c) o[r * d + c] *= rescale;
+      max[r] = new_max;
+    }
+    sum[r] += tile_sum;
+  }
+}
+
+SALA_VECTORIZE
+void SoftmaxBackward(const ScoreTile& tile, const float* lse, const float* delta, float* dp) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    float* s = tile.scores + r * tile.stride;
+    float* g = dp + r * tile.stride;
+    const int64_t visible = Visible(tile, r);
+    const float row_lse = lse[r];
+    const float row_delta = delta[r];
+    for (int64_t j = 0; j < visible; ++j) {
+      const float p = Exp(s[j] - row_lse);
+      s[j] = p;
+      g[j] = p * (g[j] - row_delta);
+    }
+    for (int64_t j = visible; j < tile.keys; ++j) s[j] = g[j] = 0.0F;
+  }
+}
+
+SALA_VECTORIZE
+void RowDots(int64_t rows, int64_t d, const float* a, const float* b, float* delta) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* x = a + r * d;
+    const float* y = b + r * d;
+    delta[r] = LaneSum<float>(d, [x, y](int64_t c) { return x[c] * y[c]; });
+  }
+}
+
+}  // namespace sala::kernels

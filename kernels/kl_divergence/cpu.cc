@@ -1,0 +1,149 @@
+#include "kernels/kl_divergence/kl_divergence.h"
+
+#include <cmath>
+
+#include "kernels/common/softmax_row.h"
+#include "kernels/common/tensor_check.h"
+#include "kernels/gemm/gemm.h"
+
+namespace sala::kernels {
+namespace {
+
+constexpr int64_t kLogitRowGrain = 4;
+
+struct RowResult {
+  double divergence = 0;
+  double teacher_entropy = 0;
+  bool agree = false;
+};
+
+struct RowSums {
+  double teacher = 0;     // sum of e^a,        a = teacher's logit - its largest
+  double student = 0;     // sum of e^b,        b = student's logit - its largest
+  double difference = 0;  // sum of e^a (a - b)
+  double energy = 0;      // sum of e^a a
+};
+
+// The four sums; the logits become e^a and e^b.
+SALA_INLINE RowSums SumRow(int64_t n, float teacher_max, float student_max, float* teacher,
+                           float* student) {
+  RowSums sums;
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
+    const int64_t count = std::min(kSumBlock, n - begin);
+    float* x = teacher + begin;
+    float* y = student + begin;
+    float difference[kSumBlock];
+    float energy[kSumBlock];
+    for (int64_t i = 0; i < count; ++i) {
+      const float a = x[i] - teacher_max;
+      const float b = y[i] - student_max;
+      const float e = Exp(a);
+      difference[i] = e * (a - b);
+      energy[i] = e * a;
+      x[i] = e;
+      y[i] = Exp(b);
+    }
+    const auto add = [count](const float* from) {
+      return static_cast<double>(LaneSum<float>(count, [from](int64_t i) { return from[i]; }));
+    };
+    sums.teacher += add(x);
+    sums.student += add(y);
+    sums.difference += add(difference);
+    sums.energy += add(energy);
+  }
+  return sums;
+}
+
+// With p = e^a / A and q = e^b / B: KL = sum p (a - b) - log A + log B and entropy = log A - sum p
+// a. The student's row becomes slope * (q - p).
+SALA_VECTORIZE RowResult DivergenceRow(int64_t n, double slope, float* teacher, float* student) {
+  const float teacher_max = RowMax(n, teacher);
+  const float student_max = RowMax(n, student);
+  RowResult result;
+  result.agree = FirstIndexOf(n, teacher, teacher_max) == FirstIndexOf(n, student, student_max);
+  const RowSums sums = SumRow(n, teacher_max, student_max, teacher, student);
+  result.divergence =
+      sums.difference / sums.teacher - std::log(sums.teacher) + std::log(sums.student);
+  result.teacher_entropy = std::log(sums.teacher) - sums.energy / sums.teacher;
+  const auto student_factor = static_cast<float>(slope / sums.student);
+  const auto teacher_factor = static_cast<float>(slope / sums.teacher);
+  SALA_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    student[i] = student[i] * student_factor - teacher[i] * teacher_factor;
+  }
+  return result;
+}
+
+void Check(const Context& ctx, const ConstTensor& teacher_hidden, const ConstTensor& teacher_weight,
+           const ConstTensor& student_hidden, const ConstTensor& student_weight,
+           const KlDivergenceOptions& options, const Tensor& dhidden, const Tensor& dweight) {
+  CheckCpu(ctx);
+  for (const ConstTensor& x : {teacher_hidden, teacher_weight, student_hidden, student_weight}) {
+    SALA_CHECK(x.rank() == 2) << ShapeText(x);
+  }
+  const int64_t tokens = student_hidden.dim(0);
+  const int64_t vocabulary = student_weight.dim(0);
+  CheckShape(teacher_hidden, {tokens, teacher_weight.dim(1)});
+  CheckShape(teacher_weight, {vocabulary, teacher_weight.dim(1)});
+  CheckShape(student_hidden, {tokens, student_weight.dim(1)});
+  CheckShape(student_weight, {vocabulary, student_weight.dim(1)});
+  SALA_CHECK(options.chunk_tokens >= 1 && options.temperature > 0)
+      << options.chunk_tokens << ", " << options.temperature;
+  if (!dhidden.empty()) CheckShape(dhidden, {tokens, student_weight.dim(1)});
+  if (!dweight.empty()) CheckShape(dweight, {vocabulary, student_weight.dim(1)});
+}
+
+}  // namespace
+
+KlDivergenceResult KlDivergence(const Context& ctx, const ConstTensor& teacher_hidden,
+                                const ConstTensor& teacher_weight,
+                                const ConstTensor& student_hidden,
+                                const ConstTensor& student_weight,
+                                const KlDivergenceOptions& options, const Tensor& dhidden,
+                                const Tensor& dweight) {
+  Check(ctx, teacher_hidden, teacher_weight, student_hidden, student_weight, options, dhidden,
+        dweight);
+  const int64_t tokens = student_hidden.dim(0);
+  const int64_t vocabulary = student_weight.dim(0);
+  const int64_t chunk = std::min(options.chunk_tokens, tokens);
+  const double tau = options.temperature;
+  // The buffers hold logits / tau; the gradient on the student's logits themselves is tau (q - p).
+  const double slope = tau * static_cast<double>(options.grad_scale);
+  const auto teacher_scale = static_cast<float>(options.teacher_logit_scale / tau);
+  const auto student_scale = static_cast<float>(options.student_logit_scale / tau);
+  const ArenaScope scope(*ctx.scratch);
+  const Tensor teacher_buffer = ctx.scratch->New(DType::kF32, {chunk, vocabulary});
+  const Tensor student_buffer = ctx.scratch->New(DType::kF32, {chunk, vocabulary});
+  auto* rows = static_cast<RowResult*>(
+      ctx.scratch->Allocate(static_cast<size_t>(chunk) * sizeof(RowResult)));
+  KlDivergenceResult result;
+  result.tokens = tokens;
+  for (int64_t begin = 0; begin < tokens; begin += chunk) {
+    const int64_t end = std::min(tokens, begin + chunk);
+    const Tensor teacher = teacher_buffer.Rows(0, end - begin);
+    const Tensor student = student_buffer.Rows(0, end - begin);
+    GemmNT(ctx, teacher_hidden.Rows(begin, end), teacher_weight, teacher, {.alpha = teacher_scale});
+    GemmNT(ctx, student_hidden.Rows(begin, end), student_weight, student, {.alpha = student_scale});
+    ctx.pool->For(end - begin, kLogitRowGrain, [&](int64_t r0, int64_t r1) {
+      for (int64_t r = r0; r < r1; ++r) {
+        rows[r] = DivergenceRow(vocabulary, slope, teacher.Row<float>(r), student.Row<float>(r));
+      }
+    });
+    for (int64_t r = 0; r < end - begin; ++r) {
+      result.loss_sum += tau * tau * rows[r].divergence;
+      result.teacher_entropy += rows[r].teacher_entropy;
+      result.agree += rows[r].agree ? 1 : 0;
+    }
+    const float alpha = options.student_logit_scale;
+    if (!dhidden.empty()) {
+      GemmNN(ctx, student, student_weight, dhidden.Rows(begin, end), {.alpha = alpha});
+    }
+    if (!dweight.empty()) {
+      GemmTN(ctx, student, student_hidden.Rows(begin, end), dweight,
+             {.alpha = alpha, .write = Write::kAccumulate});
+    }
+  }
+  return result;
+}
+
+}  // namespace sala::kernels

@@ -1,0 +1,31 @@
+// SwiGLU by plain loops, for tests; n elements.
+#pragma once
+
+#include <cmath>
+#include <complex>
+#include <cstdint>
+
+namespace sala::kernels::reference {
+
+template <typename T>
+T Sigmoid(const T& x) {
+  using std::exp;
+  return 1.0 / (1.0 + exp(-x));
+}
+
+template <typename T>
+void SwiGluForward(int64_t n, const T* gate, const T* up, T* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = gate[i] * Sigmoid(gate[i]) * up[i];
+}
+
+// silu'(x) = s + x s (1 - s), s = sigmoid(x)
+template <typename T>
+void SwiGluBackward(int64_t n, const T* dy, const T* gate, const T* up, T* dgate, T* dup) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T s = Sigmoid(gate[i]);
+    dgate[i] = dy[i] * up[i] * (s + gate[i] * s * (1.0 - s));
+    dup[i] = dy[i] * gate[i] * s;
+  }
+}
+
+}  // namespace sala::kernels::reference

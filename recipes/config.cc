@@ -1,0 +1,378 @@
+#include "recipes/config.h"
+
+#include <algorithm>
+#include <set>
+#include <sstream>
+
+#include "core/file.h"
+
+namespace sala::recipes {
+namespace {
+
+// A file of `sala train`: `kind` decides which keys it has.
+enum class FileKind : uint8_t { kPipeline, kPretrain, kHalo, kSft };
+
+struct TrainFile {
+  FileKind kind = FileKind::kPretrain;
+  bool in_pipeline = false;
+  std::string name;
+  std::string tokenizer;
+  RunConfig run;
+  std::vector<std::string> stages;
+  StageConfig stage;
+
+  void Bind(ConfigBinder& b) {
+    b.Enum("kind", &kind,
+           {{"pipeline", FileKind::kPipeline},
+            {"pretrain", FileKind::kPretrain},
+            {"halo", FileKind::kHalo},
+            {"sft", FileKind::kSft}},
+           {.required = true});
+    if (kind == FileKind::kPipeline) {
+      if (b.reading() && in_pipeline) b.Error("kind", "CFG-CONFLICT", "a pipeline cannot be a stage of a pipeline");
+      b.Field("name", &name, {.required = true});
+      b.Field("tokenizer", &tokenizer);
+      b.Section("run", &run, {.required = true});
+      b.Field("stages", &stages, {.required = true});
+      return;
+    }
+    if (b.reading() && in_pipeline && b.Present("run")) {
+      b.Error("run", "CFG-CONFLICT", "`run` belongs to the pipeline file when a stage is part of a pipeline");
+    }
+    if (!in_pipeline) b.Section("run", &run, {.required = true});
+    stage.kind = kind == FileKind::kHalo  ? StageKind::kHalo
+                 : kind == FileKind::kSft ? StageKind::kSft
+                                          : StageKind::kPretrain;
+    stage.Bind(b);
+  }
+};
+
+// The body of EmitStage: the stage with its kind.
+struct StageFile {
+  StageConfig stage;
+
+  void Bind(ConfigBinder& b) {
+    b.Enum("kind", &stage.kind,
+           {{"pretrain", StageKind::kPretrain}, {"halo", StageKind::kHalo}, {"sft", StageKind::kSft}},
+           {.required = true});
+    stage.Bind(b);
+  }
+};
+
+Status ConfigError(const std::string& code, const std::string& text) { return MakeError(ExitCode::kConfig, code, text); }
+
+std::string Directory(const std::string& path) {
+  const size_t slash = path.rfind('/');
+  return slash == std::string::npos ? "" : path.substr(0, slash + 1);
+}
+
+// "configs/tiny/stable.yaml" -> "stable"
+std::string Stem(const std::string& path) {
+  std::string name = path.substr(Directory(path).size());
+  const size_t dot = name.rfind('.');
+  return dot == std::string::npos ? name : name.substr(0, dot);
+}
+
+// Overrides of a pipeline by whom they are for: "" the pipeline, otherwise a stage's stem.
+StatusOr<std::vector<std::string>> OverridesFor(const std::string& stem, const std::vector<std::string>& sets) {
+  std::vector<std::string> mine;
+  for (const std::string& set : sets) {
+    const std::string head = set.substr(0, set.find_first_of(".="));
+    const bool for_pipeline = head == "run" || head == "name" || head == "tokenizer" || head == "stages";
+    if (stem.empty()) {
+      if (for_pipeline) mine.push_back(set);
+    } else if (head == stem || head == "all") {
+      if (set.size() <= head.size() + 1 || set[head.size()] != '.') {
+        return ConfigError("CFG-SET", "--set " + set + ": expected " + head + ".KEY=VALUE");
+      }
+      mine.push_back(set.substr(head.size() + 1));
+    }
+  }
+  return mine;
+}
+
+Status CheckOverrideHeads(const std::vector<std::string>& stems, const std::vector<std::string>& sets) {
+  std::vector<std::string> allowed = stems;
+  allowed.insert(allowed.end(), {"all", "run", "name", "tokenizer", "stages"});
+  for (const std::string& set : sets) {
+    const std::string head = set.substr(0, set.find_first_of(".="));
+    if (std::find(allowed.begin(), allowed.end(), head) != allowed.end()) continue;
+    const std::string near = NearestWord(head, allowed);
+    return ConfigError("CFG-SET", "--set " + set + ": '" + head + "' is neither a stage of the pipeline nor run, tokenizer or all" +
+                                      (near.empty() ? "" : "; did you mean '" + near + "'?"));
+  }
+  return OkStatus();
+}
+
+Status CheckStage(const StageConfig& stage, bool first) {
+  const std::string where = "stage " + stage.name + ": ";
+  if (stage.tokenizer.empty()) {
+    return ConfigError("CFG-MISSING", where + "`tokenizer` is not set; name a folder, a tokenizer.model or \"bytes\"");
+  }
+  if (first && !stage.init_from && !stage.model) {
+    return ConfigError("CFG-MISSING", where + "the first stage needs `model` (random weights) or `init_from` (a checkpoint or an "
+                                              "exported folder)");
+  }
+  if (!first && (stage.init_from || stage.model)) {
+    return ConfigError("CFG-CONFLICT", where + "only the first stage of a pipeline may have `model` or `init_from`; later stages "
+                                               "start from the one before");
+  }
+  return OkStatus();
+}
+
+}  // namespace
+
+void ScheduleConfig::Bind(ConfigBinder& b) {
+  b.Enum("shape", &shape,
+         {{"constant", ScheduleShape::kConstant},
+          {"exponential", ScheduleShape::kExponential},
+          {"linear", ScheduleShape::kLinear},
+          {"cosine", ScheduleShape::kCosine}});
+  b.Field("peak_lr", &peak_lr, {.required = true, .min = 0});
+  b.Field("final_lr", &final_lr, {.min = 0});
+  b.Field("warmup_steps", &warmup_steps, {.min = 0});
+  if (!b.reading()) return;
+  if (shape == ScheduleShape::kConstant && b.Present("final_lr")) {
+    b.Error("final_lr", "CFG-CONFLICT", "a constant schedule has no final_lr; remove it or choose another shape");
+  }
+  if (shape != ScheduleShape::kConstant && !b.Present("final_lr")) {
+    b.Error("shape", "CFG-MISSING", "this shape needs final_lr");
+  }
+  if (shape == ScheduleShape::kExponential && (peak_lr <= 0 || final_lr <= 0)) {
+    b.Error("final_lr", "CFG-RANGE", "an exponential schedule needs peak_lr and final_lr above 0");
+  }
+}
+
+void OptimizerConfig::Bind(ConfigBinder& b) {
+  b.Field("beta1", &beta1, {.min = 0, .max = 1});
+  b.Field("beta2", &beta2, {.min = 0, .max = 1});
+  b.Field("eps", &eps, {.min = 0});
+  b.Field("weight_decay", &weight_decay, {.min = 0});
+  b.Field("clip_norm", &clip_norm, {.min = 0});
+  b.Field("matrix_lr_multiplier", &matrix_lr_multiplier, {.min = 0});
+  b.Field("embedding_lr_multiplier", &embedding_lr_multiplier, {.min = 0});
+  b.Field("vector_lr_multiplier", &vector_lr_multiplier, {.min = 0});
+  b.Field("head_lr_multiplier", &head_lr_multiplier, {.min = 0});
+  b.Field("mixer_lr_multiplier", &mixer_lr_multiplier, {.min = 0});
+  b.Field("max_bad_steps", &max_bad_steps, {.min = 0});
+}
+
+void BatchConfig::Bind(ConfigBinder& b) {
+  b.Field("seq_len_tokens", &seq_len_tokens, {.required = true, .min = 1});
+  b.Field("global_batch_tokens", &global_batch_tokens, {.required = true, .min = 1});
+  b.Field("micro_batch_sequences", &micro_batch_sequences, {.min = 1});
+  b.Field("steps", &steps, {.required = true, .min = 1});
+  if (b.reading() && seq_len_tokens > 0 && global_batch_tokens % seq_len_tokens != 0) {
+    b.Error("global_batch_tokens", "CFG-CONFLICT",
+            "found " + std::to_string(global_batch_tokens) + ", expected a multiple of seq_len_tokens " +
+                std::to_string(seq_len_tokens) + "; the nearest is " +
+                std::to_string(std::max<int64_t>(1, (global_batch_tokens + seq_len_tokens / 2) / seq_len_tokens) *
+                               seq_len_tokens));
+  }
+}
+
+void ValidationConfig::Bind(ConfigBinder& b) {
+  b.Field("every_steps", &every_steps, {.min = 0});
+}
+
+void CheckpointConfig::Bind(ConfigBinder& b) {
+  b.Field("every_steps", &every_steps, {.min = 0});
+  b.Field("keep_last", &keep_last, {.min = 1});
+  b.Field("max_failures", &max_failures, {.min = 1});
+}
+
+void HaloPhaseConfig::Bind(ConfigBinder& b) {
+  b.Section("batch", &batch, {.required = true});
+  b.Section("schedule", &schedule, {.required = true});
+  b.Section("optimizer", &optimizer);
+}
+
+void HaloScoreConfig::Bind(ConfigBinder& b) {
+  b.Field("text_tokens", &text_tokens, {.min = 1});
+  b.Field("recall_items", &recall_items, {.min = 0});
+  b.Field("recall_length_tokens", &recall_length_tokens, {.min = 1});
+  b.Field("bootstrap", &bootstrap, {.min = 0});
+  b.Field("eps", &eps, {.min = 0});
+  b.Field("difference_lambda", &difference_lambda, {.min = 0});
+}
+
+void HaloConfig::Bind(ConfigBinder& b) {
+  b.Field("keep", &keep);
+  b.Field("softmax_layers", &softmax_layers, {.min = 0});
+  b.Enum("selector", &selector,
+         {{"halo", Selector::kHalo},
+          {"recall_drop", Selector::kRecallDrop},
+          {"difference", Selector::kDifference},
+          {"kl_swap", Selector::kKlSwap},
+          {"greedy", Selector::kGreedy},
+          {"uniform", Selector::kUniform},
+          {"random", Selector::kRandom},
+          {"explicit", Selector::kExplicit}});
+  b.Field("explicit_layers", &explicit_layers);
+  b.Section("score", &score);
+  b.Section("align", &align, {.required = true});
+  b.Enum("align_loss", &align_loss, {{"mse", AlignLoss::kMse}, {"l2_norm", AlignLoss::kL2Norm}});
+  b.Field("align_from_teacher", &align_from_teacher);
+  b.Section("distil", &distil, {.required = true});
+  b.Enum("trainable", &trainable,
+         {{"linear_mixers", HaloTrainable::kLinearMixers},
+          {"mixers", HaloTrainable::kMixers},
+          {"all", HaloTrainable::kAll}});
+  b.Enum("nope_at", &nope_at, {{"distil", HaloMoment::kDistil}, {"next_stage", HaloMoment::kNextStage}});
+  b.Enum("softmax_gate_at", &softmax_gate_at, {{"distil", HaloMoment::kDistil}, {"next_stage", HaloMoment::kNextStage}});
+  b.Enum("softmax_gate_init", &softmax_gate_init,
+         {{"small_normal", GateInit::kSmallNormal}, {"identity", GateInit::kIdentity}});
+  b.Field("temperature", &temperature, {.min = 1e-3});
+  b.Field("ce_weight", &ce_weight, {.min = 0});
+  b.Section("finetune", &finetune);
+  b.Field("logit_scale_grid", &logit_scale_grid, {.min = 1});
+  b.Field("logit_scale_length_tokens", &logit_scale_length_tokens, {.min = 0});
+  if (b.reading() && (selector == Selector::kExplicit) != !explicit_layers.empty()) {
+    b.Error("selector", "CFG-CONFLICT", "explicit_layers goes with selector: explicit, and only with it");
+  }
+}
+
+void InitConfig::Bind(ConfigBinder& b) {
+  b.Field("path", &path, {.required = true});
+  b.Field("carry_optimizer", &carry_optimizer);
+}
+
+void StageConfig::Bind(ConfigBinder& b) {
+  b.Field("name", &name, {.required = true});
+  b.Field("tokenizer", &tokenizer);
+  b.Section("init_from", &init_from);
+  b.Field("carry_optimizer", &carry_optimizer);
+  b.Section("model", &model);
+  b.Field("seed", &seed, {.min = 0});
+  b.Section("data", &data, {.required = true});
+  b.Section("validation", &validation);
+  b.Section("checkpoint", &checkpoint);
+  b.Section("parallel", &parallel);
+  if (kind == StageKind::kHalo) {
+    b.Section("halo", &halo, {.required = true});
+    return;
+  }
+  b.Field("sparse_attention", &sparse_attention);
+  b.Field("recompute", &recompute);
+  b.Section("batch", &batch, {.required = true});
+  b.Section("schedule", &schedule, {.required = true});
+  b.Section("optimizer", &optimizer);
+}
+
+void RunConfig::Bind(ConfigBinder& b) {
+  b.Field("dir", &dir, {.required = true});
+  b.Field("resume", &resume);
+  b.Field("resume_strict", &resume_strict);
+  b.Field("threads", &threads, {.min = 1, .max = 1024});
+  b.Field("log_every_steps", &log_every_steps, {.min = 1});
+}
+
+StatusOr<PipelineConfig> LoadPipeline(const std::string& path, const std::vector<std::string>& sets) {
+  // The kind of the file decides what an override means, so the file is read once without overrides. Errors that an override
+  // could repair (a missing run.dir, say) must not count then.
+  TrainFile probe;
+  SALA_ASSIGN_OR_RETURN(const ConfigDocument bare, ConfigDocument::Load(path));
+  static_cast<void>(BindConfig(bare, &probe));
+  PipelineConfig pipeline;
+  if (probe.kind != FileKind::kPipeline) {
+    TrainFile file;
+    SALA_ASSIGN_OR_RETURN(const ConfigDocument document, ConfigDocument::Load(path, sets));
+    SALA_RETURN_IF_ERROR(BindConfig(document, &file));
+    SALA_RETURN_IF_ERROR(CheckStage(file.stage, true));
+    pipeline.name = file.stage.name;
+    pipeline.single_stage = true;
+    pipeline.run = file.run;
+    pipeline.stages.push_back(file.stage);
+    return pipeline;
+  }
+  SALA_ASSIGN_OR_RETURN(const std::vector<std::string> own, OverridesFor("", sets));
+  TrainFile file;
+  SALA_ASSIGN_OR_RETURN(const ConfigDocument document, ConfigDocument::Load(path, own));
+  SALA_RETURN_IF_ERROR(BindConfig(document, &file));
+  if (file.stages.empty()) return ConfigError("CFG-MISSING", path + ": `stages` is empty");
+  pipeline.name = file.name;
+  pipeline.run = file.run;
+  std::vector<std::string> stems;
+  for (const std::string& stage : file.stages) stems.push_back(Stem(stage));
+  SALA_RETURN_IF_ERROR(CheckOverrideHeads(stems, sets));
+  std::set<std::string> names;
+  for (size_t i = 0; i < file.stages.size(); ++i) {
+    SALA_ASSIGN_OR_RETURN(const std::vector<std::string> stage_sets, OverridesFor(stems[i], sets));
+    TrainFile stage_file;
+    stage_file.in_pipeline = true;
+    SALA_ASSIGN_OR_RETURN(const ConfigDocument stage_document,
+                          ConfigDocument::Load(Directory(path) + file.stages[i], stage_sets));
+    SALA_RETURN_IF_ERROR(BindConfig(stage_document, &stage_file));
+    StageConfig stage = stage_file.stage;
+    if (stage.tokenizer.empty()) stage.tokenizer = file.tokenizer;
+    if (!file.tokenizer.empty() && stage.tokenizer != file.tokenizer) {
+      return ConfigError("CFG-CONFLICT", Directory(path) + file.stages[i] + ": tokenizer is " + stage.tokenizer +
+                                             ", the pipeline says " + file.tokenizer + "; one run has one tokenizer");
+    }
+    SALA_RETURN_IF_ERROR(CheckStage(stage, i == 0));
+    if (!names.insert(stage.name).second) {
+      return ConfigError("CFG-CONFLICT", path + ": two stages are named '" + stage.name + "'");
+    }
+    pipeline.stages.push_back(std::move(stage));
+  }
+  return pipeline;
+}
+
+std::string EmitStage(const StageConfig& config) { return EmitConfig(StageFile{config}); }
+
+std::vector<std::pair<std::string, std::string>> EmitPipeline(const PipelineConfig& config) {
+  std::vector<std::pair<std::string, std::string>> files;
+  TrainFile top;
+  top.run = config.run;
+  if (config.single_stage) {
+    top.stage = config.stages[0];
+    top.kind = top.stage.kind == StageKind::kHalo  ? FileKind::kHalo
+               : top.stage.kind == StageKind::kSft ? FileKind::kSft
+                                                   : FileKind::kPretrain;
+    return {{"config.yaml", EmitConfig(top)}};
+  }
+  top.kind = FileKind::kPipeline;
+  top.name = config.name;
+  top.tokenizer = config.stages[0].tokenizer;
+  for (const StageConfig& stage : config.stages) {
+    top.stages.push_back("stages/" + stage.name + ".yaml");
+    files.emplace_back(top.stages.back(), EmitStage(stage));
+  }
+  files.insert(files.begin(), {"config.yaml", EmitConfig(top)});
+  return files;
+}
+
+Status CheckResumable(const StageConfig& now, const std::string& saved_yaml, const std::string& checkpoint) {
+  StageFile saved;
+  SALA_ASSIGN_OR_RETURN(const ConfigDocument document, ConfigDocument::Parse(saved_yaml, checkpoint + "/config.yaml"));
+  SALA_RETURN_IF_ERROR(BindConfig(document, &saved));
+  const auto fixed_part = [](StageConfig stage) {
+    stage.parallel = {};
+    stage.checkpoint = {};
+    stage.validation = {};
+    stage.recompute = true;
+    stage.batch.micro_batch_sequences = 1;
+    if (stage.halo) {
+      stage.halo->align.batch.micro_batch_sequences = 1;
+      stage.halo->distil.batch.micro_batch_sequences = 1;
+      if (stage.halo->finetune) stage.halo->finetune->batch.micro_batch_sequences = 1;
+    }
+    return EmitStage(stage);
+  };
+  std::istringstream a(fixed_part(saved.stage));
+  std::istringstream b(fixed_part(now));
+  std::string saved_line;
+  std::string line;
+  while (true) {
+    const bool more_saved = static_cast<bool>(std::getline(a, saved_line));
+    const bool more = static_cast<bool>(std::getline(b, line));
+    if (!more_saved && !more) return OkStatus();
+    if (more_saved && more && saved_line == line) continue;
+    return ConfigError("CFG-RESUME", "stage " + now.name + ": the configuration differs from the one of " + checkpoint + ": saved '" +
+                                         Printable(more_saved ? saved_line : "(end)") + "', now '" +
+                                         Printable(more ? line : "(end)") +
+                                         "'; restore the value, or start another run directory with init_from");
+  }
+}
+
+}  // namespace sala::recipes

@@ -1,0 +1,210 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <iostream>
+#include <optional>
+
+#include "core/file.h"
+#include "core/log.h"
+#include "recipes/stage.h"
+
+namespace sala::recipes {
+namespace {
+
+// Where to go on: the stage to run, and the checkpoint inside it when it was interrupted.
+struct Continuation {
+  int64_t stage = 0;
+  std::string resume;   // checkpoint of that stage; "" to start it
+};
+
+// Chosen by rank 0, which reads every byte of the checkpoint once; the others get its directory.
+StatusOr<std::string> FindResume(Session& session) {
+  const RunConfig& run = session.config().run;
+  std::string chosen;
+  Status status = OkStatus();
+  if (session.is_root() && run.resume == "auto") {
+    if (run.resume_strict) {
+      const std::vector<CheckpointListing> all = ListCheckpoints(session.checkpoint_root());
+      if (!all.empty()) {
+        auto newest = Checkpoint::Open(all.back().directory);
+        status = newest.ok() ? newest->Verify(VerifyLevel::kFull) : newest.status();
+        chosen = all.back().directory;
+      }
+    } else {
+      auto newest = NewestValidCheckpoint(session.checkpoint_root(), VerifyLevel::kFull);
+      status = newest.status();
+      if (newest.ok() && newest->has_value()) chosen = (*newest)->directory();
+    }
+  } else if (session.is_root() && run.resume != "never") {
+    auto named = Checkpoint::Open(run.resume);
+    status = named.ok() ? named->Verify(VerifyLevel::kFull) : named.status();
+    chosen = run.resume;
+  }
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), status));
+  SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all, session.world().AllGatherText(chosen));
+  return all[0];
+}
+
+StatusOr<Continuation> Continue(Session& session) {
+  SALA_ASSIGN_OR_RETURN(const std::string directory, FindResume(session));
+  Continuation next;
+  if (directory.empty()) return next;
+  SALA_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(directory));
+  const StagePosition position = PositionOf(checkpoint);
+  const std::vector<StageConfig>& stages = session.config().stages;
+  if (position.stage_index < 0 || position.stage_index >= static_cast<int64_t>(stages.size()) ||
+      stages[static_cast<size_t>(position.stage_index)].name != position.stage) {
+    return MakeError(ExitCode::kData, "CKPT-LINEAGE",
+                     directory + ": is of stage " + std::to_string(position.stage_index) + " '" + position.stage +
+                         "', which this configuration does not have at that place; use the run's own configuration, or a new "
+                         "run directory with init_from");
+  }
+  const StageConfig& stage = stages[static_cast<size_t>(position.stage_index)];
+  SALA_ASSIGN_OR_RETURN(const std::string saved_yaml, checkpoint.ReadConfig());
+  SALA_RETURN_IF_ERROR(CheckResumable(stage, saved_yaml, directory));
+  session.global_step = checkpoint.info().global_step;
+  next.stage = position.stage_index;
+  if (position.stage_final) {
+    ++next.stage;
+  } else {
+    next.resume = directory;
+  }
+  return next;
+}
+
+// The rows so far, kept in summary.json so that a resumed run shows all stages. Rank 0 only.
+class Summaries {
+ public:
+  explicit Summaries(std::string path) : path_(std::move(path)) {
+    const auto text = ReadFile(path_);
+    if (!text.ok()) return;  // a new run
+    const auto json = nlohmann::ordered_json::parse(*text, nullptr, false);
+    if (!json.is_array()) return;
+    for (const auto& row : json) {
+      const auto number = [&row](const char* key) {
+        return row.contains(key) && row[key].is_number() ? row[key].get<double>() : std::nan("");
+      };
+      rows_.push_back({.stage = row.value("stage", ""),
+                       .tokens = row.value("tokens", int64_t{0}),
+                       .seconds = number("seconds"),
+                       .loss_before = number("loss_before"),
+                       .loss_after = number("loss_after"),
+                       .note = row.value("note", "")});
+    }
+  }
+
+  Status Add(const StageSummary& row) {
+    std::erase_if(rows_, [&row](const StageSummary& old) { return old.stage == row.stage; });
+    rows_.push_back(row);
+    auto json = nlohmann::ordered_json::array();
+    for (const StageSummary& r : rows_) {
+      json.push_back({{"stage", r.stage},
+                      {"tokens", r.tokens},
+                      {"seconds", r.seconds},
+                      {"loss_before", r.loss_before},
+                      {"loss_after", r.loss_after},
+                      {"note", r.note}});
+    }
+    return WriteFileAtomically(path_, json.dump(1) + "\n");
+  }
+
+  const std::vector<StageSummary>& rows() const { return rows_; }
+  const StageSummary* Find(const std::string& stage) const {
+    const auto it = std::find_if(rows_.begin(), rows_.end(), [&](const StageSummary& r) { return r.stage == stage; });
+    return it == rows_.end() ? nullptr : &*it;
+  }
+
+ private:
+  std::string path_;
+  std::vector<StageSummary> rows_;
+};
+
+void PrintTable(const std::vector<StageSummary>& rows) {
+  std::printf("\n%-14s %12s %12s %12s %12s  %s\n", "stage", "loss before", "loss after", "tokens", "tokens/s", "");
+  for (const StageSummary& row : rows) {
+    std::printf("%-14s %12.4f %12.4f %12lld %12.0f  %s\n", row.stage.c_str(), row.loss_before, row.loss_after,
+                static_cast<long long>(row.tokens), static_cast<double>(row.tokens) / std::max(1e-9, row.seconds),
+                row.note.c_str());
+  }
+  std::fflush(stdout);
+}
+
+// The conversion's promise: after the first stage behind HALO the hybrid is as good on held-out text as the teacher was.
+// Said only where both numbers come from the same held-out data.
+void PrintConversionVerdict(const PipelineConfig& config, const Summaries& summaries) {
+  for (size_t h = 1; h + 1 < config.stages.size(); ++h) {
+    if (config.stages[h].kind != StageKind::kHalo) continue;
+    const StageConfig& before = config.stages[h - 1];
+    const StageConfig& after = config.stages[h + 1];
+    const StageSummary* teacher = summaries.Find(before.name);
+    const StageSummary* hybrid = summaries.Find(after.name);
+    const bool same_data = EmitConfig(before.data) == EmitConfig(after.data) &&
+                           before.batch.seq_len_tokens == after.batch.seq_len_tokens;
+    if (teacher == nullptr || hybrid == nullptr || !same_data || !teacher->note.empty() || !hybrid->note.empty()) continue;
+    const double change = std::exp(hybrid->loss_after - teacher->loss_after) - 1;
+    constexpr double kPromise = 0.05;
+    std::printf("\nheld-out perplexity: teacher %.3f, hybrid after %s %.3f (%+.1f %%): %s\n",
+                std::exp(teacher->loss_after), after.name.c_str(), std::exp(hybrid->loss_after), 100 * change,
+                change <= kPromise ? "within 5 % of the teacher" : "NOT within 5 % of the teacher");
+    std::fflush(stdout);
+  }
+}
+
+StatusOr<StageSummary> RunStage(Session& session, int64_t index, const std::string& resume_directory) {
+  const StageConfig& stage = session.config().stages[static_cast<size_t>(index)];
+  SALA_RETURN_IF_ERROR(session.UseMesh(stage.parallel));
+  StageInput input;
+  input.config = &stage;
+  input.index = index;
+  input.stages = static_cast<int64_t>(session.config().stages.size());
+  input.carry_optimizer = stage.carry_optimizer;
+  std::optional<Checkpoint> resume;
+  if (!resume_directory.empty()) {
+    SALA_ASSIGN_OR_RETURN(Checkpoint opened, Checkpoint::Open(resume_directory));
+    resume.emplace(std::move(opened));
+    input.resume = &*resume;
+  }
+  if (index > 0) {
+    SALA_ASSIGN_OR_RETURN(input.init_path, StageResult(session, index - 1));
+  } else if (stage.init_from) {
+    input.init_path = stage.init_from->path;
+    input.carry_optimizer = stage.init_from->carry_optimizer;
+    // Numbers go on from the checkpoint a stand-alone stage starts from, so that they never repeat in its lineage.
+    if (resume_directory.empty() && PathExists(input.init_path + "/manifest.json")) {
+      SALA_ASSIGN_OR_RETURN(const Checkpoint from, Checkpoint::Open(input.init_path));
+      session.global_step = from.info().global_step;
+    }
+  }
+  return stage.kind == StageKind::kHalo ? RunHaloStage(session, input) : RunPretrainStage(session, input);
+}
+
+}  // namespace
+
+Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config) {
+  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<Session> session, Session::Open(world, config));
+  SALA_RETURN_IF_ERROR(session->WriteStatus("starting", config.stages[0].name, 0));
+  auto next = Continue(*session);
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, next.status()));
+  Summaries summaries(session->path("summary.json"));
+  if (session->is_root()) {
+    SALA_LOG(Info) << "run " << config.name << " in " << config.run.dir << ": " << config.stages.size() << " stage(s), "
+                   << world.size() << " rank(s), " << config.run.threads << " thread(s) each";
+  }
+  for (int64_t i = next->stage; i < static_cast<int64_t>(config.stages.size()); ++i) {
+    auto row = RunStage(*session, i, i == next->stage ? next->resume : "");
+    if (!row.ok()) {
+      const bool stopped = ExitCodeOf(row.status()) == ExitCode::kRequeue;
+      SALA_RETURN_IF_ERROR(session->WriteStatus(stopped ? "stopping" : "failed",
+                                                config.stages[static_cast<size_t>(i)].name, session->global_step));
+      return row.status();
+    }
+    if (session->is_root()) SALA_RETURN_IF_ERROR(summaries.Add(*row));
+  }
+  if (session->is_root()) {
+    PrintTable(summaries.rows());
+    PrintConversionVerdict(config, summaries);
+  }
+  return session->WriteStatus("done", config.stages.back().name, session->global_step);
+}
+
+}  // namespace sala::recipes

@@ -1,0 +1,137 @@
+#include "recipes/session.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <ctime>
+#include <utility>
+
+#include "core/checkpoint.h"
+#include "core/file.h"
+#include "core/log.h"
+
+namespace sala::recipes {
+namespace {
+
+// Written by signal handlers, so only lock-free atomics.
+std::atomic<int64_t> pending_request{0};
+std::atomic<bool> hangup{false};
+std::atomic<int> stop_signals{0};
+
+void OnSave(int) {
+  int64_t none = 0;
+  pending_request.compare_exchange_strong(none, static_cast<int64_t>(Request::kSave));
+}
+
+void OnStop(int signal) {
+  pending_request = static_cast<int64_t>(Request::kStop);
+  // SIGUSR2 comes from schedulers and may come twice; a repeated SIGTERM or SIGINT means "now".
+  if (signal != SIGUSR2 && ++stop_signals > 1) _exit(128 + signal);
+}
+
+void OnHangup(int) { hangup = true; }
+
+void Handle(int signal, void (*handler)(int)) {
+  struct sigaction action = {};
+  action.sa_handler = handler;
+  action.sa_flags = SA_RESTART;
+  sigaction(signal, &action, nullptr);
+}
+
+double Now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+std::string RankLogName(int rank) {
+  char name[64];
+  std::snprintf(name, sizeof(name), "logs/rank-%05d.log", rank);
+  return name;
+}
+
+}  // namespace
+
+void InstallSignalHandlers() {
+  Handle(SIGUSR1, OnSave);
+  Handle(SIGUSR2, OnStop);
+  Handle(SIGTERM, OnStop);
+  Handle(SIGINT, OnStop);
+  Handle(SIGHUP, OnHangup);
+}
+
+Request PendingRequest() {
+  if (hangup.exchange(false)) ReopenLogFile();
+  return static_cast<Request>(pending_request.load());
+}
+
+void ClearSaveRequest() {
+  auto save = static_cast<int64_t>(Request::kSave);
+  pending_request.compare_exchange_strong(save, static_cast<int64_t>(Request::kNone));
+}
+
+Session::Session(parallel::Communicator& world, const PipelineConfig& config)
+    : world_(world), config_(config), pool_(static_cast<int>(config.run.threads)) {
+  ctx_.pool = &pool_;
+  ctx_.scratch = &scratch_;
+}
+
+Status Session::PrepareDirectory() {
+  for (const char* folder : {"logs", "metrics", "checkpoints", "stages"}) {
+    SALA_RETURN_IF_ERROR(MakeDirectories(path(folder)));
+  }
+  SALA_ASSIGN_OR_RETURN(RunLock lock, RunLock::Acquire(config_.run.dir));
+  lock_.emplace(std::move(lock));
+  if (config_.run.resume == "never" && !ListCheckpoints(checkpoint_root()).empty()) {
+    return MakeError(ExitCode::kConfig, "RUN-EXISTS",
+                     config_.run.dir + ": run.resume is never, but the directory already holds checkpoints; choose another "
+                                       "run.dir, or set run.resume to auto");
+  }
+  for (const auto& [name, text] : EmitPipeline(config_)) SALA_RETURN_IF_ERROR(WriteFileAtomically(path(name), text));
+  if (!PathExists(path("tokenizer"))) SALA_RETURN_IF_ERROR(tokenizer_->SaveTo(path("tokenizer")));
+  SALA_ASSIGN_OR_RETURN(train_metrics_, MetricsFile::Open(path("metrics/train.jsonl")));
+  SALA_ASSIGN_OR_RETURN(valid_metrics_, MetricsFile::Open(path("metrics/valid.jsonl")));
+  return RemoveLeftovers(checkpoint_root());
+}
+
+StatusOr<std::unique_ptr<Session>> Session::Open(parallel::Communicator& world, const PipelineConfig& config) {
+  std::unique_ptr<Session> session(new Session(world, config));
+  SALA_ASSIGN_OR_RETURN(session->mesh_, parallel::Mesh::Create(world, config.stages[0].parallel));
+  auto tokenizer = data::LoadTokenizer(config.stages[0].tokenizer);
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, tokenizer.status()));
+  session->tokenizer_ = std::move(tokenizer).value();
+  const Status prepared = session->is_root() ? session->PrepareDirectory() : OkStatus();
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, prepared));
+  SALA_RETURN_IF_ERROR(
+      parallel::AgreeOnStatus(world, OpenLogFile(session->path(RankLogName(world.rank())))));
+  return session;
+}
+
+Status Session::UseMesh(const parallel::MeshConfig& config) {
+  SALA_ASSIGN_OR_RETURN(mesh_, parallel::Mesh::Create(world_, config));
+  return OkStatus();
+}
+
+Status Session::WriteMetrics(const nlohmann::ordered_json& line) {
+  return is_root() ? train_metrics_.Write(line) : OkStatus();
+}
+
+Status Session::WriteValidation(const nlohmann::ordered_json& line) {
+  return is_root() ? valid_metrics_.Write(line) : OkStatus();
+}
+
+Status Session::WriteStatus(const std::string& state, const std::string& stage, int64_t step) {
+  if (!is_root()) return OkStatus();
+  const double now = Now();
+  // The file is synced to disk: once a second is often enough for a liveness probe.
+  if (state == last_status_state_ && now - last_status_seconds_ < 1) return OkStatus();
+  last_status_seconds_ = now;
+  last_status_state_ = state;
+  const nlohmann::ordered_json status = {
+      {"step", step}, {"stage", stage}, {"state", state}, {"time", static_cast<int64_t>(std::time(nullptr))}};
+  return WriteFileAtomically(path("status.json"), status.dump() + "\n");
+}
+
+}  // namespace sala::recipes

@@ -1,0 +1,355 @@
+#include "recipes/step_loop.h"
+
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+
+#include "core/hash.h"
+#include "core/log.h"
+#include "core/progress.h"
+#include "recipes/schedule.h"
+
+namespace sala::recipes {
+namespace {
+
+using Values = std::vector<std::pair<std::string, double>>;
+
+double Now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+std::string Format(const char* format, double value) {
+  char text[64];
+  std::snprintf(text, sizeof(text), format, value);
+  return text;
+}
+
+// JSON has no NaN: null stands for "not measured".
+nlohmann::json NumberOrNull(double value) {
+  return std::isfinite(value) ? nlohmann::json(value) : nlohmann::json(nullptr);
+}
+
+double NumberOr(const nlohmann::json& object, const char* key, double fallback) {
+  const auto it = object.find(key);
+  return it == object.end() || !it->is_number() ? fallback : it->get<double>();
+}
+
+// What a phase counts over its whole life, saved in the checkpoint.
+struct Progress {
+  int64_t step = 0;  // done
+  int64_t tokens = 0;
+  int64_t targets = 0;
+  double seconds = 0;
+  int64_t skipped = 0;
+  int64_t clipped = 0;
+  int64_t bad_in_a_row = 0;
+  double first_loss = std::numeric_limits<double>::quiet_NaN();
+  double last_loss = std::numeric_limits<double>::quiet_NaN();
+  double validation_before = std::numeric_limits<double>::quiet_NaN();
+
+  nlohmann::json ToJson() const {
+    return {{"tokens", tokens},
+            {"targets", targets},
+            {"seconds", seconds},
+            {"skipped", skipped},
+            {"clipped", clipped},
+            {"bad_in_a_row", bad_in_a_row},
+            {"first_loss", NumberOrNull(first_loss)},
+            {"last_loss", NumberOrNull(last_loss)},
+            {"validation_before", NumberOrNull(validation_before)}};
+  }
+
+  static Progress FromJson(const nlohmann::json& json, int64_t step) {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    Progress p;
+    p.step = step;
+    p.tokens = json.value("tokens", int64_t{0});
+    p.targets = json.value("targets", int64_t{0});
+    p.seconds = NumberOr(json, "seconds", 0);
+    p.skipped = json.value("skipped", int64_t{0});
+    p.clipped = json.value("clipped", int64_t{0});
+    p.bad_in_a_row = json.value("bad_in_a_row", int64_t{0});
+    p.first_loss = NumberOr(json, "first_loss", nan);
+    p.last_loss = NumberOr(json, "last_loss", nan);
+    p.validation_before = NumberOr(json, "validation_before", nan);
+    return p;
+  }
+};
+
+// One global batch as this rank sees it.
+struct StepData {
+  std::vector<data::PackedSample> mine;  // positions dp_rank, dp_rank + dp, ... of the batch
+  StepCounts counts;                     // of all ranks
+  uint32_t crc = 0;                      // of all samples, in order
+  Request request = Request::kNone;
+};
+
+class StepLoop {
+ public:
+  StepLoop(Session& session, const StepLoopConfig& config, StepTask& task, data::SampleStream& stream)
+      : session_(session),
+        config_(config),
+        task_(task),
+        stream_(stream),
+        gradients_(task.params().specs()),
+        optimizer_(config.optimizer, task.config(), task.params(),
+                   [&task](const model::ParameterSpec& spec) { return task.Trainable(spec); }, session.mesh()),
+        display_(config.label, config.batch.steps, session.is_root()) {}
+
+  StatusOr<StepLoopSummary> Run(const Checkpoint* resume, const Checkpoint* carry);
+
+ private:
+  Status Start(const Checkpoint* resume, const Checkpoint* carry);
+  StatusOr<StepData> LoadStep();
+  Status Step();
+  StatusOr<Values> RunMicroBatches(const StepData& data, double* loss);
+  Status Report(const StepData& data, const Values& values, const UpdateResult& update, double lr, double started);
+  StatusOr<double> Validate();
+  Status Save(bool final_step);
+
+  Session& session_;
+  const StepLoopConfig& config_;
+  StepTask& task_;
+  data::SampleStream& stream_;
+  model::ParameterStore gradients_;
+  Optimizer optimizer_;
+  ProgressDisplay display_;
+  Progress progress_;
+  Request request_ = Request::kNone;
+  int64_t last_saved_ = -1;
+};
+
+Status StepLoop::Start(const Checkpoint* resume, const Checkpoint* carry) {
+  SALA_RETURN_IF_ERROR(stream_.CheckEpochs(config_.batch.steps * config_.batch.global_batch_sequences()));
+  if (resume != nullptr) {
+    const nlohmann::json& trainer = resume->info().trainer;
+    if (trainer.contains("cursor")) SALA_RETURN_IF_ERROR(stream_.CheckCursor(trainer["cursor"]));
+    progress_ = Progress::FromJson(trainer.value("progress", nlohmann::json::object()), PositionOf(*resume).phase_step);
+    optimizer_.set_updates(trainer.value("updates", int64_t{0}));
+    SALA_RETURN_IF_ERROR(LoadParameters(*resume, task_.params()));
+    SALA_RETURN_IF_ERROR(optimizer_.Load(*resume));
+    last_saved_ = progress_.step;
+    SALA_RETURN_IF_ERROR(session_.WriteMetrics({{"event", "resume"}, {"step", session_.global_step}}));
+    SALA_LOG(Info) << config_.position.stage << "/" << config_.position.phase << ": resumed after step " << progress_.step
+                   << " from " << resume->directory();
+  } else if (carry != nullptr) {
+    optimizer_.set_updates(carry->info().trainer.value("updates", int64_t{0}));
+    SALA_RETURN_IF_ERROR(optimizer_.Load(*carry));
+  }
+  if (session_.is_root()) {
+    SALA_LOG(Info) << config_.position.stage << "/" << config_.position.phase << ": "
+                   << DescribeSchedule(config_.schedule, config_.batch.steps);
+  }
+  return OkStatus();
+}
+
+StatusOr<StepData> StepLoop::LoadStep() {
+  parallel::Communicator& group = session_.mesh().dp_group();
+  const int64_t batch = config_.batch.global_batch_sequences();
+  StepData step;
+  // [targets, tokens, request, then the CRC of every sample]: one integer all-reduce tells all ranks everything they must agree on.
+  std::vector<int64_t> sums(static_cast<size_t>(2 + batch), 0);
+  Status status = OkStatus();
+  for (int64_t p = session_.mesh().dp_rank(); p < batch && status.ok(); p += session_.mesh().dp_size()) {
+    auto sample = stream_.Get(progress_.step * batch + p);
+    status = sample.status();
+    if (!status.ok()) break;
+    sums[0] += sample->targets();
+    sums[1] += stream_.seq_len() - sample->padding;
+    sums[static_cast<size_t>(2 + p)] = data::DataCrc(*sample);
+    step.mine.push_back(std::move(sample).value());
+  }
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), status));
+  SALA_RETURN_IF_ERROR(group.AllReduce(std::span<int64_t>(sums), parallel::Reduce::kSum));
+  auto request = static_cast<int64_t>(PendingRequest());
+  SALA_RETURN_IF_ERROR(session_.world().AllReduce(std::span<int64_t>(&request, 1), parallel::Reduce::kMax));
+  step.counts = {.targets = sums[0], .tokens = sums[1]};
+  step.crc = Crc32c(sums.data() + 2, static_cast<size_t>(batch) * sizeof(int64_t));
+  step.request = static_cast<Request>(request);
+  return step;
+}
+
+StatusOr<Values> StepLoop::RunMicroBatches(const StepData& data, double* loss) {
+  const size_t per_batch = static_cast<size_t>(config_.batch.micro_batch_sequences);
+  std::memset(gradients_.data(), 0, static_cast<size_t>(gradients_.size()) * sizeof(float));
+  std::vector<double> sums(task_.SumNames().size(), 0.0);
+  for (size_t begin = 0; begin < data.mine.size(); begin += per_batch) {
+    const size_t end = std::min(data.mine.size(), begin + per_batch);
+    const model::Batch batch = MakeBatch({data.mine.begin() + static_cast<int64_t>(begin),
+                                          data.mine.begin() + static_cast<int64_t>(end)});
+    if (batch.size() == 0) continue;
+    SALA_RETURN_IF_ERROR(task_.MicroBatch(session_.ctx(), session_.arena(), batch, data.counts, gradients_, sums));
+  }
+  SALA_RETURN_IF_ERROR(session_.mesh().dp_group().AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
+  Values values = task_.Values(sums, data.counts);
+  *loss = values.front().second;
+  return values;
+}
+
+Status StepLoop::Step() {
+  const double started = Now();
+  SALA_ASSIGN_OR_RETURN(const StepData data, LoadStep());
+  request_ = data.request;
+  double loss = 0;
+  SALA_ASSIGN_OR_RETURN(const Values values, RunMicroBatches(data, &loss));
+  const double lr = LearningRate(config_.schedule, progress_.step, config_.batch.steps);
+  SALA_ASSIGN_OR_RETURN(const UpdateResult update,
+                        optimizer_.Update(session_.ctx(), gradients_, lr, std::isfinite(loss)));
+
+  ++progress_.step;
+  ++session_.global_step;
+  progress_.tokens += data.counts.tokens;
+  progress_.targets += data.counts.targets;
+  progress_.clipped += update.clipped ? 1 : 0;
+  progress_.last_loss = loss;
+  if (progress_.step == 1) progress_.first_loss = loss;
+  if (update.skipped) {
+    ++progress_.skipped;
+    ++progress_.bad_in_a_row;
+    SALA_LOG(Warn) << "step " << session_.global_step << ": loss " << loss << ", gradient norm " << update.grad_norm
+                   << ": not finite, the update is skipped (" << progress_.bad_in_a_row << " in a row)";
+  } else {
+    progress_.bad_in_a_row = 0;
+  }
+  progress_.seconds += Now() - started;
+  SALA_RETURN_IF_ERROR(Report(data, values, update, lr, started));
+  if (progress_.bad_in_a_row > config_.optimizer.max_bad_steps) {
+    return MakeError(ExitCode::kNumbers, "NUM-NONFINITE",
+                     "stage " + config_.position.stage + ", step " + std::to_string(session_.global_step) + ": loss or gradient was "
+                     "not finite " + std::to_string(progress_.bad_in_a_row) + " times in a row, the limit is " +
+                         std::to_string(config_.optimizer.max_bad_steps) +
+                         " (optimizer.max_bad_steps); lower the learning rate or look at the data of these steps");
+  }
+  return OkStatus();
+}
+
+Status StepLoop::Report(const StepData& data, const Values& values, const UpdateResult& update, double lr,
+                        double started) {
+  if (!session_.is_root()) return OkStatus();
+  const double step_seconds = Now() - started;
+  const double rate = static_cast<double>(data.counts.tokens) / step_seconds;
+  const bool last = progress_.step == config_.batch.steps;
+  if (last || progress_.step % session_.config().run.log_every_steps == 0 || update.skipped) {
+    nlohmann::ordered_json line = {{"step", session_.global_step},
+                                   {"stage", config_.position.stage},
+                                   {"phase", config_.position.phase},
+                                   {"stage_step", progress_.step},
+                                   {"time", static_cast<int64_t>(std::time(nullptr))},
+                                   {"tokens", data.counts.tokens},
+                                   {"target_tokens", data.counts.targets},
+                                   {"tokens_total", progress_.tokens}};
+    for (const auto& [name, value] : values) line[name] = NumberOrNull(value);
+    line["loss_hex"] = HexFloat(values.front().second);
+    line["grad_norm"] = NumberOrNull(update.grad_norm);
+    line["grad_norm_hex"] = HexFloat(update.grad_norm);
+    line["clipped"] = update.clipped;
+    line["lr"] = lr;
+    line["skipped"] = update.skipped;
+    line["tokens_per_s"] = rate;
+    line["step_ms"] = step_seconds * 1e3;
+    line["arena_peak_mib"] = static_cast<double>(session_.arena().peak_bytes()) / (1 << 20);
+    line["data_crc"] = Hex32(data.crc);
+    SALA_RETURN_IF_ERROR(session_.WriteMetrics(line));
+  }
+  display_.Update(progress_.step, values.front().first + " " + Format("%.4f", values.front().second) + "  lr " +
+                                      Format("%.2e", lr) + "  " + Format("%.0f", rate) + " tok/s");
+  return session_.WriteStatus("training", config_.position.stage, session_.global_step);
+}
+
+StatusOr<double> StepLoop::Validate() {
+  SALA_RETURN_IF_ERROR(session_.WriteStatus("evaluating", config_.position.stage, session_.global_step));
+  SALA_ASSIGN_OR_RETURN(const Values values, task_.Validate(session_));
+  if (values.empty()) return std::numeric_limits<double>::quiet_NaN();
+  nlohmann::ordered_json line = {{"step", session_.global_step},
+                                 {"stage", config_.position.stage},
+                                 {"phase", config_.position.phase},
+                                 {"stage_step", progress_.step}};
+  for (const auto& [name, value] : values) line[name] = NumberOrNull(value);
+  SALA_RETURN_IF_ERROR(session_.WriteValidation(line));
+  return values.front().second;
+}
+
+Status StepLoop::Save(bool final_step) {
+  SaveRequest request;
+  request.position = config_.position;
+  request.position.phase_step = progress_.step;
+  request.position.stage_final = final_step && config_.final_phase;
+  request.model = &task_.config();
+  request.params = &task_.params();
+  request.optimizer = &optimizer_;
+  request.trainer = {{"progress", progress_.ToJson()},
+                     {"cursor", stream_.Cursor(progress_.step * config_.batch.global_batch_sequences())},
+                     {"schedule_step", progress_.step}};
+  request.trainer.update(config_.extra_trainer);
+  request.config_yaml = config_.config_yaml;
+  request.parent = config_.parent;
+  request.policy = config_.checkpoint;
+  SALA_ASSIGN_OR_RETURN(const std::string directory,
+                        SaveCheckpoint(session_, request, final_step || request_ == Request::kStop));
+  if (!directory.empty()) last_saved_ = progress_.step;
+  return OkStatus();
+}
+
+StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoint* carry) {
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), Start(resume, carry)));
+  const int64_t steps = config_.batch.steps;
+  StepLoopSummary summary;
+  summary.validation_after = std::numeric_limits<double>::quiet_NaN();
+  if (progress_.step == 0) {
+    SALA_ASSIGN_OR_RETURN(progress_.validation_before, Validate());
+  }
+  while (progress_.step < steps) {
+    SALA_RETURN_IF_ERROR(Step());
+    const bool last = progress_.step == steps;
+    const int64_t validate_every = config_.validation.every_steps;
+    if (last || (validate_every > 0 && progress_.step % validate_every == 0)) {
+      SALA_ASSIGN_OR_RETURN(summary.validation_after, Validate());
+    }
+    const int64_t save_every = config_.checkpoint.every_steps;
+    if (last || request_ != Request::kNone || (save_every > 0 && progress_.step % save_every == 0)) {
+      SALA_RETURN_IF_ERROR(Save(last));
+      ClearSaveRequest();
+    }
+    if (request_ == Request::kStop) {
+      SALA_RETURN_IF_ERROR(session_.WriteStatus("stopping", config_.position.stage, session_.global_step));
+      return MakeError(ExitCode::kRequeue, "STOPPED",
+                       "stopped on request after step " + std::to_string(session_.global_step) +
+                           "; the checkpoint is complete, start the same command again to go on");
+    }
+  }
+  display_.Finish();
+  summary.steps = progress_.step;
+  summary.tokens = progress_.tokens;
+  summary.seconds = progress_.seconds;
+  summary.first_loss = progress_.first_loss;
+  summary.last_loss = progress_.last_loss;
+  summary.validation_before = progress_.validation_before;
+  return summary;
+}
+
+}  // namespace
+
+StatusOr<StepLoopSummary> RunStepLoop(Session& session, const StepLoopConfig& config, StepTask& task,
+                                      data::SampleStream& stream, const Checkpoint* resume, const Checkpoint* carry) {
+  return StepLoop(session, config, task, stream).Run(resume, carry);
+}
+
+model::Batch MakeBatch(const std::vector<data::PackedSample>& samples) {
+  model::Batch batch;
+  batch.cu_seqlens.push_back(0);
+  for (const data::PackedSample& sample : samples) {
+    const auto base = static_cast<int32_t>(batch.tokens.size());
+    const int64_t kept = static_cast<int64_t>(sample.tokens.size()) - sample.padding;
+    batch.tokens.insert(batch.tokens.end(), sample.tokens.begin(), sample.tokens.begin() + kept);
+    batch.labels.insert(batch.labels.end(), sample.labels.begin(), sample.labels.begin() + kept);
+    batch.positions.insert(batch.positions.end(), sample.positions.begin(), sample.positions.begin() + kept);
+    for (size_t s = 1; s < sample.cu_seqlens.size(); ++s) {
+      if (sample.cu_seqlens[s] <= kept) batch.cu_seqlens.push_back(base + sample.cu_seqlens[s]);
+    }
+  }
+  return batch;
+}
+
+}  // namespace sala::recipes
