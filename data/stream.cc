@@ -95,12 +95,11 @@ Status FillRun(TokenFile& file, bool sft, const DocumentRun& run, int64_t at, Pa
   return OkStatus();
 }
 
-// document_mask: false. `first` is where the document after the first starts.
-Status JoinDocuments(TokenFile& file, bool sft, const DocumentRun& run, int64_t first, PackedSample* sample) {
+// document_mask: false. The document before slot `at` ended there: its last label becomes the first token of `run`.
+Status JoinDocuments(TokenFile& file, bool sft, const DocumentRun& run, int64_t at, PackedSample* sample) {
   uint8_t learned = 1;
   if (sft) SALA_RETURN_IF_ERROR(file.CopyMask(file.begin(run.document) + run.start, 1, &learned));
-  if (learned != 0 && sample->labels[static_cast<size_t>(first) - 1] < 0 && run.start == 0)
-    sample->labels[static_cast<size_t>(first) - 1] = sample->tokens[static_cast<size_t>(first)];
+  if (learned != 0) sample->labels[static_cast<size_t>(at) - 1] = sample->tokens[static_cast<size_t>(at)];
   return OkStatus();
 }
 
@@ -113,11 +112,14 @@ StatusOr<PackedSample> Deliver(TokenStore& store, int64_t view, const ViewSample
   sample.positions.assign(slots, 0);
   sample.cu_seqlens = {0};
   int64_t at = 0;
+  bool document_ended = false;  // before slot `at`
   for (const DocumentRun& run : plan.runs) {
     SALA_ASSIGN_OR_RETURN(TokenFile * file, store.File(run.file));
     SALA_RETURN_IF_ERROR(FillRun(*file, store.info().sft(), run, at, &sample));
-    if (!document_mask && at > 0) {
+    if (!document_mask && document_ended && run.start == 0)
       SALA_RETURN_IF_ERROR(JoinDocuments(*file, store.info().sft(), run, at, &sample));
+    document_ended = run.start + run.length == file->length(run.document);
+    if (!document_mask) {
       std::iota(sample.positions.begin() + at, sample.positions.begin() + at + run.length, static_cast<int32_t>(at));
     }
     at += run.length;
@@ -259,7 +261,8 @@ StatusOr<std::unique_ptr<ValidationSet>> ValidationSet::Open(const DataConfig& c
     // A dataset that several views share counts once, whatever their length ranges.
     if (!seen.insert(config.mixture[i].dataset).second) continue;
     SALA_ASSIGN_OR_RETURN(auto store, stores.Open(config.mixture[i].dataset));
-    const ViewConfig whole{.dataset = config.mixture[i].dataset};
+    ViewConfig whole;
+    whole.dataset = config.mixture[i].dataset;
     const PackRule rule{Packing::kBestFit, config.long_documents, seq_len, config.max_segments};
     auto view = View::Open(whole, config, {config.seed, "validation", store->info().name}, rule, Split::kHeldOut, store);
     if (ErrorCodeOf(view.status()) == "DS-EMPTY") continue;  // nothing of this dataset is held out

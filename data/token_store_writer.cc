@@ -266,7 +266,8 @@ Status TokenStoreWriter::FlushShard() {
                                    .tokenizer_fingerprint = info_.tokenizer_fingerprint,
                                    .vocab_size = info_.vocab_size,
                                    .shard_index = static_cast<int64_t>(info_.files.size())}));
-  DatasetFile file{.name = name};
+  DatasetFile file;
+  file.name = name;
   SALA_ASSIGN_OR_RETURN(file.bytes, FileSize(path));
   SALA_ASSIGN_OR_RETURN(file.sha256, Sha256OfFile(path));
   file.documents = shard_.documents();
