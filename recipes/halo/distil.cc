@@ -1,11 +1,14 @@
 #include "recipes/halo/distil.h"
 
+#include <algorithm>
 #include <array>
 
 #include "model/loss.h"
 
 namespace sala::recipes {
 namespace {
+
+using NamedValues = std::vector<std::pair<std::string, double>>;
 
 // Sums of one micro-batch of distillation.
 enum DistilSum : size_t { kKl, kEntropy, kAgree, kCrossEntropy, kDistilSums };
@@ -51,11 +54,14 @@ StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const mod
     sums[kTargets] += static_cast<double>(student_loss.targets);
   }
   SALA_RETURN_IF_ERROR(comm.AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
-  return DistilReport{.kl = sums[kReportKl] / sums[kReportTokens],
-                      .student_loss = sums[kStudentLoss] / sums[kTargets],
-                      .teacher_loss = sums[kTeacherLoss] / sums[kTargets],
-                      .agreement = sums[kReportAgree] / sums[kReportTokens],
-                      .teacher_entropy = sums[kReportEntropy] / sums[kReportTokens]};
+  const double tokens = std::max(1.0, sums[kReportTokens]);
+  const double targets = std::max(1.0, sums[kTargets]);
+  return DistilReport{.tokens = static_cast<int64_t>(sums[kReportTokens]),
+                      .kl = sums[kReportKl] / tokens,
+                      .student_loss = sums[kStudentLoss] / targets,
+                      .teacher_loss = sums[kTeacherLoss] / targets,
+                      .agreement = sums[kReportAgree] / tokens,
+                      .teacher_entropy = sums[kReportEntropy] / tokens};
 }
 
 StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& set, const parallel::Mesh& mesh) {
@@ -109,14 +115,14 @@ std::vector<std::pair<std::string, double>> DistilTask::Values(std::span<const d
 }
 
 StatusOr<std::vector<std::pair<std::string, double>>> DistilTask::Validate(Session& session) {
-  std::vector<std::pair<std::string, double>> values;
   SALA_ASSIGN_OR_RETURN(const DistilReport report, CompareModels(session.ctx(), session.arena(), teacher_, model_,
                                                                  held_out_, session.mesh().dp_group()));
-  return std::vector<std::pair<std::string, double>>{{"kl", report.kl},
-                                                     {"student_loss", report.student_loss},
-                                                     {"teacher_loss", report.teacher_loss},
-                                                     {"agreement", report.agreement},
-                                                     {"teacher_entropy", report.teacher_entropy}};
+  if (report.tokens == 0) return NamedValues{};
+  return NamedValues{{"kl", report.kl},
+                     {"student_loss", report.student_loss},
+                     {"teacher_loss", report.teacher_loss},
+                     {"agreement", report.agreement},
+                     {"teacher_entropy", report.teacher_entropy}};
 }
 
 FinetuneTask::FinetuneTask(const model::Model& teacher, Hybrid& student, bool recompute,
@@ -147,7 +153,8 @@ std::vector<std::pair<std::string, double>> FinetuneTask::Values(std::span<const
 StatusOr<std::vector<std::pair<std::string, double>>> FinetuneTask::Validate(Session& session) {
   SALA_ASSIGN_OR_RETURN(const DistilReport report, CompareModels(session.ctx(), session.arena(), teacher_, model_,
                                                                  held_out_, session.mesh().dp_group()));
-  return std::vector<std::pair<std::string, double>>{{"loss", report.student_loss}, {"kl", report.kl}};
+  if (report.tokens == 0) return NamedValues{};
+  return NamedValues{{"loss", report.student_loss}, {"kl", report.kl}};
 }
 
 }  // namespace sala::recipes

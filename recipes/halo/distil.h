@@ -24,6 +24,7 @@ struct DistilOptions {
 
 // Held-out numbers of student and teacher on the same text.
 struct DistilReport {
+  int64_t tokens = 0;          // 0: nothing held out, all else is 0
   double kl = 0;               // nats per token, at temperature 1
   double student_loss = 0;     // nats per target
   double teacher_loss = 0;
