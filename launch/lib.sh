@@ -1,10 +1,11 @@
+# shellcheck shell=bash
 # Shell functions that launch/quickstart and launch/test share. Source it; it changes to the root of the repository.
 
 set -euo pipefail
 export LC_ALL=C.UTF-8
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-ROOT=$PWD
+export ROOT=$PWD
 JOBS=${SALA_JOBS:-$(nproc)}
 
 if [ -t 1 ] && [ -z "${CI:-}" ]; then BOLD=$'\e[1m' RED=$'\e[31m' PLAIN=$'\e[0m'; else BOLD='' RED='' PLAIN=''; fi
@@ -104,18 +105,19 @@ mpi_environment() {
 
 # ---- build ----
 
-# build_preset PRESET FOLDER [-D...] -- [TARGETS]: configures build/FOLDER and builds the targets (all when none is named).
-build_preset() {
-  local preset=$1 folder=build/$2 options=()
+# configure_build PRESET FOLDER [-D...]: writes build/FOLDER.
+configure_build() {
+  local preset=$1 folder=build/$2
   shift 2
-  while [ $# -gt 0 ] && [ "$1" != -- ]; do
-    options+=("$1")
-    shift
-  done
-  if [ $# -gt 0 ]; then shift; fi
   say "build: configuring $folder (preset $preset)"
-  quietly "build/logs/configure-$(basename "$folder").log" cmake --preset "$preset" -B "$folder" "${options[@]}"
-  say "build: $folder, ${*:-everything}, $JOBS jobs"
+  quietly "build/logs/configure-$(basename "$folder").log" cmake --preset "$preset" -B "$folder" "$@"
+}
+
+# build_targets FOLDER [TARGETS]: in build/FOLDER; everything when none is named.
+build_targets() {
+  local folder=build/$1
+  shift
+  say "build: $folder: ${*:-everything}, $JOBS jobs"
   if [ -t 1 ] && [ -z "${CI:-}" ]; then
     ninja -C "$folder" -j "$JOBS" "$@" || fail "the build in $folder failed"
   else

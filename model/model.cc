@@ -266,6 +266,20 @@ Tensor Model::ForwardOnly(const Context& ctx, Arena& arena, const Batch& batch, 
   return hidden;
 }
 
+void Model::RunLayers(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options,
+                      int64_t first_layer, int64_t end_layer, const Tensor& x) const {
+  const ArenaScope scope(arena);
+  const BatchTables tables = MakeTables(ctx, arena, batch, options);
+  const Tensor out = NewLike(arena, x);
+  for (int64_t l = first_layer; l < end_layer; ++l) {
+    const ArenaScope layer_scope(arena);
+    LayerState layer;
+    layer.x = x;
+    LayerForward(ctx, arena, batch, tables, options, l, layer, out);
+    Copy(out, x);
+  }
+}
+
 std::vector<float> Model::Logits(const Context& ctx, Arena& arena, const ConstTensor& hidden_row) const {
   std::vector<float> logits(static_cast<size_t>(config_.vocab_size));
   kernels::GemmNT(ctx, hidden_row, tensors_.head, Tensor(logits.data(), {1, config_.vocab_size}),

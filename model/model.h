@@ -146,6 +146,10 @@ class Model {
                      int64_t first_layer = 0, Tensor x = {}, const LayerHook& hook = nullptr,
                      const std::function<void(int64_t layer, const ConstTensor& x)>& on_input = nullptr) const;
 
+  // Layers [first_layer, end_layer) on the residual stream x [T, H], in place.
+  void RunLayers(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options, int64_t first_layer,
+                 int64_t end_layer, const Tensor& x) const;
+
   // Runs a prompt (one document) and fills the cache; returns the logits [V] of the last token.
   std::vector<float> Prefill(const Context& ctx, Arena& arena, const std::vector<int32_t>& tokens,
                              const RunOptions& options, Cache* cache) const;

@@ -1,0 +1,176 @@
+#include "recipes/halo/align.h"
+
+#include <cmath>
+
+#include "kernels/mse/mse.h"
+#include "kernels/qk_norm_rope/qk_norm_rope.h"
+#include "model/mixer.h"
+#include "recipes/halo/transfer.h"
+
+namespace sala::recipes {
+namespace {
+
+using model::MixerTensors;
+using model::MixerType;
+
+// What is summed per layer, over tokens and features (the norm: over tokens).
+enum LayerSum : size_t { kSquaredError, kTargetSum, kTargetSquare, kNormSum, kLayerSums };
+
+std::vector<MixerTensors> BindAll(const model::ModelConfig& config, model::ParameterStore& store) {
+  std::vector<MixerTensors> all;
+  for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
+    all.push_back(model::BindMixer(config, layer, MixerType::kLightning, store));
+  }
+  return all;
+}
+
+// Rotary tables of the linear mixers; the teacher, having none, does not make them.
+model::BatchTables LinearTables(const Context& ctx, Arena& arena, const model::ModelConfig& config,
+                                const model::Batch& batch) {
+  model::BatchTables tables;
+  if (!config.lightning_use_rope) return tables;
+  const int64_t half = config.lightning_head_dim / 2;
+  tables.lightning_cos = arena.New(DType::kF32, {batch.size(), half});
+  tables.lightning_sin = arena.New(DType::kF32, {batch.size(), half});
+  kernels::RopeTable(ctx, batch.positions_view(), config.lightning_head_dim, static_cast<float>(config.rope_theta),
+                     tables.lightning_cos, tables.lightning_sin);
+  return tables;
+}
+
+// Sum over tokens of the Euclidean norm of y - target; dy = scale * (y - target) / norm, zero where the norm is zero.
+double NormLoss(const ConstTensor& y, const ConstTensor& target, double scale, const Tensor& dy) {
+  const int64_t width = y.dim(1);
+  double sum = 0;
+  for (int64_t t = 0; t < y.dim(0); ++t) {
+    const auto* a = y.Row<float>(t);
+    const auto* b = target.Row<float>(t);
+    double squares = 0;
+    for (int64_t i = 0; i < width; ++i) {
+      const double difference = static_cast<double>(a[i]) - b[i];
+      squares += difference * difference;
+    }
+    const double norm = std::sqrt(squares);
+    sum += norm;
+    if (dy.empty()) continue;
+    auto* d = dy.Row<float>(t);
+    const double factor = norm > 0 ? scale / norm : 0.0;
+    for (int64_t i = 0; i < width; ++i) d[i] = static_cast<float>(factor * (static_cast<double>(a[i]) - b[i]));
+  }
+  return sum;
+}
+
+}  // namespace
+
+AlignTask::AlignTask(const model::Model& teacher, model::ParameterStore& mixers, AlignLoss loss,
+                     const data::ValidationSet* held_out)
+    : teacher_(teacher),
+      config_(AllLinear(teacher.config())),
+      mixers_(mixers),
+      weights_(BindAll(config_, mixers)),
+      loss_(loss),
+      held_out_(held_out) {}
+
+void AlignTask::LayerLoss(const Context& ctx, const ConstTensor& y, const ConstTensor& target, double tokens,
+                          const Tensor& dy, std::span<double> layer_sums) const {
+  const auto layers = static_cast<double>(config_.num_hidden_layers);
+  const auto width = static_cast<double>(config_.hidden_size);
+  const bool squared = loss_ == AlignLoss::kMse;
+  const kernels::MseResult result = kernels::MeanSquaredError(
+      ctx, y, target, static_cast<float>(1.0 / (layers * tokens * width)), squared ? dy : Tensor{});
+  layer_sums[kSquaredError] += result.squared_error;
+  layer_sums[kTargetSum] += result.target_sum;
+  layer_sums[kTargetSquare] += result.target_square;
+  if (!squared) layer_sums[kNormSum] += NormLoss(y, target, 1.0 / (layers * tokens * std::sqrt(width)), dy);
+}
+
+void AlignTask::Pass(const Context& ctx, Arena& arena, const model::Batch& batch, double tokens,
+                     const std::vector<MixerTensors>& gradients, std::span<double> sums) const {
+  const ArenaScope scope(arena);
+  const model::BatchTables tables = LinearTables(ctx, arena, config_, batch);
+  const model::RunOptions options;  // dense attention: conversion runs far below the sparse lengths
+  const auto on_layer = [&](int64_t layer, const ConstTensor& normed, const ConstTensor& target) {
+    const ArenaScope layer_scope(arena);
+    const auto l = static_cast<size_t>(layer);
+    const Tensor y = arena.New(DType::kF32, {batch.size(), config_.hidden_size});
+    const model::MixerState state = model::MixerForward(ctx, arena, config_, MixerType::kLightning, weights_[l], batch,
+                                                        tables, options, normed, {.y = y});
+    Tensor dy;
+    if (!gradients.empty()) dy = arena.New(DType::kF32, {batch.size(), config_.hidden_size});
+    LayerLoss(ctx, y, target, tokens, dy, sums.subspan(l * kLayerSums, kLayerSums));
+    if (gradients.empty()) return;
+    model::MixerBackward(ctx, arena, config_, MixerType::kLightning, weights_[l], batch, tables, state, 1.0F, dy, {},
+                         gradients[l]);
+  };
+  teacher_.ForwardOnly(ctx, arena, batch, options, 0, {}, on_layer);
+}
+
+Status AlignTask::MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch, const StepCounts& counts,
+                             model::ParameterStore& gradients, std::span<double> sums) {
+  Pass(ctx, arena, batch, static_cast<double>(counts.tokens), BindAll(config_, gradients), sums);
+  return OkStatus();
+}
+
+std::vector<std::string> AlignTask::SumNames() const {
+  std::vector<std::string> names;
+  for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
+    const std::string suffix = "_" + std::to_string(layer);
+    names.push_back("squared_error" + suffix);
+    names.push_back("target_sum" + suffix);
+    names.push_back("target_square" + suffix);
+    names.push_back("norm_sum" + suffix);
+  }
+  return names;
+}
+
+std::vector<std::pair<std::string, double>> AlignTask::Values(std::span<const double> sums,
+                                                              const StepCounts& counts) const {
+  const auto layers = static_cast<double>(config_.num_hidden_layers);
+  const auto tokens = static_cast<double>(counts.tokens);
+  const auto width = static_cast<double>(config_.hidden_size);
+  const double elements = tokens * width;
+  double loss = 0;
+  double mean_error = 0;
+  std::vector<std::pair<std::string, double>> per_layer;
+  for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
+    const std::span<const double> s = sums.subspan(static_cast<size_t>(layer) * kLayerSums, kLayerSums);
+    const double mean = s[kTargetSum] / elements;
+    const double variance = s[kTargetSquare] / elements - mean * mean;
+    const double relative = s[kSquaredError] / elements / variance;
+    loss += (loss_ == AlignLoss::kMse ? s[kSquaredError] / elements : s[kNormSum] / (tokens * std::sqrt(width))) / layers;
+    mean_error += relative / layers;
+    per_layer.emplace_back("relative_error_" + std::to_string(layer), relative);
+  }
+  std::vector<std::pair<std::string, double>> values = {{"loss", loss}, {"relative_error", mean_error}};
+  values.insert(values.end(), per_layer.begin(), per_layer.end());
+  return values;
+}
+
+StatusOr<std::vector<std::pair<std::string, double>>> AlignTask::Evaluate(const Context& ctx, Arena& arena,
+                                                                          const std::vector<model::Batch>& batches,
+                                                                          parallel::Communicator& comm) {
+  std::vector<double> sums(static_cast<size_t>(config_.num_hidden_layers) * kLayerSums + 1, 0.0);
+  for (const model::Batch& batch : batches) {
+    Pass(ctx, arena, batch, 1.0, {}, std::span<double>(sums).first(sums.size() - 1));
+    sums.back() += static_cast<double>(batch.size());
+  }
+  SALA_RETURN_IF_ERROR(comm.AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
+  return Values(std::span<const double>(sums).first(sums.size() - 1),
+                {.tokens = static_cast<int64_t>(sums.back())});
+}
+
+StatusOr<std::vector<std::pair<std::string, double>>> AlignTask::Validate(Session& session) {
+  std::vector<std::pair<std::string, double>> none;
+  if (held_out_ == nullptr || held_out_->size() == 0) return none;
+  std::vector<model::Batch> mine;
+  for (int64_t i = session.mesh().dp_rank(); i < held_out_->size(); i += session.mesh().dp_size()) {
+    SALA_ASSIGN_OR_RETURN(data::PackedSample sample, held_out_->Get(i));
+    mine.push_back(MakeBatch({std::move(sample)}));
+  }
+  SALA_ASSIGN_OR_RETURN(auto values, Evaluate(session.ctx(), session.arena(), mine, session.mesh().dp_group()));
+  last_errors_.clear();
+  for (size_t i = 2; i < values.size(); ++i) last_errors_.push_back(values[i].second);
+  if (first_errors_.empty()) first_errors_ = last_errors_;
+  return values;
+}
+
+}  // namespace sala::recipes

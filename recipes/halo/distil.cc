@@ -1,0 +1,160 @@
+#include "recipes/halo/distil.h"
+
+#include <algorithm>
+#include <array>
+
+#include "model/loss.h"
+
+namespace sala::recipes {
+namespace {
+
+using NamedValues = std::vector<std::pair<std::string, double>>;
+
+// Sums of one micro-batch of distillation.
+enum DistilSum : size_t { kKl, kEntropy, kAgree, kCrossEntropy, kDistilSums };
+
+// Sums of one held-out batch.
+enum ReportSum : size_t { kReportKl, kReportEntropy, kReportAgree, kReportTokens, kStudentLoss, kTeacherLoss, kTargets, kReportSums };
+
+kernels::CrossEntropyResult LossOf(const Context& ctx, const model::Model& model, const Tensor& hidden,
+                                   const model::Batch& batch) {
+  return kernels::CrossEntropy(ctx, hidden, model.tensors().head, batch.labels_view(),
+                               {.logit_scale = model.logit_scale()}, {}, {}, {});
+}
+
+}  // namespace
+
+bool IsTrainable(HaloTrainable trainable, const model::ModelConfig& student, const model::ParameterSpec& spec) {
+  if (trainable == HaloTrainable::kAll) return true;
+  constexpr char kPrefix[] = "model.layers.";
+  if (spec.name.find(".self_attn.") == std::string::npos) return false;
+  if (trainable == HaloTrainable::kMixers) return true;
+  return student.mixer(std::stoll(spec.name.substr(sizeof(kPrefix) - 1))) == model::MixerType::kLightning;
+}
+
+StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const model::Model& teacher,
+                                     const model::Model& student, const std::vector<model::Batch>& batches,
+                                     parallel::Communicator& comm) {
+  std::array<double, kReportSums> sums{};
+  const model::RunOptions options;
+  for (const model::Batch& batch : batches) {
+    const ArenaScope scope(arena);
+    const Tensor teacher_hidden = teacher.ForwardOnly(ctx, arena, batch, options);
+    const Tensor student_hidden = student.ForwardOnly(ctx, arena, batch, options);
+    const kernels::KlDivergenceResult kl = kernels::KlDivergence(
+        ctx, teacher_hidden, teacher.tensors().head, student_hidden, student.tensors().head,
+        {.teacher_logit_scale = teacher.logit_scale(), .student_logit_scale = student.logit_scale()}, {}, {});
+    const kernels::CrossEntropyResult student_loss = LossOf(ctx, student, student_hidden, batch);
+    sums[kReportKl] += kl.loss_sum;
+    sums[kReportEntropy] += kl.teacher_entropy;
+    sums[kReportAgree] += static_cast<double>(kl.agree);
+    sums[kReportTokens] += static_cast<double>(kl.tokens);
+    sums[kStudentLoss] += student_loss.loss_sum;
+    sums[kTeacherLoss] += LossOf(ctx, teacher, teacher_hidden, batch).loss_sum;
+    sums[kTargets] += static_cast<double>(student_loss.targets);
+  }
+  SALA_RETURN_IF_ERROR(comm.AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
+  const double tokens = std::max(1.0, sums[kReportTokens]);
+  const double targets = std::max(1.0, sums[kTargets]);
+  return DistilReport{.tokens = static_cast<int64_t>(sums[kReportTokens]),
+                      .kl = sums[kReportKl] / tokens,
+                      .student_loss = sums[kStudentLoss] / targets,
+                      .teacher_loss = sums[kTeacherLoss] / targets,
+                      .agreement = sums[kReportAgree] / tokens,
+                      .teacher_entropy = sums[kReportEntropy] / tokens};
+}
+
+StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& set, const parallel::Mesh& mesh) {
+  std::vector<model::Batch> batches;
+  for (int64_t i = mesh.dp_rank(); i < set.size(); i += mesh.dp_size()) {
+    SALA_ASSIGN_OR_RETURN(data::PackedSample sample, set.Get(i));
+    batches.push_back(MakeBatch({std::move(sample)}));
+  }
+  return batches;
+}
+
+DistilTask::DistilTask(const model::Model& teacher, Hybrid& student, const DistilOptions& options,
+                       const std::vector<model::Batch>& held_out)
+    : teacher_(teacher),
+      student_(student),
+      model_(student.config, student.params),
+      options_(options),
+      held_out_(held_out) {}
+
+Status DistilTask::MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch, const StepCounts& counts,
+                              model::ParameterStore& gradients, std::span<double> sums) {
+  const model::ModelTensors tensors = model::BindTensors(
+      student_.config, gradients, [this](const model::ParameterSpec& spec) { return Trainable(spec); });
+  const double ce_scale = counts.targets > 0 ? options_.ce_weight / static_cast<double>(counts.targets) : 0.0;
+  const model::DistillationResult result =
+      model::DistillationStep(ctx, arena, teacher_, model_, batch,
+                              {.student = {.recompute = options_.recompute},
+                               .teacher = {},
+                               .kl_grad_scale = static_cast<float>(1.0 / static_cast<double>(counts.tokens)),
+                               .ce_grad_scale = static_cast<float>(ce_scale),
+                               .temperature = static_cast<float>(options_.temperature)},
+                              tensors);
+  sums[kKl] += result.kl.loss_sum;
+  sums[kEntropy] += result.kl.teacher_entropy;
+  sums[kAgree] += static_cast<double>(result.kl.agree);
+  sums[kCrossEntropy] += result.ce.loss_sum;
+  return OkStatus();
+}
+
+std::vector<std::string> DistilTask::SumNames() const { return {"kl", "teacher_entropy", "agree", "cross_entropy"}; }
+
+std::vector<std::pair<std::string, double>> DistilTask::Values(std::span<const double> sums,
+                                                               const StepCounts& counts) const {
+  const auto tokens = static_cast<double>(counts.tokens);
+  const double kl = sums[kKl] / tokens;
+  const double ce = counts.targets > 0 ? sums[kCrossEntropy] / static_cast<double>(counts.targets) : 0.0;
+  return {{"loss", kl + options_.ce_weight * ce},
+          {"kl", kl},
+          {"teacher_entropy", sums[kEntropy] / tokens},
+          {"agreement", sums[kAgree] / tokens}};
+}
+
+StatusOr<std::vector<std::pair<std::string, double>>> DistilTask::Validate(Session& session) {
+  SALA_ASSIGN_OR_RETURN(const DistilReport report, CompareModels(session.ctx(), session.arena(), teacher_, model_,
+                                                                 held_out_, session.mesh().dp_group()));
+  if (report.tokens == 0) return NamedValues{};
+  return NamedValues{{"kl", report.kl},
+                     {"student_loss", report.student_loss},
+                     {"teacher_loss", report.teacher_loss},
+                     {"agreement", report.agreement},
+                     {"teacher_entropy", report.teacher_entropy}};
+}
+
+FinetuneTask::FinetuneTask(const model::Model& teacher, Hybrid& student, bool recompute,
+                           const std::vector<model::Batch>& held_out)
+    : teacher_(teacher),
+      student_(student),
+      model_(student.config, student.params),
+      recompute_(recompute),
+      held_out_(held_out) {}
+
+Status FinetuneTask::MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch, const StepCounts& counts,
+                                model::ParameterStore& gradients, std::span<double> sums) {
+  const model::ModelTensors tensors = model::BindTensors(student_.config, gradients);
+  const double scale = counts.targets > 0 ? 1.0 / static_cast<double>(counts.targets) : 0.0;
+  const kernels::CrossEntropyResult result = model::CrossEntropyStep(
+      ctx, arena, model_, batch, {.recompute = recompute_}, static_cast<float>(scale), tensors);
+  sums[0] += result.loss_sum;
+  sums[1] += static_cast<double>(result.correct);
+  return OkStatus();
+}
+
+std::vector<std::pair<std::string, double>> FinetuneTask::Values(std::span<const double> sums,
+                                                                 const StepCounts& counts) const {
+  const auto targets = static_cast<double>(counts.targets);
+  return {{"loss", sums[0] / targets}, {"accuracy", sums[1] / targets}};
+}
+
+StatusOr<std::vector<std::pair<std::string, double>>> FinetuneTask::Validate(Session& session) {
+  SALA_ASSIGN_OR_RETURN(const DistilReport report, CompareModels(session.ctx(), session.arena(), teacher_, model_,
+                                                                 held_out_, session.mesh().dp_group()));
+  if (report.tokens == 0) return NamedValues{};
+  return NamedValues{{"loss", report.student_loss}, {"kl", report.kl}};
+}
+
+}  // namespace sala::recipes

@@ -1,0 +1,28 @@
+// HyPE's logit scale s_t = log(t + a) / log(a) for position-free softmax layers, fitted after conversion with frozen weights
+// (docs/math/halo.md 7; arXiv 2601.22156 section 5).
+#pragma once
+
+#include <vector>
+
+#include "core/context.h"
+#include "model/model.h"
+#include "nlohmann/json.hpp"
+#include "parallel/communicator.h"
+
+namespace sala::recipes {
+
+struct LogitScaleFit {
+  double base = 0;                 // a; 0: no scale is best
+  std::vector<double> candidates;  // 0 (none) first, then the grid
+  std::vector<double> losses;      // nats per target, one per candidate
+
+  nlohmann::json ToJson() const;
+};
+
+// Mean loss over all targets of `batches` (this rank's part) for no scale and for each a of the grid; the lowest wins, ties to
+// the earlier. Collective over `comm`. The weights are only read.
+StatusOr<LogitScaleFit> FitLogitScale(const Context& ctx, Arena& arena, const model::Model& model,
+                                      const std::vector<model::Batch>& batches, const std::vector<double>& grid,
+                                      parallel::Communicator& comm);
+
+}  // namespace sala::recipes

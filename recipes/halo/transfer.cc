@@ -1,0 +1,107 @@
+#include "recipes/halo/transfer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "core/rng.h"
+
+namespace sala::recipes {
+namespace {
+
+using model::MixerType;
+using model::ModelConfig;
+using model::ParameterSpec;
+using model::ParameterStore;
+
+Status HaloError(const std::string& text) { return MakeError(ExitCode::kConfig, "CFG-HALO", text); }
+
+void Copy(const ConstTensor& from, const Tensor& to) {
+  std::memcpy(to.raw(), from.raw(), static_cast<size_t>(from.numel()) * sizeof(float));
+}
+
+// from [K * D, H] -> to [N * D, H]: head i of `to` is head floor(i / (N / K)) of `from`.
+void ExpandHeads(const ConstTensor& from, const ModelConfig& config, const Tensor& to) {
+  const int64_t group = config.num_attention_heads / config.num_key_value_heads;
+  const int64_t rows = config.head_dim;
+  for (int64_t head = 0; head < config.num_attention_heads; ++head) {
+    const int64_t source = head / group;
+    Copy(from.Rows(source * rows, (source + 1) * rows), to.Rows(head * rows, (head + 1) * rows));
+  }
+}
+
+// What common frameworks give a linear layer by default; the published code leaves the gate to it (halo.md 3).
+void InitialiseGate(int64_t seed, const ParameterSpec& spec, const Tensor& gate) {
+  PhiloxStream rng("v1|" + std::to_string(seed) + "|halo||0|parameter|" + spec.name);
+  const double bound = 1.0 / std::sqrt(static_cast<double>(spec.shape[1]));
+  auto* data = gate.Data<float>();
+  for (int64_t i = 0; i < spec.numel; ++i) data[i] = static_cast<float>(bound * (2 * rng.NextDouble() - 1));
+}
+
+bool EndsWith(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+}  // namespace
+
+Status CheckTeacher(const ModelConfig& teacher) {
+  if (teacher.has_lightning()) {
+    return HaloError(
+        "the teacher already has linear layers (mixer_types); HALO converts a model whose layers are all softmax: "
+        "name another model in init_from.path");
+  }
+  const std::string widths = "lightning_nh " + std::to_string(teacher.lightning_nh) + " x lightning_head_dim " +
+                             std::to_string(teacher.lightning_head_dim);
+  const std::string expected = "num_attention_heads " + std::to_string(teacher.num_attention_heads) + " x head_dim " +
+                               std::to_string(teacher.head_dim);
+  if (teacher.lightning_width() != teacher.attention_width()) {
+    return HaloError("the teacher's " + widths + " is not as wide as its " + expected +
+                     ": weights cannot be transferred; set lightning_nh and lightning_head_dim to fit");
+  }
+  if (teacher.attn_qk_norm && teacher.qk_norm && teacher.lightning_head_dim != teacher.head_dim) {
+    return HaloError("the teacher's q/k norm gains are for heads of " + std::to_string(teacher.head_dim) + ", but " +
+                     widths + "; set lightning_head_dim to head_dim");
+  }
+  return OkStatus();
+}
+
+ModelConfig AllLinear(const ModelConfig& teacher) {
+  ModelConfig config = teacher;
+  config.mixer_types.assign(static_cast<size_t>(teacher.num_hidden_layers), NameOf(MixerType::kLightning));
+  return config;
+}
+
+std::vector<ParameterSpec> AllMixerSpecs(const ModelConfig& config) {
+  std::vector<ParameterSpec> specs;
+  for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
+    for (ParameterSpec& spec : model::MixerSpecs(config, layer, MixerType::kLightning)) specs.push_back(std::move(spec));
+  }
+  model::LayOut(specs);
+  return specs;
+}
+
+ParameterStore TransferMixers(const ModelConfig& teacher_config, const ParameterStore& teacher,
+                              const TransferOptions& options) {
+  ParameterStore mixers(AllMixerSpecs(teacher_config));
+  const double deviation = teacher_config.initializer_range / std::sqrt(teacher_config.width_multiplier());
+  for (const ParameterSpec& spec : mixers.specs()) {
+    const Tensor tensor = mixers.Get(spec.name);
+    const bool gain = spec.kind == model::ParameterKind::kVector;
+    if (EndsWith(spec.name, "z_proj.weight")) {
+      InitialiseGate(options.seed, spec, tensor);
+    } else if (gain && !(options.from_teacher && teacher.Has(spec.name))) {
+      std::fill_n(tensor.Data<float>(), spec.numel, 1.0F);
+    } else if (!options.from_teacher) {
+      model::InitialiseNormal(options.seed, spec.name, deviation, tensor);
+    } else if (EndsWith(spec.name, "k_proj.weight") || EndsWith(spec.name, "v_proj.weight")) {
+      ExpandHeads(teacher.Get(spec.name), teacher_config, tensor);
+    } else {
+      Copy(teacher.Get(spec.name), tensor);
+    }
+  }
+  return mixers;
+}
+
+}  // namespace sala::recipes
