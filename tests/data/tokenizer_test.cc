@@ -82,8 +82,9 @@ TEST_F(SentencePieceTokenizerTest, OffsetsPointAtTheFirstByteOfEachToken) {
     ids.push_back(piece.id);
     EXPECT_LE(piece.begin, static_cast<int64_t>(rebuilt.size()));
     // The bytes of one character share its start; every other token starts where the text before it ends.
-    if (static_cast<size_t>(piece.begin) != rebuilt.size())
+    if (static_cast<size_t>(piece.begin) != rebuilt.size()) {
       EXPECT_EQ(static_cast<uint8_t>(text[rebuilt.size()]) & 0xc0, 0x80) << piece.begin;
+    }
     rebuilt += tokenizer_->Decode({&piece.id, 1});
   }
   EXPECT_EQ(rebuilt, text);
