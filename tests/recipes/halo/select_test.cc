@@ -28,7 +28,8 @@ LayerScores ScoresOf(const nlohmann::json& model) {
   return scores;
 }
 
-std::vector<int64_t> Chosen(Selector selector, const LayerScores& scores, const std::vector<int64_t>& forced, int64_t k,
+std::vector<int64_t> Chosen(Selector selector, const LayerScores& scores,
+                            const std::vector<int64_t>& forced, int64_t k,
                             const RuleOptions& options = {}) {
   return TakeLayers(RankLayers(KeepScores(selector, scores, options)), forced, k);
 }
@@ -43,16 +44,19 @@ TEST(SelectionRule, GivesThePublishedLayers) {
     EXPECT_EQ(Chosen(Selector::kHalo, scores, {}, k), halo) << name;
     // The paper's eps and its code's give the same layers.
     EXPECT_EQ(Chosen(Selector::kHalo, scores, {}, k, {.eps = 1e-10}), halo) << name;
-    EXPECT_EQ(RankLayers(KeepScores(Selector::kHalo, scores, {})), model.at("halo_order").get<std::vector<int64_t>>())
+    EXPECT_EQ(RankLayers(KeepScores(Selector::kHalo, scores, {})),
+              model.at("halo_order").get<std::vector<int64_t>>())
         << name;
-    EXPECT_EQ(Chosen(Selector::kRecallDrop, scores, {}, k), model.at("recall_drop_topk").get<std::vector<int64_t>>())
+    EXPECT_EQ(Chosen(Selector::kRecallDrop, scores, {}, k),
+              model.at("recall_drop_topk").get<std::vector<int64_t>>())
         << name;
   }
 }
 
 TEST(SelectionRule, DifferenceSharesLayersWithTheRatio) {
   // Numbers of common layers as recomputed from the published scores (docs/math/halo.md 4).
-  const std::map<std::string, size_t> common = {{"Qwen3-1.7B", 5}, {"Qwen3-4B", 9}, {"Qwen3-8B", 5}};
+  const std::map<std::string, size_t> common = {
+      {"Qwen3-1.7B", 5}, {"Qwen3-4B", 9}, {"Qwen3-8B", 5}};
   for (const auto& [name, model] : PublishedScores().items()) {
     const auto k = model.at("k").get<int64_t>();
     const std::vector<int64_t> a = Chosen(Selector::kHalo, ScoresOf(model), {}, k);
@@ -66,9 +70,11 @@ TEST(SelectionRule, DifferenceSharesLayersWithTheRatio) {
 TEST(SelectionRule, ForcedLayersAreKeptAndCounted) {
   const nlohmann::json model = PublishedScores().at("Qwen3-1.7B");
   // Order by score: 3, 8, 2, 9, 21, 25, 6, ...; two places are taken by decision.
-  EXPECT_THAT(Chosen(Selector::kHalo, ScoresOf(model), {0, 27}, 7), ElementsAre(0, 2, 3, 8, 9, 21, 27));
+  EXPECT_THAT(Chosen(Selector::kHalo, ScoresOf(model), {0, 27}, 7),
+              ElementsAre(0, 2, 3, 8, 9, 21, 27));
   // A forced layer that would be chosen anyway takes its own place.
-  EXPECT_THAT(Chosen(Selector::kHalo, ScoresOf(model), {0, 3}, 7), ElementsAre(0, 2, 3, 8, 9, 21, 25));
+  EXPECT_THAT(Chosen(Selector::kHalo, ScoresOf(model), {0, 3}, 7),
+              ElementsAre(0, 2, 3, 8, 9, 21, 25));
 }
 
 TEST(SelectionRule, TiesGoToTheLowerIndex) {
@@ -104,7 +110,8 @@ TEST(ResolveLayers, CountsFromTheEndAndRefusesOthers) {
 
 TEST(UniformOrder, TakesTheMiddlesOfEqualParts) {
   EXPECT_THAT(TakeLayers(UniformOrder(8, {}, 2), {}, 2), ElementsAre(2, 6));
-  EXPECT_THAT(TakeLayers(UniformOrder(32, {0, 31}, 8), {0, 31}, 8), ElementsAre(0, 3, 8, 13, 18, 23, 28, 31));
+  EXPECT_THAT(TakeLayers(UniformOrder(32, {0, 31}, 8), {0, 31}, 8),
+              ElementsAre(0, 3, 8, 13, 18, 23, 28, 31));
   EXPECT_THAT(TakeLayers(UniformOrder(6, {1}, 1), {1}, 1), ElementsAre(1));
 }
 

@@ -48,7 +48,8 @@ inline model::ParameterStore RandomTeacher(const model::ModelConfig& config) {
   for (const model::ParameterSpec& spec : store.specs()) {
     float* data = store.data() + spec.offset;
     for (int64_t i = 0; i < spec.numel; ++i) {
-      if (spec.kind == model::ParameterKind::kVector) data[i] += static_cast<float>(0.2 * rng.NextNormal());
+      if (spec.kind == model::ParameterKind::kVector)
+        data[i] += static_cast<float>(0.2 * rng.NextNormal());
       if (spec.kind == model::ParameterKind::kMatrix) data[i] *= 2;  // attention away from uniform
     }
   }
@@ -56,14 +57,15 @@ inline model::ParameterStore RandomTeacher(const model::ModelConfig& config) {
 }
 
 // Packed random documents; labels are the next tokens inside each.
-inline model::Batch RandomBatch(const model::ModelConfig& config, const std::vector<int32_t>& lengths,
-                                const std::string& name) {
+inline model::Batch RandomBatch(const model::ModelConfig& config,
+                                const std::vector<int32_t>& lengths, const std::string& name) {
   PhiloxStream rng("v1|5|halo_test||0|tokens|" + name);
   model::Batch batch;
   batch.cu_seqlens = {0};
   for (int32_t n : lengths) {
     for (int32_t i = 0; i < n; ++i) {
-      batch.tokens.push_back(static_cast<int32_t>(rng.Bounded(static_cast<uint64_t>(config.vocab_size))));
+      batch.tokens.push_back(
+          static_cast<int32_t>(rng.Bounded(static_cast<uint64_t>(config.vocab_size))));
       batch.positions.push_back(i);
     }
     for (int32_t i = 0; i < n; ++i) {

@@ -36,7 +36,8 @@ TEST_F(TransferTest, CopiesAndExpandsTheTeachersTensors) {
     ASSERT_EQ(expanded.dim(0), config.attention_width());
     for (int64_t head = 0; head < 4; ++head) {
       const int64_t source = head / 2;  // 4 query heads over 2 key/value heads
-      EXPECT_EQ(Values(expanded.Rows(head * 6, (head + 1) * 6)), Values(shared.Rows(source * 6, (source + 1) * 6)))
+      EXPECT_EQ(Values(expanded.Rows(head * 6, (head + 1) * 6)),
+                Values(shared.Rows(source * 6, (source + 1) * 6)))
           << name << " head " << head;
     }
   }
@@ -56,7 +57,8 @@ TEST_F(TransferTest, GateIsUniformAndNamedBySeedAndTensor) {
     EXPECT_LE(std::abs(z), bound);
     square += static_cast<double>(z) * z;
   }
-  // Variance bound^2 / 3; the sample variance of n uniform numbers has relative deviation sqrt(4 / (5 n)): five of them.
+  // Variance bound^2 / 3; the sample variance of n uniform numbers has relative deviation sqrt(4 /
+  // (5 n)): five of them.
   const auto n = static_cast<double>(gate.size());
   EXPECT_NEAR(square / n / (bound * bound / 3), 1.0, 5 * std::sqrt(0.8 / n));
   EXPECT_NE(gate, Values(b.Get(std::string(kPrefix) + "z_proj.weight")));
@@ -89,11 +91,12 @@ TEST_F(TransferTest, RefusesTeachersThatDoNotFit) {
   EXPECT_THAT(MessageOf(CheckTeacher(config)), ::testing::HasSubstr("already has linear layers"));
 }
 
-// The linear mixer of docs/math/halo.md 1 in double precision, written as the recurrence, with the teacher's own shared key and
-// value heads: head i reads head i / group.
+// The linear mixer of docs/math/halo.md 1 in double precision, written as the recurrence, with the
+// teacher's own shared key and value heads: head i reads head i / group.
 class SharedReference {
  public:
-  SharedReference(const model::ModelConfig& config, model::ParameterStore& teacher, model::ParameterStore& mixers)
+  SharedReference(const model::ModelConfig& config, model::ParameterStore& teacher,
+                  model::ParameterStore& mixers)
       : c_(config), teacher_(teacher), mixers_(mixers) {}
 
   std::vector<double> Run(const std::vector<float>& x, int64_t tokens) const {
@@ -109,7 +112,8 @@ class SharedReference {
         const double z = Dot(mixers_, "z_proj.weight", i, x, t);
         const double u = o[At(t, i)] * rstd / (1 + std::exp(-z));
         for (int64_t h = 0; h < c_.hidden_size; ++h) {
-          y[static_cast<size_t>(t * c_.hidden_size + h)] += u * Weight(teacher_, "o_proj.weight", h, i);
+          y[static_cast<size_t>(t * c_.hidden_size + h)] +=
+              u * Weight(teacher_, "o_proj.weight", h, i);
         }
       }
     }
@@ -117,20 +121,25 @@ class SharedReference {
   }
 
  private:
-  size_t At(int64_t t, int64_t i) const { return static_cast<size_t>(t * c_.attention_width() + i); }
-  static double Weight(model::ParameterStore& store, const char* name, int64_t row, int64_t column) {
+  size_t At(int64_t t, int64_t i) const {
+    return static_cast<size_t>(t * c_.attention_width() + i);
+  }
+  static double Weight(model::ParameterStore& store, const char* name, int64_t row,
+                       int64_t column) {
     return store.Get(std::string(kPrefix) + name).Row<float>(row)[column];
   }
-  double Dot(model::ParameterStore& store, const char* name, int64_t row, const std::vector<float>& x, int64_t t) const {
+  double Dot(model::ParameterStore& store, const char* name, int64_t row,
+             const std::vector<float>& x, int64_t t) const {
     double sum = 0;
     for (int64_t h = 0; h < c_.hidden_size; ++h) {
-      sum += Weight(store, name, row, h) * static_cast<double>(x[static_cast<size_t>(t * c_.hidden_size + h)]);
+      sum += Weight(store, name, row, h) *
+             static_cast<double>(x[static_cast<size_t>(t * c_.hidden_size + h)]);
     }
     return sum;
   }
   // One head's query or key: projection, norm, rotation (first half with second half).
-  std::vector<double> Rotated(const char* proj, const char* norm, int64_t head, const std::vector<float>& x,
-                              int64_t t) const {
+  std::vector<double> Rotated(const char* proj, const char* norm, int64_t head,
+                              const std::vector<float>& x, int64_t t) const {
     const int64_t d = c_.head_dim;
     std::vector<double> r(static_cast<size_t>(d));
     double square = 0;
@@ -142,7 +151,9 @@ class SharedReference {
     const auto* gain = teacher_.Get(std::string(kPrefix) + norm).Data<float>();
     for (int64_t i = 0; i < d; ++i) r[static_cast<size_t>(i)] *= rstd * gain[i];
     for (int64_t i = 0; i < d / 2; ++i) {
-      const double angle = static_cast<double>(t) * std::pow(c_.rope_theta, -2.0 * static_cast<double>(i) / static_cast<double>(d));
+      const double angle =
+          static_cast<double>(t) *
+          std::pow(c_.rope_theta, -2.0 * static_cast<double>(i) / static_cast<double>(d));
       double& a = r[static_cast<size_t>(i)];
       double& b = r[static_cast<size_t>(i + d / 2)];
       const double first = a * std::cos(angle) - b * std::sin(angle);
@@ -151,10 +162,12 @@ class SharedReference {
     }
     return r;
   }
-  void RunHead(const std::vector<float>& x, int64_t tokens, int64_t head, std::vector<double>* o) const {
+  void RunHead(const std::vector<float>& x, int64_t tokens, int64_t head,
+               std::vector<double>* o) const {
     const int64_t d = c_.head_dim;
     const int64_t shared = head / (c_.num_attention_heads / c_.num_key_value_heads);
-    const double gamma = std::exp(-std::pow(2.0, -8.0 * static_cast<double>(head + 1) / static_cast<double>(c_.num_attention_heads)));
+    const double gamma = std::exp(-std::pow(
+        2.0, -8.0 * static_cast<double>(head + 1) / static_cast<double>(c_.num_attention_heads)));
     std::vector<double> state(static_cast<size_t>(d * d), 0.0);
     for (int64_t t = 0; t < tokens; ++t) {
       const std::vector<double> q = Rotated("q_proj.weight", "q_norm.weight", head, x, t);
@@ -190,19 +203,20 @@ TEST_F(TransferTest, MixerEqualsTheRecurrenceWithSharedHeads) {
   model::BatchTables tables;
   tables.lightning_cos = arena_.New(DType::kF32, {kTokens, 3});
   tables.lightning_sin = arena_.New(DType::kF32, {kTokens, 3});
-  kernels::RopeTable(ctx_, batch.positions_view(), 6, static_cast<float>(config.rope_theta), tables.lightning_cos,
-                     tables.lightning_sin);
+  kernels::RopeTable(ctx_, batch.positions_view(), 6, static_cast<float>(config.rope_theta),
+                     tables.lightning_cos, tables.lightning_sin);
   const Tensor y = arena_.New(DType::kF32, {kTokens, 24});
   model::MixerForward(ctx_, arena_, config, model::MixerType::kLightning,
-                      model::BindMixer(config, 2, model::MixerType::kLightning, mixers), batch, tables, {},
-                      ConstTensor(x.data(), {kTokens, 24}), {.y = y});
+                      model::BindMixer(config, 2, model::MixerType::kLightning, mixers), batch,
+                      tables, {}, ConstTensor(x.data(), {kTokens, 24}), {.y = y});
 
   const std::vector<double> expected = SharedReference(config, teacher, mixers).Run(x, kTokens);
   double scale = 0;
   for (double value : expected) scale = std::max(scale, std::abs(value));
-  // The claim of halo.md 12.3 (1): 1e-5 relative. Rounding alone: eight rounded tensors with sums of at most 70 terms,
-  // sqrt(8 * 70) * 2^-24 = 1.4e-6.
-  for (size_t i = 0; i < expected.size(); ++i) ASSERT_NEAR(y.Data<float>()[i], expected[i], 1e-5 * scale) << i;
+  // The claim of halo.md 12.3 (1): 1e-5 relative. Rounding alone: eight rounded tensors with sums
+  // of at most 70 terms, sqrt(8 * 70) * 2^-24 = 1.4e-6.
+  for (size_t i = 0; i < expected.size(); ++i)
+    ASSERT_NEAR(y.Data<float>()[i], expected[i], 1e-5 * scale) << i;
 }
 
 }  // namespace
