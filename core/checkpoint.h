@@ -2,19 +2,29 @@
 // manifest, which is written last. Layout, schemas and faults: docs/formats.md. This room knows the
 // format, not ranks or stages: recipes/ decides when to save and who owns which slice.
 //
-// Saving (a writer per rank, all sharing one directory; `Coordinator` steps on rank 0 only):
-//   rank 0: CheckpointCommit commit = CheckpointCommit::Begin(root, step)  ->
-//   .tmp-step-000000012-1/ each:   WriteCheckpointSlices(dir, writer, save_id, slices) ->
-//   WrittenFiles (gathered to rank 0 by the caller as text) rank 0: commit.Finish(manifest, all
-//   WrittenFiles, config_yaml)         -> step-000000012/
-// Loading: Checkpoint::Open(dir) checks manifest, sizes and index; ReadSlice reads any box of any
-// tensor, whatever the slices on disk, and verifies the CRC of every slice it touches in full.
+// Saving (a writer per rank, all sharing one directory):
+//   rank 0: commit = CheckpointCommit::Begin(root, step, bytes)        makes .tmp-step-000000012-1/
+//   each:   WriteCheckpointSlices(dir, writer, save_id, slices)        its WrittenSlices go to rank
+//   0 rank 0: commit.Finish(info, all WrittenSlices, config_yaml)        renames to step-000000012/
+//   On any failure rank 0 calls commit.Abandon(); earlier checkpoints are not touched.
+// Loading: Checkpoint::Open(dir) checks manifest, sizes, save ids and index; ReadF32 reads any
+// range of any tensor, whatever the slices on disk, with pread only, and verifies the CRC of every
+// slice it touches in full.
+//
+// Files: manifest.json (JSON, its last key self_crc32c covers its own bytes with the eight digits
+// as zeros), index.h5 (columns), config.yaml, model-WRITER.h5 (param, buffer) and optim-WRITER.h5
+// (master, exp_avg, exp_avg_sq) with one dataset KIND/TENSOR#N of at most 64 MiB per slice.
+//
+// Tests of crashes: with the environment variable SALA_FAULT=checkpoint:POINT the process ends by
+// _exit(137), as if killed, at POINT: after-slices (a writer's files are written), before-manifest,
+// after-manifest (renamed into place), before-rename (all fsynced, still under its .tmp- name).
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "core/dtype.h"
@@ -33,19 +43,20 @@ struct TensorSlice {
   std::string name;
   TensorKind kind = TensorKind::kParam;
   DType dtype = DType::kF32;
-  std::vector<int64_t> shape;       // of the global tensor
-  std::vector<int64_t> box_offset;  // empty: whole tensor
-  std::vector<int64_t> box_shape;   // empty: whole tensor
-  int64_t flat_begin = 0;           // range in row-major order of the box
-  int64_t flat_end = -1;            // -1: to the end of the box
-  const void* data = nullptr;       // elements flat_begin .. flat_end
+  std::vector<int64_t> shape = {};       // of the global tensor
+  std::vector<int64_t> box_offset = {};  // empty: whole tensor
+  std::vector<int64_t> box_shape = {};   // empty: whole tensor
+  int64_t flat_begin = 0;                // range in row-major order of the box
+  int64_t flat_end = -1;                 // -1: to the end of the box
+  const void* data = nullptr;            // elements flat_begin .. flat_end
 };
 
-// What one writer wrote; ToJson/FromJson carry it to rank 0.
+// What one writer wrote; json.dump() and parse() carry it to rank 0.
 struct WrittenSlices {
   nlohmann::json json;  // files with bytes and crc, slices with offsets and crc
 };
 
+// Writes and fsyncs this writer's files. `slices` of rank 0 to 4. CKPT-SAVE (74).
 StatusOr<WrittenSlices> WriteCheckpointSlices(const std::string& directory, int writer,
                                               const std::string& save_id,
                                               const std::vector<TensorSlice>& slices);
@@ -84,6 +95,8 @@ class CheckpointCommit {
   int64_t global_step_ = 0;
 };
 
+// Quick: manifest, presence and sizes of files, save ids, index. Full: every CRC too. Deep: also
+// every tensor covered exactly once (CKPT-COVER) and no NaN or Inf (CKPT-TENSOR).
 enum class VerifyLevel { kQuick, kFull, kDeep };
 
 struct StoredTensor {
@@ -91,6 +104,16 @@ struct StoredTensor {
   TensorKind kind = TensorKind::kParam;
   DType dtype = DType::kF32;
   std::vector<int64_t> shape;
+};
+
+// One dataset of a data file: elements [flat_begin, flat_end) of a box of a tensor.
+struct StoredSlice {
+  size_t tensor = 0;
+  std::string file;
+  std::vector<int64_t> box_offset, box_shape;  // of the tensor's rank
+  int64_t flat_begin = 0, flat_end = 0;
+  int64_t byte_offset = 0, bytes = 0;
+  uint32_t crc = 0;
 };
 
 class Checkpoint {
@@ -109,23 +132,25 @@ class Checkpoint {
   Status ReadF32(const std::string& name, TensorKind kind, int64_t begin, int64_t end,
                  float* out) const;
 
-  StatusOr<std::string> ReadConfig() const;  // config.yaml
-  Status Verify(VerifyLevel level) const;    // the first problem, named by file, tensor and slice
+  // The same range as stored: (end - begin) * SizeOf(dtype) bytes.
+  Status ReadRaw(const StoredTensor& tensor, int64_t begin, int64_t end, void* out) const;
+
+  StatusOr<std::string> ReadConfig() const;                        // config.yaml
+  StatusOr<std::string> ReadExtra(const std::string& name) const;  // any text file, CRC checked
+  Status Verify(VerifyLevel level) const;  // the first problem, named by file, tensor and slice
 
  private:
-  struct Slice {
-    size_t tensor = 0;
-    std::string file;
-    std::vector<int64_t> box_offset, box_shape;
-    int64_t flat_begin = 0, flat_end = 0;
-    int64_t byte_offset = 0, bytes = 0;
-    uint32_t crc = 0;
-  };
+  std::pair<size_t, size_t> SlicesOf(size_t tensor) const;  // range in slices_
+  Status CheckFiles() const;
+  Status ReadSlice(const StoredSlice& slice, std::vector<char>* bytes) const;
+  Status CheckSlice(const StoredSlice& slice, bool finite) const;
+  std::string Describe(const StoredSlice& slice) const;
+
   std::string directory_;
   CheckpointInfo info_;
   nlohmann::json manifest_;
-  std::vector<StoredTensor> tensors_;
-  std::vector<Slice> slices_;
+  std::vector<StoredTensor> tensors_;  // by name, then kind
+  std::vector<StoredSlice> slices_;    // by tensor
 };
 
 struct CheckpointListing {
@@ -144,7 +169,7 @@ StatusOr<std::optional<Checkpoint>> NewestValidCheckpoint(const std::string& roo
                                                           VerifyLevel level);
 
 // Removes all but the newest `keep_last`, stage-final ones, `protect`ed paths and directories that
-// hold a file KEEP; also left-over .tmp-* and .del-*.
+// hold a file KEEP; also left-over .tmp-step-* and .del-step-* (so not while a save is in flight).
 Status PruneCheckpoints(const std::string& root, int64_t keep_last,
                         const std::vector<std::string>& protect);
 Status RemoveLeftovers(const std::string& root);
