@@ -161,9 +161,10 @@ void Differences(const json& saved, const json& now, const std::string& path,
     std::set<std::string> keys;
     for (const auto& [key, value] : saved.items()) keys.insert(key);
     for (const auto& [key, value] : now.items()) keys.insert(key);
+    const std::string prefix = path.empty() ? "" : path + ".";
     for (const std::string& key : keys)
-      Differences(saved.value(key, json()), now.value(key, json()),
-                  path.empty() ? key : path + "." + key, out);
+      Differences(saved.value(key, json()), now.value(key, json()), std::string(prefix).append(key),
+                  out);
     return;
   }
   if (saved.is_array() && now.is_array()) {
