@@ -43,12 +43,12 @@ struct TensorSlice {
   std::string name;
   TensorKind kind = TensorKind::kParam;
   DType dtype = DType::kF32;
-  std::vector<int64_t> shape;       // of the global tensor
-  std::vector<int64_t> box_offset;  // empty: whole tensor
-  std::vector<int64_t> box_shape;   // empty: whole tensor
-  int64_t flat_begin = 0;           // range in row-major order of the box
-  int64_t flat_end = -1;            // -1: to the end of the box
-  const void* data = nullptr;       // elements flat_begin .. flat_end
+  std::vector<int64_t> shape = {};       // of the global tensor
+  std::vector<int64_t> box_offset = {};  // empty: whole tensor
+  std::vector<int64_t> box_shape = {};   // empty: whole tensor
+  int64_t flat_begin = 0;                // range in row-major order of the box
+  int64_t flat_end = -1;                 // -1: to the end of the box
+  const void* data = nullptr;            // elements flat_begin .. flat_end
 };
 
 // What one writer wrote; json.dump() and parse() carry it to rank 0.

@@ -69,7 +69,18 @@ StatusOr<LoadedModel> StartingModel(Session& session, const StageInput& input) {
   return fresh;
 }
 
-// The tokenizer must be the one the weights were trained with, and every id must have a row in the embedding.
+Status RequireChatData(const data::SampleStream& stream) {
+  for (const auto& view : stream.views()) {
+    if (view->store().info().sft()) continue;
+    return MakeError(ExitCode::kConfig, "CFG-DATA",
+                     "dataset '" + view->name() + "' has no loss mask but the stage is of kind sft; ingest chat records "
+                                                  "(messages), or use kind: pretrain");
+  }
+  return OkStatus();
+}
+
+}  // namespace
+
 Status CheckVocabulary(Session& session, const LoadedModel& loaded) {
   const int64_t tokens = session.tokenizer().vocab_size();
   if (tokens > loaded.config.vocab_size) {
@@ -88,18 +99,6 @@ Status CheckVocabulary(Session& session, const LoadedModel& loaded) {
   }
   return OkStatus();
 }
-
-Status RequireChatData(const data::SampleStream& stream) {
-  for (const auto& view : stream.views()) {
-    if (view->store().info().sft()) continue;
-    return MakeError(ExitCode::kConfig, "CFG-DATA",
-                     "dataset '" + view->name() + "' has no loss mask but the stage is of kind sft; ingest chat records "
-                                                  "(messages), or use kind: pretrain");
-  }
-  return OkStatus();
-}
-
-}  // namespace
 
 StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Model& model,
                                               const data::ValidationSet& set, const model::RunOptions& options) {

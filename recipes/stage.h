@@ -36,6 +36,10 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
 // HALO conversion: transfer, align, score, select, distil, assemble [, finetune] [, logit-scale fit]. recipes/halo/.
 StatusOr<StageSummary> RunHaloStage(Session& session, const StageInput& input);
 
+// TOK-VOCAB, TOK-MISMATCH (65): the tokenizer must be the one the weights were trained with, and every id must have a row in
+// the embedding.
+Status CheckVocabulary(Session& session, const LoadedModel& loaded);
+
 // Held-out loss of a model over a validation set, split over the data-parallel ranks. Collective.
 struct ValidationResult {
   double loss = 0;        // nats per target

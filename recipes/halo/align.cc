@@ -32,12 +32,14 @@ model::BatchTables LinearTables(const Context& ctx, Arena& arena, const model::M
   const int64_t half = config.lightning_head_dim / 2;
   tables.lightning_cos = arena.New(DType::kF32, {batch.size(), half});
   tables.lightning_sin = arena.New(DType::kF32, {batch.size(), half});
-  kernels::RopeTable(ctx, batch.positions_view(), config.lightning_head_dim, static_cast<float>(config.rope_theta),
-                     tables.lightning_cos, tables.lightning_sin);
+  kernels::RopeTable(ctx, batch.positions_view(), config.lightning_head_dim,
+                     static_cast<float>(config.rope_theta), tables.lightning_cos,
+                     tables.lightning_sin);
   return tables;
 }
 
-// Sum over tokens of the Euclidean norm of y - target; dy = scale * (y - target) / norm, zero where the norm is zero.
+// Sum over tokens of the Euclidean norm of y - target; dy = scale * (y - target) / norm, zero where
+// the norm is zero.
 double NormLoss(const ConstTensor& y, const ConstTensor& target, double scale, const Tensor& dy) {
   const int64_t width = y.dim(1);
   double sum = 0;
@@ -54,7 +56,8 @@ double NormLoss(const ConstTensor& y, const ConstTensor& target, double scale, c
     if (dy.empty()) continue;
     auto* d = dy.Row<float>(t);
     const double factor = norm > 0 ? scale / norm : 0.0;
-    for (int64_t i = 0; i < width; ++i) d[i] = static_cast<float>(factor * (static_cast<double>(a[i]) - b[i]));
+    for (int64_t i = 0; i < width; ++i)
+      d[i] = static_cast<float>(factor * (static_cast<double>(a[i]) - b[i]));
   }
   return sum;
 }
@@ -70,8 +73,8 @@ AlignTask::AlignTask(const model::Model& teacher, model::ParameterStore& mixers,
       loss_(loss),
       held_out_(held_out) {}
 
-void AlignTask::LayerLoss(const Context& ctx, const ConstTensor& y, const ConstTensor& target, double tokens,
-                          const Tensor& dy, std::span<double> layer_sums) const {
+void AlignTask::LayerLoss(const Context& ctx, const ConstTensor& y, const ConstTensor& target,
+                          double tokens, const Tensor& dy, std::span<double> layer_sums) const {
   const auto layers = static_cast<double>(config_.num_hidden_layers);
   const auto width = static_cast<double>(config_.hidden_size);
   const bool squared = loss_ == AlignLoss::kMse;
@@ -80,7 +83,8 @@ void AlignTask::LayerLoss(const Context& ctx, const ConstTensor& y, const ConstT
   layer_sums[kSquaredError] += result.squared_error;
   layer_sums[kTargetSum] += result.target_sum;
   layer_sums[kTargetSquare] += result.target_square;
-  if (!squared) layer_sums[kNormSum] += NormLoss(y, target, 1.0 / (layers * tokens * std::sqrt(width)), dy);
+  if (!squared)
+    layer_sums[kNormSum] += NormLoss(y, target, 1.0 / (layers * tokens * std::sqrt(width)), dy);
 }
 
 void AlignTask::Pass(const Context& ctx, Arena& arena, const model::Batch& batch, double tokens,
@@ -92,20 +96,22 @@ void AlignTask::Pass(const Context& ctx, Arena& arena, const model::Batch& batch
     const ArenaScope layer_scope(arena);
     const auto l = static_cast<size_t>(layer);
     const Tensor y = arena.New(DType::kF32, {batch.size(), config_.hidden_size});
-    const model::MixerState state = model::MixerForward(ctx, arena, config_, MixerType::kLightning, weights_[l], batch,
-                                                        tables, options, normed, {.y = y});
+    const model::MixerState state =
+        model::MixerForward(ctx, arena, config_, MixerType::kLightning, weights_[l], batch, tables,
+                            options, normed, {.y = y});
     Tensor dy;
     if (!gradients.empty()) dy = arena.New(DType::kF32, {batch.size(), config_.hidden_size});
     LayerLoss(ctx, y, target, tokens, dy, sums.subspan(l * kLayerSums, kLayerSums));
     if (gradients.empty()) return;
-    model::MixerBackward(ctx, arena, config_, MixerType::kLightning, weights_[l], batch, tables, state, 1.0F, dy, {},
-                         gradients[l]);
+    model::MixerBackward(ctx, arena, config_, MixerType::kLightning, weights_[l], batch, tables,
+                         state, 1.0F, dy, {}, gradients[l]);
   };
   teacher_.ForwardOnly(ctx, arena, batch, options, 0, {}, on_layer);
 }
 
-Status AlignTask::MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch, const StepCounts& counts,
-                             model::ParameterStore& gradients, std::span<double> sums) {
+Status AlignTask::MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
+                             const StepCounts& counts, model::ParameterStore& gradients,
+                             std::span<double> sums) {
   Pass(ctx, arena, batch, static_cast<double>(counts.tokens), BindAll(config_, gradients), sums);
   return OkStatus();
 }
@@ -132,22 +138,26 @@ std::vector<std::pair<std::string, double>> AlignTask::Values(std::span<const do
   double mean_error = 0;
   std::vector<std::pair<std::string, double>> per_layer;
   for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
-    const std::span<const double> s = sums.subspan(static_cast<size_t>(layer) * kLayerSums, kLayerSums);
+    const std::span<const double> s =
+        sums.subspan(static_cast<size_t>(layer) * kLayerSums, kLayerSums);
     const double mean = s[kTargetSum] / elements;
     const double variance = s[kTargetSquare] / elements - mean * mean;
     const double relative = s[kSquaredError] / elements / variance;
-    loss += (loss_ == AlignLoss::kMse ? s[kSquaredError] / elements : s[kNormSum] / (tokens * std::sqrt(width))) / layers;
+    loss += (loss_ == AlignLoss::kMse ? s[kSquaredError] / elements
+                                      : s[kNormSum] / (tokens * std::sqrt(width))) /
+            layers;
     mean_error += relative / layers;
     per_layer.emplace_back("relative_error_" + std::to_string(layer), relative);
   }
-  std::vector<std::pair<std::string, double>> values = {{"loss", loss}, {"relative_error", mean_error}};
+  std::vector<std::pair<std::string, double>> values = {{"loss", loss},
+                                                        {"relative_error", mean_error}};
   values.insert(values.end(), per_layer.begin(), per_layer.end());
   return values;
 }
 
-StatusOr<std::vector<std::pair<std::string, double>>> AlignTask::Evaluate(const Context& ctx, Arena& arena,
-                                                                          const std::vector<model::Batch>& batches,
-                                                                          parallel::Communicator& comm) {
+StatusOr<std::vector<std::pair<std::string, double>>> AlignTask::Evaluate(
+    const Context& ctx, Arena& arena, const std::vector<model::Batch>& batches,
+    parallel::Communicator& comm) {
   std::vector<double> sums(static_cast<size_t>(config_.num_hidden_layers) * kLayerSums + 1, 0.0);
   for (const model::Batch& batch : batches) {
     Pass(ctx, arena, batch, 1.0, {}, std::span<double>(sums).first(sums.size() - 1));
@@ -166,7 +176,8 @@ StatusOr<std::vector<std::pair<std::string, double>>> AlignTask::Validate(Sessio
     SALA_ASSIGN_OR_RETURN(data::PackedSample sample, held_out_->Get(i));
     mine.push_back(MakeBatch({std::move(sample)}));
   }
-  SALA_ASSIGN_OR_RETURN(auto values, Evaluate(session.ctx(), session.arena(), mine, session.mesh().dp_group()));
+  SALA_ASSIGN_OR_RETURN(auto values,
+                        Evaluate(session.ctx(), session.arena(), mine, session.mesh().dp_group()));
   last_errors_.clear();
   for (size_t i = 2; i < values.size(); ++i) last_errors_.push_back(values[i].second);
   if (first_errors_.empty()) first_errors_ = last_errors_;

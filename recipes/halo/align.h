@@ -1,9 +1,9 @@
-// HALO step 1: every layer's linear mixer learns to give what the teacher's attention gives on the same input
-// (docs/math/halo.md 2).
+// HALO step 1: every layer's linear mixer learns to give what the teacher's attention gives on the
+// same input (docs/math/halo.md 2).
 //
-// The teacher runs layer by layer and its own outputs go on, so layers are independent: student forward, loss, student
-// backward without input gradient, and all activations of the layer are dropped before the next one. Peak memory is that of
-// one layer.
+// The teacher runs layer by layer and its own outputs go on, so layers are independent: student
+// forward, loss, student backward without input gradient, and all activations of the layer are
+// dropped before the next one. Peak memory is that of one layer.
 #pragma once
 
 #include <string>
@@ -17,8 +17,8 @@ namespace sala::recipes {
 
 class AlignTask : public StepTask {
  public:
-  // `mixers` is laid out by AllMixerSpecs and trained; the teacher is only read. `held_out` may be null or empty. All must
-  // outlive the task.
+  // `mixers` is laid out by AllMixerSpecs and trained; the teacher is only read. `held_out` may be
+  // null or empty. All must outlive the task.
   AlignTask(const model::Model& teacher, model::ParameterStore& mixers, AlignLoss loss,
             const data::ValidationSet* held_out);
 
@@ -26,31 +26,34 @@ class AlignTask : public StepTask {
   model::ParameterStore& params() override { return mixers_; }
 
   // loss = 1/L sum over layers of the mean over tokens (and features) of the batch.
-  Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch, const StepCounts& counts,
-                    model::ParameterStore& gradients, std::span<double> sums) override;
+  Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
+                    const StepCounts& counts, model::ParameterStore& gradients,
+                    std::span<double> sums) override;
   std::vector<std::string> SumNames() const override;
-  // "loss", "relative_error" (mean of the layers), then "relative_error_I": squared error / variance of the target.
+  // "loss", "relative_error" (mean of the layers), then "relative_error_I": squared error /
+  // variance of the target.
   std::vector<std::pair<std::string, double>> Values(std::span<const double> sums,
                                                      const StepCounts& counts) const override;
   StatusOr<std::vector<std::pair<std::string, double>>> Validate(Session& session) override;
 
-  // Values() of all held-out batches given, without gradients; `comm` sums over its ranks, each having its own batches.
-  StatusOr<std::vector<std::pair<std::string, double>>> Evaluate(const Context& ctx, Arena& arena,
-                                                                 const std::vector<model::Batch>& batches,
-                                                                 parallel::Communicator& comm);
+  // Values() of all held-out batches given, without gradients; `comm` sums over its ranks, each
+  // having its own batches.
+  StatusOr<std::vector<std::pair<std::string, double>>> Evaluate(
+      const Context& ctx, Arena& arena, const std::vector<model::Batch>& batches,
+      parallel::Communicator& comm);
 
   // Relative error per layer of the first and the last Validate; empty before.
   const std::vector<double>& first_errors() const { return first_errors_; }
   const std::vector<double>& last_errors() const { return last_errors_; }
 
  private:
-  // One pass over the teacher's layers. `gradients` empty: losses only. The gradient is that of the loss of a batch of
-  // `tokens` tokens.
+  // One pass over the teacher's layers. `gradients` empty: losses only. The gradient is that of the
+  // loss of a batch of `tokens` tokens.
   void Pass(const Context& ctx, Arena& arena, const model::Batch& batch, double tokens,
             const std::vector<model::MixerTensors>& gradients, std::span<double> sums) const;
   // Adds the layer's sums and, unless dy is empty, writes the gradient of y.
-  void LayerLoss(const Context& ctx, const ConstTensor& y, const ConstTensor& target, double tokens, const Tensor& dy,
-                 std::span<double> layer_sums) const;
+  void LayerLoss(const Context& ctx, const ConstTensor& y, const ConstTensor& target, double tokens,
+                 const Tensor& dy, std::span<double> layer_sums) const;
 
   const model::Model& teacher_;
   model::ModelConfig config_;

@@ -15,12 +15,17 @@ using model::ParameterStore;
 constexpr double kGateDeviation = 0.02;
 
 void CopyTensor(const ParameterStore& from, const ParameterSpec& spec, ParameterStore& to) {
-  std::memcpy(to.Get(spec.name).raw(), from.Get(spec.name).raw(), static_cast<size_t>(spec.numel) * sizeof(float));
+  std::memcpy(to.Get(spec.name).raw(), from.Get(spec.name).raw(),
+              static_cast<size_t>(spec.numel) * sizeof(float));
 }
 
-bool IsMixerTensor(const std::string& name) { return name.find(".self_attn.") != std::string::npos; }
+bool IsMixerTensor(const std::string& name) {
+  return name.find(".self_attn.") != std::string::npos;
+}
 
-std::string MixerPrefix(int64_t layer) { return "model.layers." + std::to_string(layer) + ".self_attn."; }
+std::string MixerPrefix(int64_t layer) {
+  return "model.layers." + std::to_string(layer) + ".self_attn.";
+}
 
 }  // namespace
 
@@ -29,7 +34,8 @@ Hybrid AssembleHybrid(const model::ModelConfig& teacher_config, const ParameterS
   Hybrid hybrid;
   hybrid.config = teacher_config;
   for (int64_t layer = 0; layer < teacher_config.num_hidden_layers; ++layer) {
-    const bool softmax = std::find(softmax_layers.begin(), softmax_layers.end(), layer) != softmax_layers.end();
+    const bool softmax =
+        std::find(softmax_layers.begin(), softmax_layers.end(), layer) != softmax_layers.end();
     hybrid.config.mixer_types[static_cast<size_t>(layer)] =
         NameOf(softmax ? MixerType::kSoftmax : MixerType::kLightning);
   }
@@ -37,7 +43,8 @@ Hybrid AssembleHybrid(const model::ModelConfig& teacher_config, const ParameterS
   for (int64_t layer = 0; layer < teacher_config.num_hidden_layers; ++layer) {
     const MixerType type = hybrid.config.mixer(layer);
     for (const ParameterSpec& spec : model::MixerSpecs(hybrid.config, layer, type)) {
-      CopyTensor(type == MixerType::kSoftmax ? teacher : mixers, hybrid.params.Spec(spec.name), hybrid.params);
+      CopyTensor(type == MixerType::kSoftmax ? teacher : mixers, hybrid.params.Spec(spec.name),
+                 hybrid.params);
     }
   }
   for (const ParameterSpec& spec : hybrid.params.specs()) {
@@ -54,7 +61,8 @@ Hybrid EnterHype(Hybrid hybrid, const HypeOptions& options) {
   gated.config = hybrid.config;
   gated.config.attn_use_output_gate = true;
   gated.params = ParameterStore(model::ParameterSpecs(gated.config));
-  for (const ParameterSpec& spec : hybrid.params.specs()) CopyTensor(hybrid.params, spec, gated.params);
+  for (const ParameterSpec& spec : hybrid.params.specs())
+    CopyTensor(hybrid.params, spec, gated.params);
   for (int64_t layer = 0; layer < gated.config.num_hidden_layers; ++layer) {
     if (gated.config.mixer(layer) != MixerType::kSoftmax) continue;
     const std::string gate = MixerPrefix(layer) + "o_gate.weight";

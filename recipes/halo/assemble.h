@@ -1,5 +1,5 @@
-// Hybrids put together from the teacher and the aligned mixers, and the change to HyPE: softmax layers without rotary
-// embedding and with an output gate (docs/math/halo.md 5).
+// Hybrids put together from the teacher and the aligned mixers, and the change to HyPE: softmax
+// layers without rotary embedding and with an output gate (docs/math/halo.md 5).
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,11 @@ struct Hybrid {
   model::ParameterStore params;
 };
 
-// `softmax_layers` keep the teacher's attention as it is, the others get their linear mixer; everything else is the teacher's.
-Hybrid AssembleHybrid(const model::ModelConfig& teacher_config, const model::ParameterStore& teacher,
-                      const model::ParameterStore& mixers, const std::vector<int64_t>& softmax_layers);
+// `softmax_layers` keep the teacher's attention as it is, the others get their linear mixer;
+// everything else is the teacher's.
+Hybrid AssembleHybrid(const model::ModelConfig& teacher_config,
+                      const model::ParameterStore& teacher, const model::ParameterStore& mixers,
+                      const std::vector<int64_t>& softmax_layers);
 
 struct HypeOptions {
   bool remove_rope = false;
@@ -27,9 +29,9 @@ struct HypeOptions {
   int64_t seed = 0;
 };
 
-// kSmallNormal draws the gates N(0, 0.02^2), which about halves the layer's output (the published code's choice). kIdentity
-// sets them to zero and doubles o_proj: sigmoid(0) = 1/2 and both factors are powers of two, so the output keeps its bits.
-// What the hybrid already has stays as it is.
+// kSmallNormal draws the gates N(0, 0.02^2), which about halves the layer's output (the published
+// code's choice). kIdentity sets them to zero and doubles o_proj: sigmoid(0) = 1/2 and both factors
+// are powers of two, so the output keeps its bits. What the hybrid already has stays as it is.
 Hybrid EnterHype(Hybrid hybrid, const HypeOptions& options);
 
 }  // namespace sala::recipes

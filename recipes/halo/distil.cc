@@ -14,26 +14,38 @@ using NamedValues = std::vector<std::pair<std::string, double>>;
 enum DistilSum : size_t { kKl, kEntropy, kAgree, kCrossEntropy, kDistilSums };
 
 // Sums of one held-out batch.
-enum ReportSum : size_t { kReportKl, kReportEntropy, kReportAgree, kReportTokens, kStudentLoss, kTeacherLoss, kTargets, kReportSums };
+enum ReportSum : size_t {
+  kReportKl,
+  kReportEntropy,
+  kReportAgree,
+  kReportTokens,
+  kStudentLoss,
+  kTeacherLoss,
+  kTargets,
+  kReportSums
+};
 
-kernels::CrossEntropyResult LossOf(const Context& ctx, const model::Model& model, const Tensor& hidden,
-                                   const model::Batch& batch) {
+kernels::CrossEntropyResult LossOf(const Context& ctx, const model::Model& model,
+                                   const Tensor& hidden, const model::Batch& batch) {
   return kernels::CrossEntropy(ctx, hidden, model.tensors().head, batch.labels_view(),
                                {.logit_scale = model.logit_scale()}, {}, {}, {});
 }
 
 }  // namespace
 
-bool IsTrainable(HaloTrainable trainable, const model::ModelConfig& student, const model::ParameterSpec& spec) {
+bool IsTrainable(HaloTrainable trainable, const model::ModelConfig& student,
+                 const model::ParameterSpec& spec) {
   if (trainable == HaloTrainable::kAll) return true;
   constexpr char kPrefix[] = "model.layers.";
   if (spec.name.find(".self_attn.") == std::string::npos) return false;
   if (trainable == HaloTrainable::kMixers) return true;
-  return student.mixer(std::stoll(spec.name.substr(sizeof(kPrefix) - 1))) == model::MixerType::kLightning;
+  return student.mixer(std::stoll(spec.name.substr(sizeof(kPrefix) - 1))) ==
+         model::MixerType::kLightning;
 }
 
 StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const model::Model& teacher,
-                                     const model::Model& student, const std::vector<model::Batch>& batches,
+                                     const model::Model& student,
+                                     const std::vector<model::Batch>& batches,
                                      parallel::Communicator& comm) {
   std::array<double, kReportSums> sums{};
   const model::RunOptions options;
@@ -43,7 +55,9 @@ StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const mod
     const Tensor student_hidden = student.ForwardOnly(ctx, arena, batch, options);
     const kernels::KlDivergenceResult kl = kernels::KlDivergence(
         ctx, teacher_hidden, teacher.tensors().head, student_hidden, student.tensors().head,
-        {.teacher_logit_scale = teacher.logit_scale(), .student_logit_scale = student.logit_scale()}, {}, {});
+        {.teacher_logit_scale = teacher.logit_scale(),
+         .student_logit_scale = student.logit_scale()},
+        {}, {});
     const kernels::CrossEntropyResult student_loss = LossOf(ctx, student, student_hidden, batch);
     sums[kReportKl] += kl.loss_sum;
     sums[kReportEntropy] += kl.teacher_entropy;
@@ -64,7 +78,8 @@ StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const mod
                       .teacher_entropy = sums[kReportEntropy] / tokens};
 }
 
-StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& set, const parallel::Mesh& mesh) {
+StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& set,
+                                                   const parallel::Mesh& mesh) {
   std::vector<model::Batch> batches;
   for (int64_t i = mesh.dp_rank(); i < set.size(); i += mesh.dp_size()) {
     SALA_ASSIGN_OR_RETURN(data::PackedSample sample, set.Get(i));
@@ -81,19 +96,22 @@ DistilTask::DistilTask(const model::Model& teacher, Hybrid& student, const Disti
       options_(options),
       held_out_(held_out) {}
 
-Status DistilTask::MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch, const StepCounts& counts,
-                              model::ParameterStore& gradients, std::span<double> sums) {
-  const model::ModelTensors tensors = model::BindTensors(
-      student_.config, gradients, [this](const model::ParameterSpec& spec) { return Trainable(spec); });
-  const double ce_scale = counts.targets > 0 ? options_.ce_weight / static_cast<double>(counts.targets) : 0.0;
-  const model::DistillationResult result =
-      model::DistillationStep(ctx, arena, teacher_, model_, batch,
-                              {.student = {.recompute = options_.recompute},
-                               .teacher = {},
-                               .kl_grad_scale = static_cast<float>(1.0 / static_cast<double>(counts.tokens)),
-                               .ce_grad_scale = static_cast<float>(ce_scale),
-                               .temperature = static_cast<float>(options_.temperature)},
-                              tensors);
+Status DistilTask::MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
+                              const StepCounts& counts, model::ParameterStore& gradients,
+                              std::span<double> sums) {
+  const model::ModelTensors tensors =
+      model::BindTensors(student_.config, gradients,
+                         [this](const model::ParameterSpec& spec) { return Trainable(spec); });
+  const double ce_scale =
+      counts.targets > 0 ? options_.ce_weight / static_cast<double>(counts.targets) : 0.0;
+  const model::DistillationResult result = model::DistillationStep(
+      ctx, arena, teacher_, model_, batch,
+      {.student = {.recompute = options_.recompute},
+       .teacher = {},
+       .kl_grad_scale = static_cast<float>(1.0 / static_cast<double>(counts.tokens)),
+       .ce_grad_scale = static_cast<float>(ce_scale),
+       .temperature = static_cast<float>(options_.temperature)},
+      tensors);
   sums[kKl] += result.kl.loss_sum;
   sums[kEntropy] += result.kl.teacher_entropy;
   sums[kAgree] += static_cast<double>(result.kl.agree);
@@ -101,13 +119,16 @@ Status DistilTask::MicroBatch(const Context& ctx, Arena& arena, const model::Bat
   return OkStatus();
 }
 
-std::vector<std::string> DistilTask::SumNames() const { return {"kl", "teacher_entropy", "agree", "cross_entropy"}; }
+std::vector<std::string> DistilTask::SumNames() const {
+  return {"kl", "teacher_entropy", "agree", "cross_entropy"};
+}
 
 std::vector<std::pair<std::string, double>> DistilTask::Values(std::span<const double> sums,
                                                                const StepCounts& counts) const {
   const auto tokens = static_cast<double>(counts.tokens);
   const double kl = sums[kKl] / tokens;
-  const double ce = counts.targets > 0 ? sums[kCrossEntropy] / static_cast<double>(counts.targets) : 0.0;
+  const double ce =
+      counts.targets > 0 ? sums[kCrossEntropy] / static_cast<double>(counts.targets) : 0.0;
   return {{"loss", kl + options_.ce_weight * ce},
           {"kl", kl},
           {"teacher_entropy", sums[kEntropy] / tokens},
@@ -115,8 +136,9 @@ std::vector<std::pair<std::string, double>> DistilTask::Values(std::span<const d
 }
 
 StatusOr<std::vector<std::pair<std::string, double>>> DistilTask::Validate(Session& session) {
-  SALA_ASSIGN_OR_RETURN(const DistilReport report, CompareModels(session.ctx(), session.arena(), teacher_, model_,
-                                                                 held_out_, session.mesh().dp_group()));
+  SALA_ASSIGN_OR_RETURN(const DistilReport report,
+                        CompareModels(session.ctx(), session.arena(), teacher_, model_, held_out_,
+                                      session.mesh().dp_group()));
   if (report.tokens == 0) return NamedValues{};
   return NamedValues{{"kl", report.kl},
                      {"student_loss", report.student_loss},
@@ -133,8 +155,9 @@ FinetuneTask::FinetuneTask(const model::Model& teacher, Hybrid& student, bool re
       recompute_(recompute),
       held_out_(held_out) {}
 
-Status FinetuneTask::MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch, const StepCounts& counts,
-                                model::ParameterStore& gradients, std::span<double> sums) {
+Status FinetuneTask::MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
+                                const StepCounts& counts, model::ParameterStore& gradients,
+                                std::span<double> sums) {
   const model::ModelTensors tensors = model::BindTensors(student_.config, gradients);
   const double scale = counts.targets > 0 ? 1.0 / static_cast<double>(counts.targets) : 0.0;
   const kernels::CrossEntropyResult result = model::CrossEntropyStep(
@@ -151,8 +174,9 @@ std::vector<std::pair<std::string, double>> FinetuneTask::Values(std::span<const
 }
 
 StatusOr<std::vector<std::pair<std::string, double>>> FinetuneTask::Validate(Session& session) {
-  SALA_ASSIGN_OR_RETURN(const DistilReport report, CompareModels(session.ctx(), session.arena(), teacher_, model_,
-                                                                 held_out_, session.mesh().dp_group()));
+  SALA_ASSIGN_OR_RETURN(const DistilReport report,
+                        CompareModels(session.ctx(), session.arena(), teacher_, model_, held_out_,
+                                      session.mesh().dp_group()));
   if (report.tokens == 0) return NamedValues{};
   return NamedValues{{"loss", report.student_loss}, {"kl", report.kl}};
 }

@@ -1,5 +1,5 @@
-// HALO step 2 and 3: the assembled student learns the teacher's distribution over every token, and, optionally, goes on with
-// plain next-token cross entropy (docs/math/halo.md 6).
+// HALO step 2 and 3: the assembled student learns the teacher's distribution over every token, and,
+// optionally, goes on with plain next-token cross entropy (docs/math/halo.md 6).
 #pragma once
 
 #include <string>
@@ -13,7 +13,8 @@
 namespace sala::recipes {
 
 // Whether a tensor of the student is trained.
-bool IsTrainable(HaloTrainable trainable, const model::ModelConfig& student, const model::ParameterSpec& spec);
+bool IsTrainable(HaloTrainable trainable, const model::ModelConfig& student,
+                 const model::ParameterSpec& spec);
 
 struct DistilOptions {
   HaloTrainable trainable = HaloTrainable::kAll;
@@ -24,9 +25,9 @@ struct DistilOptions {
 
 // Held-out numbers of student and teacher on the same text.
 struct DistilReport {
-  int64_t tokens = 0;          // 0: nothing held out, all else is 0
-  double kl = 0;               // nats per token, at temperature 1
-  double student_loss = 0;     // nats per target
+  int64_t tokens = 0;       // 0: nothing held out, all else is 0
+  double kl = 0;            // nats per token, at temperature 1
+  double student_loss = 0;  // nats per target
   double teacher_loss = 0;
   double agreement = 0;        // share of tokens where both arg-maxes agree
   double teacher_entropy = 0;  // nats per token
@@ -34,13 +35,16 @@ struct DistilReport {
 
 // Collective over `comm`, each rank having its own batches.
 StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const model::Model& teacher,
-                                     const model::Model& student, const std::vector<model::Batch>& batches,
+                                     const model::Model& student,
+                                     const std::vector<model::Batch>& batches,
                                      parallel::Communicator& comm);
 
 // This rank's batches of a held-out set.
-StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& set, const parallel::Mesh& mesh);
+StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& set,
+                                                   const parallel::Mesh& mesh);
 
-// loss = KL(teacher || student) per token + ce_weight * cross entropy per target. Teacher and frozen tensors keep their bits.
+// loss = KL(teacher || student) per token + ce_weight * cross entropy per target. Teacher and
+// frozen tensors keep their bits.
 class DistilTask : public StepTask {
  public:
   // All references must outlive the task; held_out may be empty.
@@ -52,8 +56,9 @@ class DistilTask : public StepTask {
   bool Trainable(const model::ParameterSpec& spec) const override {
     return IsTrainable(options_.trainable, student_.config, spec);
   }
-  Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch, const StepCounts& counts,
-                    model::ParameterStore& gradients, std::span<double> sums) override;
+  Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
+                    const StepCounts& counts, model::ParameterStore& gradients,
+                    std::span<double> sums) override;
   std::vector<std::string> SumNames() const override;
   std::vector<std::pair<std::string, double>> Values(std::span<const double> sums,
                                                      const StepCounts& counts) const override;
@@ -68,7 +73,8 @@ class DistilTask : public StepTask {
   const std::vector<model::Batch>& held_out_;
 };
 
-// Next-token cross entropy of all parameters; Validate gives the same values as DistilTask with the loss first.
+// Next-token cross entropy of all parameters; Validate gives the same values as DistilTask with the
+// loss first.
 class FinetuneTask : public StepTask {
  public:
   FinetuneTask(const model::Model& teacher, Hybrid& student, bool recompute,
@@ -76,8 +82,9 @@ class FinetuneTask : public StepTask {
 
   const model::ModelConfig& config() const override { return student_.config; }
   model::ParameterStore& params() override { return student_.params; }
-  Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch, const StepCounts& counts,
-                    model::ParameterStore& gradients, std::span<double> sums) override;
+  Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
+                    const StepCounts& counts, model::ParameterStore& gradients,
+                    std::span<double> sums) override;
   std::vector<std::string> SumNames() const override { return {"loss_sum", "correct"}; }
   std::vector<std::pair<std::string, double>> Values(std::span<const double> sums,
                                                      const StepCounts& counts) const override;

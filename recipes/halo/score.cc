@@ -72,12 +72,14 @@ nlohmann::json ScoreTable::ToJson() const {
 ScoreTable ScoreTable::FromJson(const nlohmann::json& json) {
   ScoreTable table;
   table.teacher = ValuesFromJson(json.at("teacher"));
-  for (const nlohmann::json& layer : json.at("layers")) table.layers.push_back(ValuesFromJson(layer));
+  for (const nlohmann::json& layer : json.at("layers"))
+    table.layers.push_back(ValuesFromJson(layer));
   table.sets = json.at("sets").get<std::map<std::string, double>>();
   return table;
 }
 
-ModelScore Summarise(const ScoreItems& items, const ItemValues& values, const std::vector<double>& weights) {
+ModelScore Summarise(const ScoreItems& items, const ItemValues& values,
+                     const std::vector<double>& weights) {
   const auto weight = [&weights](size_t i) { return weights.empty() ? 1.0 : weights[i]; };
   double loss = 0;
   double targets = 0;
@@ -107,23 +109,28 @@ ModelScore Summarise(const ScoreItems& items, const ItemValues& values, const st
   if (n > 0) {
     score.recall = recall / n;
     score.exact /= n;
-    score.recall_error = std::sqrt(std::max(0.0, recall_square / n - score.recall * score.recall) / std::max(1.0, n - 1));
+    score.recall_error = std::sqrt(std::max(0.0, recall_square / n - score.recall * score.recall) /
+                                   std::max(1.0, n - 1));
   }
   if (targets > 0) {
     score.text = std::exp(-loss / targets);
-    // The loss is a ratio of sums over items; its error by the usual linearisation, carried to exp(-loss).
+    // The loss is a ratio of sums over items; its error by the usual linearisation, carried to
+    // exp(-loss).
     double squares = 0;
     for (size_t i = 0; i < items.text.size(); ++i) {
-      const double residual = values.loss_sum[i] - loss / targets * static_cast<double>(items[i].targets());
+      const double residual =
+          values.loss_sum[i] - loss / targets * static_cast<double>(items[i].targets());
       squares += weight(i) * residual * residual;
     }
     const auto pieces = static_cast<double>(items.text.size());
-    score.text_error = score.text * std::sqrt(squares * pieces / std::max(1.0, pieces - 1)) / targets;
+    score.text_error =
+        score.text * std::sqrt(squares * pieces / std::max(1.0, pieces - 1)) / targets;
   }
   return score;
 }
 
-LayerScores ScoresOf(const ScoreItems& items, const ScoreTable& table, const std::vector<double>& weights) {
+LayerScores ScoresOf(const ScoreItems& items, const ScoreTable& table,
+                     const std::vector<double>& weights) {
   LayerScores scores;
   scores.teacher_recall = Summarise(items, table.teacher, weights).recall;
   for (const ItemValues& layer : table.layers) {
@@ -135,25 +142,28 @@ LayerScores ScoresOf(const ScoreItems& items, const ScoreTable& table, const std
   return scores;
 }
 
-std::vector<double> BootstrapShares(const ScoreItems& items, const ScoreTable& table, const KeepRule& rule,
-                                    int64_t resamples, int64_t seed) {
+std::vector<double> BootstrapShares(const ScoreItems& items, const ScoreTable& table,
+                                    const KeepRule& rule, int64_t resamples, int64_t seed) {
   PhiloxStream rng("v1|" + std::to_string(seed) + "|halo||0|bootstrap|");
   std::vector<double> shares(table.layers.size(), 0.0);
   for (int64_t r = 0; r < resamples; ++r) {
     std::vector<double> weights(items.size(), 0.0);
     Resample(rng, 0, items.text.size(), &weights);
     Resample(rng, items.text.size(), items.recall.size(), &weights);
-    const std::vector<double> keep = KeepScores(rule.selector, ScoresOf(items, table, weights), rule.options);
-    for (int64_t layer : TakeLayers(RankLayers(keep), rule.forced, rule.count)) ++shares[static_cast<size_t>(layer)];
+    const std::vector<double> keep =
+        KeepScores(rule.selector, ScoresOf(items, table, weights), rule.options);
+    for (int64_t layer : TakeLayers(RankLayers(keep), rule.forced, rule.count))
+      ++shares[static_cast<size_t>(layer)];
   }
   for (double& share : shares) share /= static_cast<double>(std::max<int64_t>(1, resamples));
   return shares;
 }
 
-Scorer::Scorer(const Context& ctx, Arena& arena, parallel::Communicator& comm, const model::Model& teacher,
-               model::ParameterStore& mixers, const ScoreItems& items)
+Scorer::Scorer(const Context& ctx, Arena& arena, parallel::Communicator& comm,
+               const model::Model& teacher, model::ParameterStore& mixers, const ScoreItems& items)
     : ctx_(ctx), arena_(arena), comm_(comm), teacher_(teacher), mixers_(mixers), items_(items) {
-  for (size_t i = static_cast<size_t>(comm.rank()); i < items.size(); i += static_cast<size_t>(comm.size())) {
+  for (size_t i = static_cast<size_t>(comm.rank()); i < items.size();
+       i += static_cast<size_t>(comm.size())) {
     mine_.push_back({.item = i, .stream = {}, .teacher_hidden = {}});
   }
 }
@@ -174,19 +184,22 @@ model::MixerTensors Scorer::Mixer(int64_t layer) const {
   return model::BindMixer(teacher_.config(), layer, MixerType::kLightning, mixers_);
 }
 
-void Scorer::Measure(const model::Model& model, const Mine& mine, const Tensor& hidden, ItemValues* values) const {
+void Scorer::Measure(const model::Model& model, const Mine& mine, const Tensor& hidden,
+                     ItemValues* values) const {
   const model::Batch& batch = items_[mine.item];
   const auto ce = kernels::CrossEntropy(ctx_, hidden, model.tensors().head, batch.labels_view(),
                                         {.logit_scale = model.logit_scale()}, {}, {}, {});
   values->loss_sum[mine.item] = ce.loss_sum;
   values->correct[mine.item] = static_cast<double>(ce.correct);
   if (&model == &teacher_) return;
-  const ConstTensor teacher_hidden(mine.teacher_hidden.data(), {batch.size(), teacher_.config().hidden_size});
+  const ConstTensor teacher_hidden(mine.teacher_hidden.data(),
+                                   {batch.size(), teacher_.config().hidden_size});
   const float scale = teacher_.logit_scale();
-  values->kl_sum[mine.item] = kernels::KlDivergence(ctx_, teacher_hidden, teacher_.tensors().head, hidden,
-                                                    model.tensors().head,
-                                                    {.teacher_logit_scale = scale, .student_logit_scale = scale}, {}, {})
-                                  .loss_sum;
+  values->kl_sum[mine.item] =
+      kernels::KlDivergence(ctx_, teacher_hidden, teacher_.tensors().head, hidden,
+                            model.tensors().head,
+                            {.teacher_logit_scale = scale, .student_logit_scale = scale}, {}, {})
+          .loss_sum;
 }
 
 StatusOr<ItemValues> Scorer::RunTeacher() {
@@ -196,7 +209,8 @@ StatusOr<ItemValues> Scorer::RunTeacher() {
     const auto keep_first = [&mine](int64_t layer, const ConstTensor& x) {
       if (layer == 0) mine.stream = ToVector(x);
     };
-    const Tensor hidden = teacher_.ForwardOnly(ctx_, arena_, items_[mine.item], {}, 0, {}, nullptr, keep_first);
+    const Tensor hidden =
+        teacher_.ForwardOnly(ctx_, arena_, items_[mine.item], {}, 0, {}, nullptr, keep_first);
     mine.teacher_hidden = ToVector(hidden);
     Measure(teacher_, mine, hidden, &values);
   }
@@ -211,7 +225,8 @@ StatusOr<ItemValues> Scorer::RunSwap(int64_t layer) {
   for (const Mine& mine : mine_) {
     const ArenaScope scope(arena_);
     const Tensor x = ArenaCopy(arena_, mine.stream, teacher_.config().hidden_size);
-    Measure(swapped, mine, swapped.ForwardOnly(ctx_, arena_, items_[mine.item], {}, layer, x), &values);
+    Measure(swapped, mine, swapped.ForwardOnly(ctx_, arena_, items_[mine.item], {}, layer, x),
+            &values);
   }
   SALA_RETURN_IF_ERROR(Share(&values));
   return values;
@@ -225,7 +240,8 @@ void Scorer::Advance(int64_t layer) {
   }
 }
 
-Status Scorer::ScoreLayers(ScoreTable* table, const std::function<Status(const ScoreTable&)>& done) {
+Status Scorer::ScoreLayers(ScoreTable* table,
+                           const std::function<Status(const ScoreTable&)>& done) {
   SALA_ASSIGN_OR_RETURN(table->teacher, RunTeacher());
   for (int64_t layer = 0; layer < teacher_.config().num_hidden_layers; ++layer) {
     if (layer >= static_cast<int64_t>(table->layers.size())) {
@@ -242,7 +258,8 @@ StatusOr<double> Scorer::ScoreSet(const std::vector<int64_t>& replaced, ScoreTab
   const std::string name = SetName(replaced);
   if (const auto it = table->sets.find(name); it != table->sets.end()) return it->second;
   model::Model swapped = teacher_;
-  for (int64_t layer : replaced) swapped = swapped.WithMixer(layer, MixerType::kLightning, Mixer(layer));
+  for (int64_t layer : replaced)
+    swapped = swapped.WithMixer(layer, MixerType::kLightning, Mixer(layer));
   if (!teacher_done_) {
     SALA_ASSIGN_OR_RETURN(table->teacher, RunTeacher());
   }

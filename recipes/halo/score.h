@@ -1,12 +1,13 @@
-// Scores of layer swaps for the selection (docs/math/halo.md 3): M(i) is the teacher with only layer i replaced by its aligned
-// linear mixer.
+// Scores of layer swaps for the selection (docs/math/halo.md 3): M(i) is the teacher with only
+// layer i replaced by its aligned linear mixer.
 //
-// All models are scored on the same items, so differences are paired. An item is one batch: a piece of held-out text, or one
-// recall prompt whose labels are -1 everywhere but at the answer tokens (teacher forcing: no generation). Layers below i are
-// the teacher's, so the teacher's residual stream at the input of layer i is kept per item and only layers i .. L-1 run.
+// All models are scored on the same items, so differences are paired. An item is one batch: a piece
+// of held-out text, or one recall prompt whose labels are -1 everywhere but at the answer tokens
+// (teacher forcing: no generation). Layers below i are the teacher's, so the teacher's residual
+// stream at the input of layer i is kept per item and only layers i .. L-1 run.
 //
-// Items are dealt to the ranks in turn and their values are summed over the ranks item by item, each with one term that is
-// not zero: every rank has the same bits whatever the number of ranks.
+// Items are dealt to the ranks in turn and their values are summed over the ranks item by item,
+// each with one term that is not zero: every rank has the same bits whatever the number of ranks.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,9 @@ struct ScoreItems {
   std::vector<model::Batch> recall;
 
   size_t size() const { return text.size() + recall.size(); }
-  const model::Batch& operator[](size_t i) const { return i < text.size() ? text[i] : recall[i - text.size()]; }
+  const model::Batch& operator[](size_t i) const {
+    return i < text.size() ? text[i] : recall[i - text.size()];
+  }
   std::string Fingerprint() const;  // SHA-256 of all tokens and labels
 };
 
@@ -36,13 +39,15 @@ struct ScoreItems {
 struct ItemValues {
   std::vector<double> loss_sum;  // nats over the item's targets
   std::vector<double> correct;   // targets whose arg-max is right
-  std::vector<double> kl_sum;    // KL(teacher to model) over the item's tokens; zero for the teacher itself
+  std::vector<double>
+      kl_sum;  // KL(teacher to model) over the item's tokens; zero for the teacher itself
 };
 
 struct ScoreTable {
   ItemValues teacher;
-  std::vector<ItemValues> layers;        // of M(0), M(1), ...; shorter while scoring is under way
-  std::map<std::string, double> sets;    // KL per token of models with several layers replaced: "0,3,4"
+  std::vector<ItemValues> layers;  // of M(0), M(1), ...; shorter while scoring is under way
+  std::map<std::string, double>
+      sets;  // KL per token of models with several layers replaced: "0,3,4"
 
   nlohmann::json ToJson() const;
   static ScoreTable FromJson(const nlohmann::json& json);  // throws on another layout
@@ -50,34 +55,38 @@ struct ScoreTable {
 
 // What the rule and the report see.
 struct ModelScore {
-  double recall = 0;        // R: mean over items of the geometric mean probability of the answer's tokens
+  double recall = 0;  // R: mean over items of the geometric mean probability of the answer's tokens
   double recall_error = 0;  // standard errors
   double exact = 0;         // share of items with every answer token right
   double text = 0;          // C: exp(-loss per target)
   double text_error = 0;
-  double kl = 0;            // per token, over all items
+  double kl = 0;  // per token, over all items
 };
 // `weights` (per item) are the multiplicities of a bootstrap resample; empty: once each.
-ModelScore Summarise(const ScoreItems& items, const ItemValues& values, const std::vector<double>& weights = {});
-LayerScores ScoresOf(const ScoreItems& items, const ScoreTable& table, const std::vector<double>& weights = {});
+ModelScore Summarise(const ScoreItems& items, const ItemValues& values,
+                     const std::vector<double>& weights = {});
+LayerScores ScoresOf(const ScoreItems& items, const ScoreTable& table,
+                     const std::vector<double>& weights = {});
 
-// Share of `resamples` resamples of the items (text and recall separately, the same for all layers) in which each layer is kept.
+// Share of `resamples` resamples of the items (text and recall separately, the same for all layers)
+// in which each layer is kept.
 struct KeepRule {
   Selector selector = Selector::kHalo;
   RuleOptions options;
   std::vector<int64_t> forced;
   int64_t count = 0;
 };
-std::vector<double> BootstrapShares(const ScoreItems& items, const ScoreTable& table, const KeepRule& rule,
-                                    int64_t resamples, int64_t seed);
+std::vector<double> BootstrapShares(const ScoreItems& items, const ScoreTable& table,
+                                    const KeepRule& rule, int64_t resamples, int64_t seed);
 
 class Scorer {
  public:
   // Everything must outlive the scorer. `mixers` is laid out by AllMixerSpecs.
-  Scorer(const Context& ctx, Arena& arena, parallel::Communicator& comm, const model::Model& teacher,
-         model::ParameterStore& mixers, const ScoreItems& items);
+  Scorer(const Context& ctx, Arena& arena, parallel::Communicator& comm,
+         const model::Model& teacher, model::ParameterStore& mixers, const ScoreItems& items);
 
-  // Fills table.teacher and the layers that it does not have yet; `done` is called after each layer.
+  // Fills table.teacher and the layers that it does not have yet; `done` is called after each
+  // layer.
   Status ScoreLayers(ScoreTable* table, const std::function<Status(const ScoreTable&)>& done);
 
   // KL per token of the teacher with these layers replaced, looked up in or added to table.sets.
@@ -87,11 +96,13 @@ class Scorer {
   // One of this rank's items.
   struct Mine {
     size_t item;
-    std::vector<float> stream;          // teacher's residual stream at the input of the current layer [T, H]
+    std::vector<float>
+        stream;  // teacher's residual stream at the input of the current layer [T, H]
     std::vector<float> teacher_hidden;  // [T, H], after the final norm
   };
   // Of one item, into `values` at its place.
-  void Measure(const model::Model& model, const Mine& mine, const Tensor& hidden, ItemValues* values) const;
+  void Measure(const model::Model& model, const Mine& mine, const Tensor& hidden,
+               ItemValues* values) const;
   StatusOr<ItemValues> RunTeacher();
   StatusOr<ItemValues> RunSwap(int64_t layer);
   void Advance(int64_t layer);  // streams from the input of `layer` to that of layer + 1

@@ -28,25 +28,37 @@ std::vector<int64_t> Without(int64_t layers, const std::vector<int64_t>& removed
 
 const char* NameOf(Selector selector) {
   switch (selector) {
-    case Selector::kHalo: return "halo";
-    case Selector::kRecallDrop: return "recall_drop";
-    case Selector::kDifference: return "difference";
-    case Selector::kKlSwap: return "kl_swap";
-    case Selector::kGreedy: return "greedy";
-    case Selector::kUniform: return "uniform";
-    case Selector::kRandom: return "random";
-    case Selector::kExplicit: return "explicit";
+    case Selector::kHalo:
+      return "halo";
+    case Selector::kRecallDrop:
+      return "recall_drop";
+    case Selector::kDifference:
+      return "difference";
+    case Selector::kKlSwap:
+      return "kl_swap";
+    case Selector::kGreedy:
+      return "greedy";
+    case Selector::kUniform:
+      return "uniform";
+    case Selector::kRandom:
+      return "random";
+    case Selector::kExplicit:
+      return "explicit";
   }
   return "";
 }
 
 bool NeedsRecall(Selector selector) {
-  return selector == Selector::kHalo || selector == Selector::kRecallDrop || selector == Selector::kDifference;
+  return selector == Selector::kHalo || selector == Selector::kRecallDrop ||
+         selector == Selector::kDifference;
 }
 
-bool NeedsLayerScores(Selector selector) { return NeedsRecall(selector) || selector == Selector::kKlSwap; }
+bool NeedsLayerScores(Selector selector) {
+  return NeedsRecall(selector) || selector == Selector::kKlSwap;
+}
 
-std::vector<double> KeepScores(Selector selector, const LayerScores& scores, const RuleOptions& options) {
+std::vector<double> KeepScores(Selector selector, const LayerScores& scores,
+                               const RuleOptions& options) {
   SALA_CHECK(NeedsLayerScores(selector)) << NameOf(selector) << " has no score per layer";
   if (selector == Selector::kKlSwap) return scores.kl;
   const double best_recall = *std::max_element(scores.recall.begin(), scores.recall.end());
@@ -56,9 +68,14 @@ std::vector<double> KeepScores(Selector selector, const LayerScores& scores, con
   for (size_t i = 0; i < keep.size(); ++i) {
     const double recall_loss = best_recall - scores.recall[i];
     switch (selector) {
-      case Selector::kRecallDrop: keep[i] = scores.teacher_recall - scores.recall[i]; break;
-      case Selector::kDifference: keep[i] = recall_loss - options.lambda * (best_text - scores.text[i]); break;
-      default: keep[i] = std::min(kRatioCap, recall_loss / (best_text - scores.text[i] + options.eps));
+      case Selector::kRecallDrop:
+        keep[i] = scores.teacher_recall - scores.recall[i];
+        break;
+      case Selector::kDifference:
+        keep[i] = recall_loss - options.lambda * (best_text - scores.text[i]);
+        break;
+      default:
+        keep[i] = std::min(kRatioCap, recall_loss / (best_text - scores.text[i] + options.eps));
     }
   }
   return keep;
@@ -80,12 +97,14 @@ StatusOr<std::vector<int64_t>> ResolveLayers(const std::vector<int64_t>& named, 
     const int64_t layer = name < 0 ? layers + name : name;
     if (layer < 0 || layer >= layers) {
       return MakeError(ExitCode::kConfig, "CFG-HALO",
-                       key + " names layer " + std::to_string(name) + ", the teacher has layers 0 to " +
-                           std::to_string(layers - 1) + " (negative numbers count from the end)");
+                       key + " names layer " + std::to_string(name) +
+                           ", the teacher has layers 0 to " + std::to_string(layers - 1) +
+                           " (negative numbers count from the end)");
     }
     if (Contains(resolved, layer)) {
-      return MakeError(ExitCode::kConfig, "CFG-HALO",
-                       key + " names layer " + std::to_string(layer) + " twice; name each layer once");
+      return MakeError(
+          ExitCode::kConfig, "CFG-HALO",
+          key + " names layer " + std::to_string(layer) + " twice; name each layer once");
     }
     resolved.push_back(layer);
   }
@@ -93,7 +112,8 @@ StatusOr<std::vector<int64_t>> ResolveLayers(const std::vector<int64_t>& named, 
   return resolved;
 }
 
-std::vector<int64_t> TakeLayers(const std::vector<int64_t>& order, const std::vector<int64_t>& forced, int64_t count) {
+std::vector<int64_t> TakeLayers(const std::vector<int64_t>& order,
+                                const std::vector<int64_t>& forced, int64_t count) {
   std::vector<int64_t> taken = forced;
   for (int64_t layer : order) {
     if (static_cast<int64_t>(taken.size()) >= count) break;
@@ -103,7 +123,8 @@ std::vector<int64_t> TakeLayers(const std::vector<int64_t>& order, const std::ve
   return taken;
 }
 
-std::vector<int64_t> UniformOrder(int64_t layers, const std::vector<int64_t>& forced, int64_t count) {
+std::vector<int64_t> UniformOrder(int64_t layers, const std::vector<int64_t>& forced,
+                                  int64_t count) {
   const std::vector<int64_t> candidates = Without(layers, forced);
   const auto n = static_cast<int64_t>(candidates.size());
   const int64_t wanted = count - static_cast<int64_t>(forced.size());
@@ -119,10 +140,10 @@ std::vector<int64_t> RandomOrder(int64_t layers, int64_t seed) {
   return PhiloxStream("v1|" + std::to_string(seed) + "|halo||0|select|random").Permutation(layers);
 }
 
-StatusOr<std::vector<int64_t>> GreedyOrder(int64_t layers, const std::vector<int64_t>& forced, int64_t count,
-                                           const DamageOf& damage) {
-  std::vector<int64_t> replaced;           // sorted
-  std::vector<int64_t> in_order;           // as they were replaced
+StatusOr<std::vector<int64_t>> GreedyOrder(int64_t layers, const std::vector<int64_t>& forced,
+                                           int64_t count, const DamageOf& damage) {
+  std::vector<int64_t> replaced;  // sorted
+  std::vector<int64_t> in_order;  // as they were replaced
   while (layers - static_cast<int64_t>(replaced.size()) > count) {
     double least = std::numeric_limits<double>::infinity();
     int64_t chosen = -1;

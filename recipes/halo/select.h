@@ -1,5 +1,5 @@
-// Which layers keep softmax attention (docs/math/halo.md 4): pure functions of score arrays. Ties always go to the lower
-// index.
+// Which layers keep softmax attention (docs/math/halo.md 4): pure functions of score arrays. Ties
+// always go to the lower index.
 #pragma once
 
 #include <cstdint>
@@ -32,30 +32,35 @@ struct RuleOptions {
 };
 
 // One number per layer, larger = keep softmax there:
-//   halo         min(50, (max R - R_i) / (max C - C_i + eps))     arXiv 2601.22156 section 4; the cap is its code's
-//   recall_drop  R(teacher) - R_i
-//   difference   (max R - R_i) - lambda (max C - C_i)
-//   kl_swap      KL_i
-std::vector<double> KeepScores(Selector selector, const LayerScores& scores, const RuleOptions& options);
+//   halo         min(50, (max R - R_i) / (max C - C_i + eps))     arXiv 2601.22156 section 4; the
+//   cap is its code's recall_drop  R(teacher) - R_i difference   (max R - R_i) - lambda (max C -
+//   C_i) kl_swap      KL_i
+std::vector<double> KeepScores(Selector selector, const LayerScores& scores,
+                               const RuleOptions& options);
 
 // All layers, largest score first.
 std::vector<int64_t> RankLayers(const std::vector<double>& keep_scores);
 
-// Layers 0..layers-1 named from either end: CFG-HALO (78) naming `key` for one out of range or named twice. Sorted.
-StatusOr<std::vector<int64_t>> ResolveLayers(const std::vector<int64_t>& named, int64_t layers, const std::string& key);
+// Layers 0..layers-1 named from either end: CFG-HALO (78) naming `key` for one out of range or
+// named twice. Sorted.
+StatusOr<std::vector<int64_t>> ResolveLayers(const std::vector<int64_t>& named, int64_t layers,
+                                             const std::string& key);
 
 // The forced layers and the first others of `order`, `count` in all, sorted.
-std::vector<int64_t> TakeLayers(const std::vector<int64_t>& order, const std::vector<int64_t>& forced, int64_t count);
+std::vector<int64_t> TakeLayers(const std::vector<int64_t>& order,
+                                const std::vector<int64_t>& forced, int64_t count);
 
-// The layers that are not forced, `count` - forced of them at the middles of equal parts, after each other the rest: an order
-// for TakeLayers.
-std::vector<int64_t> UniformOrder(int64_t layers, const std::vector<int64_t>& forced, int64_t count);
+// The layers that are not forced, `count` - forced of them at the middles of equal parts, after
+// each other the rest: an order for TakeLayers.
+std::vector<int64_t> UniformOrder(int64_t layers, const std::vector<int64_t>& forced,
+                                  int64_t count);
 std::vector<int64_t> RandomOrder(int64_t layers, int64_t seed);
 
-// Replaces one layer at a time, always the one after which `damage` of the replaced set (sorted) is least, until `count`
-// softmax layers remain (arXiv 2601.11667). Order: what remains, then the replaced ones, last replaced first.
+// Replaces one layer at a time, always the one after which `damage` of the replaced set (sorted) is
+// least, until `count` softmax layers remain (arXiv 2601.11667). Order: what remains, then the
+// replaced ones, last replaced first.
 using DamageOf = std::function<StatusOr<double>(const std::vector<int64_t>& replaced)>;
-StatusOr<std::vector<int64_t>> GreedyOrder(int64_t layers, const std::vector<int64_t>& forced, int64_t count,
-                                           const DamageOf& damage);
+StatusOr<std::vector<int64_t>> GreedyOrder(int64_t layers, const std::vector<int64_t>& forced,
+                                           int64_t count, const DamageOf& damage);
 
 }  // namespace sala::recipes

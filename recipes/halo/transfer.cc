@@ -32,12 +32,14 @@ void ExpandHeads(const ConstTensor& from, const ModelConfig& config, const Tenso
   }
 }
 
-// What common frameworks give a linear layer by default; the published code leaves the gate to it (halo.md 3).
+// What common frameworks give a linear layer by default; the published code leaves the gate to it
+// (halo.md 3).
 void InitialiseGate(int64_t seed, const ParameterSpec& spec, const Tensor& gate) {
   PhiloxStream rng("v1|" + std::to_string(seed) + "|halo||0|parameter|" + spec.name);
   const double bound = 1.0 / std::sqrt(static_cast<double>(spec.shape[1]));
   auto* data = gate.Data<float>();
-  for (int64_t i = 0; i < spec.numel; ++i) data[i] = static_cast<float>(bound * (2 * rng.NextDouble() - 1));
+  for (int64_t i = 0; i < spec.numel; ++i)
+    data[i] = static_cast<float>(bound * (2 * rng.NextDouble() - 1));
 }
 
 bool EndsWith(const std::string& text, const std::string& end) {
@@ -49,34 +51,40 @@ bool EndsWith(const std::string& text, const std::string& end) {
 Status CheckTeacher(const ModelConfig& teacher) {
   if (teacher.has_lightning()) {
     return HaloError(
-        "the teacher already has linear layers (mixer_types); HALO converts a model whose layers are all softmax: "
+        "the teacher already has linear layers (mixer_types); HALO converts a model whose layers "
+        "are all softmax: "
         "name another model in init_from.path");
   }
-  const std::string widths = "lightning_nh " + std::to_string(teacher.lightning_nh) + " x lightning_head_dim " +
-                             std::to_string(teacher.lightning_head_dim);
-  const std::string expected = "num_attention_heads " + std::to_string(teacher.num_attention_heads) + " x head_dim " +
+  const std::string widths = "lightning_nh " + std::to_string(teacher.lightning_nh) +
+                             " x lightning_head_dim " + std::to_string(teacher.lightning_head_dim);
+  const std::string expected = "num_attention_heads " +
+                               std::to_string(teacher.num_attention_heads) + " x head_dim " +
                                std::to_string(teacher.head_dim);
   if (teacher.lightning_width() != teacher.attention_width()) {
-    return HaloError("the teacher's " + widths + " is not as wide as its " + expected +
-                     ": weights cannot be transferred; set lightning_nh and lightning_head_dim to fit");
+    return HaloError(
+        "the teacher's " + widths + " is not as wide as its " + expected +
+        ": weights cannot be transferred; set lightning_nh and lightning_head_dim to fit");
   }
   if (teacher.attn_qk_norm && teacher.qk_norm && teacher.lightning_head_dim != teacher.head_dim) {
-    return HaloError("the teacher's q/k norm gains are for heads of " + std::to_string(teacher.head_dim) + ", but " +
-                     widths + "; set lightning_head_dim to head_dim");
+    return HaloError("the teacher's q/k norm gains are for heads of " +
+                     std::to_string(teacher.head_dim) + ", but " + widths +
+                     "; set lightning_head_dim to head_dim");
   }
   return OkStatus();
 }
 
 ModelConfig AllLinear(const ModelConfig& teacher) {
   ModelConfig config = teacher;
-  config.mixer_types.assign(static_cast<size_t>(teacher.num_hidden_layers), NameOf(MixerType::kLightning));
+  config.mixer_types.assign(static_cast<size_t>(teacher.num_hidden_layers),
+                            NameOf(MixerType::kLightning));
   return config;
 }
 
 std::vector<ParameterSpec> AllMixerSpecs(const ModelConfig& config) {
   std::vector<ParameterSpec> specs;
   for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
-    for (ParameterSpec& spec : model::MixerSpecs(config, layer, MixerType::kLightning)) specs.push_back(std::move(spec));
+    for (ParameterSpec& spec : model::MixerSpecs(config, layer, MixerType::kLightning))
+      specs.push_back(std::move(spec));
   }
   model::LayOut(specs);
   return specs;
@@ -85,7 +93,8 @@ std::vector<ParameterSpec> AllMixerSpecs(const ModelConfig& config) {
 ParameterStore TransferMixers(const ModelConfig& teacher_config, const ParameterStore& teacher,
                               const TransferOptions& options) {
   ParameterStore mixers(AllMixerSpecs(teacher_config));
-  const double deviation = teacher_config.initializer_range / std::sqrt(teacher_config.width_multiplier());
+  const double deviation =
+      teacher_config.initializer_range / std::sqrt(teacher_config.width_multiplier());
   for (const ParameterSpec& spec : mixers.specs()) {
     const Tensor tensor = mixers.Get(spec.name);
     const bool gain = spec.kind == model::ParameterKind::kVector;

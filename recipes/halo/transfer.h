@@ -1,4 +1,5 @@
-// HALO step 0: linear mixers made from the teacher's attention weights (docs/math/halo.md 1; arXiv 2601.22156 section 3).
+// HALO step 0: linear mixers made from the teacher's attention weights (docs/math/halo.md 1; arXiv
+// 2601.22156 section 3).
 //
 // The store holds one Lightning mixer for every layer, named as in the exported hybrid
 // ("model.layers.I.self_attn.q_proj.weight", ...), so a student is assembled by picking tensors.
@@ -13,10 +14,12 @@
 
 namespace sala::recipes {
 
-// CFG-HALO (78) when linear mixers cannot be made from this teacher: not all layers softmax, or other widths.
+// CFG-HALO (78) when linear mixers cannot be made from this teacher: not all layers softmax, or
+// other widths.
 Status CheckTeacher(const model::ModelConfig& teacher);
 
-// The teacher's configuration with every layer linear: the one the mixers are trained and saved under.
+// The teacher's configuration with every layer linear: the one the mixers are trained and saved
+// under.
 model::ModelConfig AllLinear(const model::ModelConfig& teacher);
 
 // Tensors of the Lightning mixers of all layers, laid out.
@@ -27,9 +30,11 @@ struct TransferOptions {
   bool from_teacher = true;  // false: q, k, v, o from random normal draws (an ablation)
 };
 
-// q, o copied; head i of k, v from the teacher's head floor(i / (heads / kv_heads)); q/k gains copied where the teacher has
-// them, else ones; output norm ones; gate uniform in +-1/sqrt(hidden). Random numbers depend on (seed, tensor name) only.
-model::ParameterStore TransferMixers(const model::ModelConfig& teacher_config, const model::ParameterStore& teacher,
+// q, o copied; head i of k, v from the teacher's head floor(i / (heads / kv_heads)); q/k gains
+// copied where the teacher has them, else ones; output norm ones; gate uniform in +-1/sqrt(hidden).
+// Random numbers depend on (seed, tensor name) only.
+model::ParameterStore TransferMixers(const model::ModelConfig& teacher_config,
+                                     const model::ParameterStore& teacher,
                                      const TransferOptions& options);
 
 }  // namespace sala::recipes

@@ -1,0 +1,496 @@
+// The HALO stage as a state machine: transfer -> align -> score -> select -> distil [-> finetune]
+// -> assemble.
+//
+// Training phases run in the step loop and are found again by the phase name of the checkpoint.
+// Transfer and assembly are pure functions of teacher, mixers and configuration and are simply
+// repeated. Scores are written to halo/scores.json after every layer and taken from there when
+// teacher, mixers and items are still the same bits; once layers are chosen, every checkpoint
+// carries the choice.
+#include <cmath>
+#include <cstdio>
+
+#include "core/file.h"
+#include "core/hash.h"
+#include "core/log.h"
+#include "recipes/halo/align.h"
+#include "recipes/halo/assemble.h"
+#include "recipes/halo/distil.h"
+#include "recipes/halo/items.h"
+#include "recipes/halo/logit_scale.h"
+#include "recipes/halo/score.h"
+#include "recipes/halo/select.h"
+#include "recipes/halo/settings.h"
+#include "recipes/halo/transfer.h"
+#include "recipes/stage.h"
+#include "recipes/step_loop.h"
+
+namespace sala::recipes {
+namespace {
+
+using nlohmann::json;
+
+std::string Text(const char* format, double value) {
+  char text[64];
+  std::snprintf(text, sizeof(text), format, value);
+  return text;
+}
+
+std::string Text(const std::vector<int64_t>& layers) {
+  std::string text;
+  for (int64_t layer : layers) text += (text.empty() ? "" : ", ") + std::to_string(layer);
+  return text.empty() ? "none" : text;
+}
+
+uint64_t HashOf(const model::ParameterStore& store) {
+  return Xxh3({reinterpret_cast<const char*>(store.data()),
+               static_cast<size_t>(store.size()) * sizeof(float)});
+}
+
+bool AllFinite(const ModelScore& score) {
+  return std::isfinite(score.recall) && std::isfinite(score.text) && std::isfinite(score.kl);
+}
+
+json ToJson(const ModelScore& score) {
+  return {{"recall", score.recall}, {"recall_error", score.recall_error}, {"exact", score.exact},
+          {"text", score.text},     {"text_error", score.text_error},     {"kl", score.kl}};
+}
+
+class HaloStage {
+ public:
+  HaloStage(Session& session, const StageInput& input)
+      : session_(session), input_(input), stage_(*input.config), halo_(*input.config->halo) {}
+
+  StatusOr<StageSummary> Run();
+
+ private:
+  Status Prepare();
+  Status LoadTeacher();
+  Status RestoreState();
+  Status Align();
+  Status Choose();
+  StatusOr<std::vector<int64_t>> ScoredOrder();
+  Status LoadScores(const std::string& settings, ScoreTable* table);
+  Status WriteScores(const std::string& settings, const ScoreTable& table);
+  StatusOr<json> ReportScores(const ScoreItems& items, const ScoreTable& table);
+  void Assemble();
+  Status Distil();
+  Status Finetune();
+  StatusOr<StageSummary> Finish();
+  Status FitScale();
+
+  bool is_root() const { return session_.is_root(); }
+  std::string file(const char* name) const { return session_.path(std::string("halo/") + name); }
+  Status WriteJson(const char* name, const json& content);
+  StatusOr<std::unique_ptr<data::ValidationSet>> HeldOut(int64_t seq_len) const;
+  // One training phase: stream, loop, summary kept for the stage's totals.
+  StatusOr<StepLoopSummary> RunPhase(const std::string& phase, const HaloPhaseConfig& config,
+                                     StepTask& task);
+  const Checkpoint* ResumeOf(const std::string& phase) const {
+    return phase == resume_phase_ ? input_.resume : nullptr;
+  }
+
+  Session& session_;
+  const StageInput& input_;
+  const StageConfig& stage_;
+  const HaloConfig& halo_;
+
+  LoadedModel teacher_;
+  std::optional<model::Model> teacher_model_;
+  HaloPlan plan_;
+  model::ParameterStore mixers_;
+  std::vector<int64_t> chosen_;  // layers that keep softmax attention
+  std::string resume_phase_;     // "" when the stage starts
+  json state_ = json::object();  // saved with every checkpoint as trainer.halo
+  Hybrid student_;
+  std::vector<model::Batch> held_out_;  // this rank's, of the distillation length
+  double kl_before_ = std::nan("");
+};
+
+// All ranks read and compute the same; what only one finds ends all.
+Status HaloStage::LoadTeacher() {
+  SALA_ASSIGN_OR_RETURN(teacher_, LoadModel(input_.init_path));
+  SALA_RETURN_IF_ERROR(CheckVocabulary(session_, teacher_));
+  SALA_ASSIGN_OR_RETURN(plan_, PlanHalo(stage_, teacher_.config));
+  return OkStatus();
+}
+
+Status HaloStage::Prepare() {
+  if (input_.init_path.empty()) {
+    return MakeError(
+        ExitCode::kConfig, "CFG-HALO",
+        "stage " + stage_.name +
+            ": HALO converts a teacher; name it in init_from.path, or put a stage before");
+  }
+  if (stage_.model || input_.carry_optimizer) {
+    return MakeError(ExitCode::kConfig, "CFG-HALO",
+                     "stage " + stage_.name + ": " + (stage_.model ? "model" : "carry_optimizer") +
+                         " does not go with kind: halo, whose model and parameters come from the "
+                         "teacher; remove it");
+  }
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), LoadTeacher()));
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(
+      session_.world(), is_root() ? MakeDirectories(session_.path("halo")) : OkStatus()));
+  teacher_model_.emplace(teacher_.config, teacher_.params);
+  state_["teacher"] = teacher_.origin;
+  state_["selector"] = NameOf(halo_.selector);
+  SALA_RETURN_IF_ERROR(RestoreState());
+  mixers_ = TransferMixers(teacher_.config, teacher_.params,
+                           {.seed = stage_.seed, .from_teacher = halo_.align_from_teacher});
+  auto held_out = HeldOut(halo_.distil.batch.seq_len_tokens);
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), held_out.status()));
+  auto batches = HeldOutBatches(**held_out, session_.mesh());
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), batches.status()));
+  held_out_ = std::move(batches).value();
+  if (const std::string warning = HaloWarning(halo_); !warning.empty() && is_root())
+    SALA_LOG(Warn) << warning;
+  if (is_root()) {
+    SALA_LOG(Info) << "stage " << stage_.name << ": teacher " << input_.init_path << ", "
+                   << teacher_.config.num_hidden_layers << " layers, " << plan_.softmax_layers
+                   << " keep softmax attention (by decision: " << Text(plan_.forced)
+                   << "); linear mixers add " << mixers_.parameters()
+                   << " parameters for all layers";
+  }
+  return OkStatus();
+}
+
+Status HaloStage::RestoreState() {
+  if (input_.resume == nullptr) return OkStatus();
+  const std::string& directory = input_.resume->directory();
+  resume_phase_ = PositionOf(*input_.resume).phase;
+  if (resume_phase_ != "align" && resume_phase_ != "distil" && resume_phase_ != "finetune") {
+    return MakeError(ExitCode::kData, "CKPT-LINEAGE",
+                     directory + ": phase '" + resume_phase_ +
+                         "' is not one of a HALO stage (align, distil, finetune)");
+  }
+  state_ = input_.resume->info().trainer.value("halo", json::object());
+  const json saved = state_.value("teacher", json::object());
+  if (saved.value("save_id", "") != teacher_.origin.value("save_id", "")) {
+    return MakeError(ExitCode::kData, "CKPT-LINEAGE",
+                     directory + ": was made from the teacher " + saved.value("path", "?") +
+                         " (save " + saved.value("save_id", "?") +
+                         "), this run's teacher is save " + teacher_.origin.value("save_id", "?") +
+                         "; resume with the same teacher, or in a new run.dir");
+  }
+  if (resume_phase_ == "align") return OkStatus();
+  if (!state_.contains("softmax_layers")) {
+    return MakeError(ExitCode::kData, "CKPT-MANIFEST",
+                     directory + ": trainer.halo.softmax_layers is missing");
+  }
+  chosen_ = state_["softmax_layers"].get<std::vector<int64_t>>();
+  return OkStatus();
+}
+
+StatusOr<std::unique_ptr<data::ValidationSet>> HaloStage::HeldOut(int64_t seq_len) const {
+  return data::ValidationSet::Open(stage_.data, seq_len, session_.tokenizer());
+}
+
+Status HaloStage::WriteJson(const char* name, const json& content) {
+  const Status written =
+      is_root() ? WriteFileAtomically(file(name), content.dump(1) + "\n") : OkStatus();
+  return parallel::AgreeOnStatus(session_.world(), written);
+}
+
+StatusOr<StepLoopSummary> HaloStage::RunPhase(const std::string& phase,
+                                              const HaloPhaseConfig& config, StepTask& task) {
+  auto stream = data::SampleStream::Open(stage_.data, stage_.name + "/" + phase,
+                                         config.batch.seq_len_tokens, session_.tokenizer());
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), stream.status()));
+  StepLoopConfig loop;
+  loop.position = {.stage = stage_.name, .stage_index = input_.index, .phase = phase};
+  loop.label = stage_.name + " " + phase + " " + std::to_string(input_.index + 1) + "/" +
+               std::to_string(input_.stages);
+  loop.batch = config.batch;
+  loop.schedule = config.schedule;
+  loop.optimizer = config.optimizer;
+  loop.validation = stage_.validation;
+  loop.checkpoint = stage_.checkpoint;
+  loop.config_yaml = EmitStage(stage_);
+  loop.parent = teacher_.origin;
+  loop.extra_trainer = {{"halo", state_}};
+  loop.final_phase = false;
+  SALA_ASSIGN_OR_RETURN(const StepLoopSummary summary,
+                        RunStepLoop(session_, loop, task, **stream, ResumeOf(phase)));
+  state_["phases"][phase] = {{"tokens", summary.tokens}, {"seconds", summary.seconds}};
+  return summary;
+}
+
+Status HaloStage::Align() {
+  auto held_out = HeldOut(halo_.align.batch.seq_len_tokens);
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), held_out.status()));
+  AlignTask task(*teacher_model_, mixers_, halo_.align_loss, held_out->get());
+  SALA_RETURN_IF_ERROR(RunPhase("align", halo_.align, task).status());
+  for (size_t layer = 0; is_root() && layer < task.last_errors().size(); ++layer) {
+    SALA_LOG(Info) << "align: layer " << layer << ": held-out error / variance of the target "
+                   << Text("%.4f", task.first_errors()[layer]) << " -> "
+                   << Text("%.4f", task.last_errors()[layer]);
+  }
+  return OkStatus();
+}
+
+// Rank 0 reads; a file of other settings, or a broken one, is no reason to stop: scoring starts
+// again.
+Status HaloStage::LoadScores(const std::string& settings, ScoreTable* table) {
+  std::string text;
+  if (is_root() && PathExists(file("scores.json")))
+    text = ReadFile(file("scores.json")).value_or("");
+  SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all, session_.world().AllGatherText(text));
+  const json saved = json::parse(all[0], nullptr, false);
+  if (!saved.is_object() || saved.value("settings", "") != settings) return OkStatus();
+  try {
+    *table = ScoreTable::FromJson(saved.at("items"));
+  } catch (const json::exception&) {
+    *table = ScoreTable();
+    return OkStatus();
+  }
+  if (is_root()) {
+    SALA_LOG(Info) << "score: " << table->layers.size() << " layers and " << table->sets.size()
+                   << " sets taken from " << file("scores.json");
+  }
+  return OkStatus();
+}
+
+// Scoring can be stopped behind any result: the next start takes up the checkpoint of the alignment
+// and these scores.
+Status HaloStage::WriteScores(const std::string& settings, const ScoreTable& table) {
+  SALA_RETURN_IF_ERROR(
+      WriteJson("scores.json", {{"settings", settings}, {"items", table.ToJson()}}));
+  auto request = static_cast<int64_t>(PendingRequest());
+  SALA_RETURN_IF_ERROR(
+      session_.world().AllReduce(std::span<int64_t>(&request, 1), parallel::Reduce::kMax));
+  if (static_cast<Request>(request) != Request::kStop) return OkStatus();
+  return MakeError(ExitCode::kRequeue, "STOPPED",
+                   "stopped on request while scoring layers; what is scored is kept in " +
+                       file("scores.json") + ", start the same command again to go on");
+}
+
+// The table on the log, and as JSON for selection.json and the checkpoints.
+StatusOr<json> HaloStage::ReportScores(const ScoreItems& items, const ScoreTable& table) {
+  const ModelScore teacher = Summarise(items, table.teacher);
+  json report = {{"teacher", ToJson(teacher)}, {"layers", json::array()}};
+  KeepRule rule;
+  rule.selector = halo_.selector;
+  rule.options = {.eps = halo_.score.eps, .lambda = halo_.score.difference_lambda};
+  rule.forced = plan_.forced;
+  rule.count = plan_.softmax_layers;
+  std::vector<ModelScore> scores;
+  for (size_t layer = 0; layer < table.layers.size(); ++layer) {
+    scores.push_back(Summarise(items, table.layers[layer]));
+    if (AllFinite(scores.back())) continue;
+    return MakeError(ExitCode::kNumbers, "NUM-NONFINITE",
+                     "score: the teacher with layer " + std::to_string(layer) +
+                         " replaced gives numbers that are not finite; its linear mixer diverged: "
+                         "lower halo.align.schedule.peak_lr");
+  }
+  const std::vector<double> keep = KeepScores(rule.selector, ScoresOf(items, table), rule.options);
+  const std::vector<double> shares =
+      halo_.score.bootstrap > 0
+          ? BootstrapShares(items, table, rule, halo_.score.bootstrap, stage_.seed)
+          : std::vector<double>();
+  if (is_root()) {
+    SALA_LOG(Info) << "score: teacher: recall " << Text("%.4f", teacher.recall) << ", exact "
+                   << Text("%.3f", teacher.exact) << ", text " << Text("%.4f", teacher.text);
+  }
+  for (size_t layer = 0; layer < scores.size(); ++layer) {
+    const ModelScore& score = scores[layer];
+    json row = ToJson(score);
+    row["layer"] = layer;
+    row["keep_score"] = keep[layer];
+    if (!shares.empty()) row["bootstrap_keep_share"] = shares[layer];
+    report["layers"].push_back(row);
+    if (!is_root()) continue;
+    SALA_LOG(Info) << "score: layer " << layer << " linear: recall " << Text("%.4f", score.recall)
+                   << " +- " << Text("%.4f", score.recall_error) << ", exact "
+                   << Text("%.3f", score.exact) << ", text " << Text("%.4f", score.text) << " +- "
+                   << Text("%.4f", score.text_error) << ", KL " << Text("%.4f", score.kl) << ", "
+                   << NameOf(rule.selector) << " " << Text("%.4g", keep[layer])
+                   << (shares.empty()
+                           ? ""
+                           : ", kept in " + Text("%.0f", 100 * shares[layer]) + " % of resamples");
+  }
+  report["order"] = RankLayers(keep);
+  return report;
+}
+
+StatusOr<std::vector<int64_t>> HaloStage::ScoredOrder() {
+  auto made = MakeScoreItems(stage_, session_.tokenizer());
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), made.status()));
+  const ScoreItems& items = *made;
+  const std::string settings = Sha256Hex(json({{"teacher", HashOf(teacher_.params)},
+                                               {"mixers", HashOf(mixers_)},
+                                               {"items", items.Fingerprint()}})
+                                             .dump());
+  ScoreTable table;
+  SALA_RETURN_IF_ERROR(LoadScores(settings, &table));
+  Scorer scorer(session_.ctx(), session_.arena(), session_.mesh().dp_group(), *teacher_model_,
+                mixers_, items);
+  if (is_root()) {
+    SALA_LOG(Info) << "score: " << items.text.size() << " pieces of held-out text and "
+                   << items.recall.size() << " recall prompts";
+  }
+  if (halo_.selector == Selector::kGreedy) {
+    return GreedyOrder(teacher_.config.num_hidden_layers, plan_.forced, plan_.softmax_layers,
+                       [&](const std::vector<int64_t>& replaced) -> StatusOr<double> {
+                         SALA_ASSIGN_OR_RETURN(const double kl, scorer.ScoreSet(replaced, &table));
+                         SALA_RETURN_IF_ERROR(WriteScores(settings, table));
+                         return kl;
+                       });
+  }
+  SALA_RETURN_IF_ERROR(scorer.ScoreLayers(
+      &table, [&](const ScoreTable& scored) { return WriteScores(settings, scored); }));
+  SALA_ASSIGN_OR_RETURN(const json report, ReportScores(items, table));
+  state_["scores"] = report;
+  return report["order"].get<std::vector<int64_t>>();
+}
+
+Status HaloStage::Choose() {
+  const int64_t layers = teacher_.config.num_hidden_layers;
+  std::vector<int64_t> order;
+  switch (halo_.selector) {
+    case Selector::kUniform:
+      order = UniformOrder(layers, plan_.forced, plan_.softmax_layers);
+      break;
+    case Selector::kRandom:
+      order = RandomOrder(layers, stage_.seed);
+      break;
+    case Selector::kExplicit:
+      order = plan_.explicit_layers;
+      break;
+    default: {
+      SALA_ASSIGN_OR_RETURN(order, ScoredOrder());
+    }
+  }
+  chosen_ = TakeLayers(order, plan_.forced, plan_.softmax_layers);
+  state_["softmax_layers"] = chosen_;
+  json selection = {{"selector", NameOf(halo_.selector)},
+                    {"forced", plan_.forced},
+                    {"softmax_layers", chosen_},
+                    {"order", order},
+                    {"ties", "to the lower index"}};
+  if (state_.contains("scores")) selection["scores"] = state_["scores"];
+  if (is_root())
+    SALA_LOG(Info) << "select: " << NameOf(halo_.selector) << " keeps softmax attention in layers "
+                   << Text(chosen_);
+  return WriteJson("selection.json", selection);
+}
+
+void HaloStage::Assemble() {
+  student_ = EnterHype(AssembleHybrid(teacher_.config, teacher_.params, mixers_, chosen_),
+                       {.remove_rope = halo_.nope_at == HaloMoment::kDistil,
+                        .add_gate = halo_.softmax_gate_at == HaloMoment::kDistil,
+                        .gate_init = halo_.softmax_gate_init,
+                        .seed = stage_.seed});
+  mixers_ = model::ParameterStore();
+}
+
+Status HaloStage::Distil() {
+  DistilTask task(*teacher_model_, student_,
+                  {.trainable = halo_.trainable,
+                   .temperature = halo_.temperature,
+                   .ce_weight = halo_.ce_weight,
+                   .recompute = stage_.recompute},
+                  held_out_);
+  SALA_ASSIGN_OR_RETURN(const StepLoopSummary summary, RunPhase("distil", halo_.distil, task));
+  kl_before_ =
+      std::isfinite(summary.validation_before) ? summary.validation_before : summary.first_loss;
+  if (std::isfinite(kl_before_)) state_["kl_before"] = kl_before_;
+  return OkStatus();
+}
+
+Status HaloStage::Finetune() {
+  FinetuneTask task(*teacher_model_, student_, stage_.recompute, held_out_);
+  return RunPhase("finetune", *halo_.finetune, task).status();
+}
+
+Status HaloStage::FitScale() {
+  auto set = HeldOut(halo_.logit_scale_length_tokens);
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), set.status()));
+  auto batches = HeldOutBatches(**set, session_.mesh());
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), batches.status()));
+  const model::Model model(student_.config, student_.params);
+  SALA_ASSIGN_OR_RETURN(const LogitScaleFit fit,
+                        FitLogitScale(session_.ctx(), session_.arena(), model,
+                                      LongDocuments(*batches, halo_.logit_scale_length_tokens / 2),
+                                      halo_.logit_scale_grid, session_.mesh().dp_group()));
+  state_["logit_scale"] = fit.ToJson();
+  if (is_root() && fit.targets == 0) {
+    SALA_LOG(Warn) << "logit scale: no held-out document has "
+                   << halo_.logit_scale_length_tokens / 2 << " tokens or more; no scale is fitted";
+  } else if (is_root()) {
+    SALA_LOG(Info) << "logit scale: a = " << (fit.base > 0 ? Text("%g", fit.base) : "none")
+                   << ", loss " << Text("%.4f", fit.losses[0]) << " without a scale, curve in "
+                   << file("logit_scale.json");
+  }
+  return WriteJson("logit_scale.json", state_["logit_scale"]);
+}
+
+StatusOr<StageSummary> HaloStage::Finish() {
+  const auto compare = [this] {
+    const model::Model model(student_.config, student_.params);
+    return CompareModels(session_.ctx(), session_.arena(), *teacher_model_, model, held_out_,
+                         session_.mesh().dp_group());
+  };
+  SALA_ASSIGN_OR_RETURN(const DistilReport trained, compare());
+  student_ = EnterHype(std::move(student_), {.remove_rope = true,
+                                             .add_gate = true,
+                                             .gate_init = halo_.softmax_gate_init,
+                                             .seed = stage_.seed});
+  SALA_ASSIGN_OR_RETURN(const DistilReport final, compare());
+  if (!halo_.logit_scale_grid.empty()) SALA_RETURN_IF_ERROR(FitScale());
+
+  StageSummary summary;
+  summary.stage = stage_.name;
+  for (const auto& [phase, numbers] : state_["phases"].items()) {
+    summary.tokens += numbers.value("tokens", int64_t{0});
+    summary.seconds += numbers.value("seconds", 0.0);
+  }
+  summary.loss_before = final.tokens > 0 ? final.teacher_loss : std::nan("");
+  summary.loss_after = final.tokens > 0 ? final.student_loss : std::nan("");
+  const double before = state_.value("kl_before", std::nan(""));
+  summary.note = "softmax layers " + Text(chosen_) + "; KL " + Text("%.4f", before) + " -> " +
+                 Text("%.4f", trained.kl) + ", handed on with " + Text("%.4f", final.kl);
+  state_["result"] = {
+      {"kl_trained", trained.kl},           {"kl_final", final.kl},
+      {"teacher_loss", final.teacher_loss}, {"student_loss", final.student_loss},
+      {"agreement", final.agreement},       {"teacher_entropy", final.teacher_entropy}};
+  if (is_root()) {
+    SALA_LOG(Info) << "stage " << stage_.name << ": " << summary.note
+                   << " (no rotary embedding, gated softmax layers); "
+                   << "held-out loss: teacher " << Text("%.4f", final.teacher_loss) << ", hybrid "
+                   << Text("%.4f", trained.student_loss) << ", handed on "
+                   << Text("%.4f", final.student_loss);
+  }
+
+  ++session_.global_step;  // the assembled model is not the end of a training step: its checkpoint
+                           // gets its own number
+  SaveRequest request;
+  request.position = {
+      .stage = stage_.name, .stage_index = input_.index, .phase = "assemble", .stage_final = true};
+  request.model = &student_.config;
+  request.params = &student_.params;
+  request.trainer = {{"halo", state_}};
+  request.config_yaml = EmitStage(stage_);
+  request.parent = teacher_.origin;
+  request.policy = stage_.checkpoint;
+  SALA_RETURN_IF_ERROR(SaveCheckpoint(session_, request, true).status());
+  return summary;
+}
+
+StatusOr<StageSummary> HaloStage::Run() {
+  SALA_RETURN_IF_ERROR(Prepare());
+  if (resume_phase_.empty() || resume_phase_ == "align") {
+    SALA_RETURN_IF_ERROR(Align());
+    SALA_RETURN_IF_ERROR(Choose());
+  }
+  Assemble();
+  if (resume_phase_ != "finetune") SALA_RETURN_IF_ERROR(Distil());
+  if (halo_.finetune) SALA_RETURN_IF_ERROR(Finetune());
+  return Finish();
+}
+
+}  // namespace
+
+StatusOr<StageSummary> RunHaloStage(Session& session, const StageInput& input) {
+  return HaloStage(session, input).Run();
+}
+
+}  // namespace sala::recipes

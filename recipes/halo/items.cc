@@ -1,0 +1,49 @@
+#include "recipes/halo/items.h"
+
+#include "data/synthetic.h"
+#include "recipes/step_loop.h"
+
+namespace sala::recipes {
+
+model::Batch RecallBatch(const std::vector<int32_t>& prompt, const std::vector<int32_t>& answer) {
+  std::vector<int32_t> tokens = prompt;
+  tokens.insert(tokens.end(), answer.begin(), answer.end());
+  model::Batch batch = model::SingleDocument(tokens);
+  for (size_t t = prompt.size(); t < tokens.size(); ++t) batch.labels[t - 1] = tokens[t];
+  return batch;
+}
+
+StatusOr<ScoreItems> MakeScoreItems(const StageConfig& stage, const data::Tokenizer& tokenizer) {
+  const HaloConfig& halo = *stage.halo;
+  ScoreItems items;
+  data::DataConfig held_out = stage.data;
+  held_out.validation.max_tokens = halo.score.text_tokens;
+  SALA_ASSIGN_OR_RETURN(const auto text, data::ValidationSet::Open(
+                                             held_out, halo.align.batch.seq_len_tokens, tokenizer));
+  for (int64_t i = 0; i < text->size(); ++i) {
+    SALA_ASSIGN_OR_RETURN(data::PackedSample sample, text->Get(i));
+    items.text.push_back(MakeBatch({std::move(sample)}));
+  }
+  if (items.text.empty()) {
+    return MakeError(ExitCode::kConfig, "CFG-HALO",
+                     "halo.score.text_tokens: no held-out text to score layers on "
+                     "(data.validation.fraction is " +
+                         std::to_string(stage.data.validation.fraction) +
+                         ", no document fell into it or none fits " +
+                         std::to_string(halo.score.text_tokens) + " tokens); raise one of them");
+  }
+  const data::Haystack haystack = data::Haystack::Filler();
+  for (int64_t i = 0; i < halo.score.recall_items; ++i) {
+    data::RecallOptions options;
+    options.task = i % 2 == 0 ? data::RecallTask::kPasskey : data::RecallTask::kMultiKey;
+    options.seed = stage.seed;
+    options.length_tokens = halo.score.recall_length_tokens;
+    options.purpose = "halo_score";
+    auto item = data::MakeRecallItem(options, haystack, tokenizer, i);
+    if (!item.ok()) return Annotate(item.status(), "halo.score.recall_length_tokens");
+    items.recall.push_back(RecallBatch(item->prompt, item->answer));
+  }
+  return items;
+}
+
+}  // namespace sala::recipes

@@ -1,0 +1,19 @@
+// The items layers are scored on: held-out text, and recall prompts made for the run's tokenizer.
+#pragma once
+
+#include "core/status.h"
+#include "data/tokenizer.h"
+#include "recipes/config.h"
+#include "recipes/halo/score.h"
+
+namespace sala::recipes {
+
+// A prompt with its answer as one document; labels only where an answer token is to be predicted.
+model::Batch RecallBatch(const std::vector<int32_t>& prompt, const std::vector<int32_t>& answer);
+
+// halo.score.text_tokens of held-out text in pieces of the alignment length, and
+// halo.score.recall_items prompts, even ones passkey, odd ones multi-key needle. The same on every
+// rank.
+StatusOr<ScoreItems> MakeScoreItems(const StageConfig& stage, const data::Tokenizer& tokenizer);
+
+}  // namespace sala::recipes

@@ -1,0 +1,425 @@
+#include "kernels/lightning/lightning.h"
+
+#include <complex>
+#include <limits>
+
+#include "kernels/lightning/reference.h"
+#include "tests/kernels/common/kernel_test.h"
+
+namespace sala::kernels {
+namespace {
+
+using Complex = std::complex<double>;
+
+std::vector<double> AsDouble(const std::vector<float>& x) { return {x.begin(), x.end()}; }
+
+std::vector<double> Absolute(std::vector<double> x) {
+  for (double& value : x) value = std::abs(value);
+  return x;
+}
+
+// Everything random; outputs poisoned with NaN.
+struct LightningCase {
+  LightningCase(std::vector<int32_t> cu, std::vector<float> decay, int64_t width, unsigned seed = 1)
+      : cu_seqlens(std::move(cu)),
+        slopes(std::move(decay)),
+        t(cu_seqlens.back()),
+        n(static_cast<int64_t>(slopes.size())),
+        d(width),
+        rng(seed) {
+    for (Matrix* x : {&q, &k, &v, &dout}) *x = Matrix::Random(t, n * d, rng, 3);
+    for (Matrix* x : {&state_in, &dstate_out}) *x = Matrix::Random(n, d * d, rng);
+    Poison();
+  }
+  void Poison() {
+    for (Matrix* x : {&out, &dq, &dk, &dv}) *x = Matrix(t, n * d, 2);
+    for (Matrix* x : {&state_out, &dstate_in}) *x = Matrix(n, d * d);
+  }
+
+  Tensor Heads(Matrix& x) const { return x.tensor().AsHeads(n, d); }
+  Tensor State(Matrix& x) const { return x.tensor().Reshape({n, d, d}); }
+  float scale() const { return 1.0F / std::sqrt(static_cast<float>(d)); }
+
+  void Run(const Context& ctx, bool with_states = true) {
+    const Tensor none;
+    LightningForward(ctx, Heads(q), Heads(k), Heads(v), cu_seqlens, slopes, scale(),
+                     with_states ? State(state_in) : none, Heads(out),
+                     with_states ? State(state_out) : none);
+    LightningBackward(ctx, Heads(q), Heads(k), Heads(v), Heads(dout), cu_seqlens, slopes, scale(),
+                      with_states ? State(state_in) : none, with_states ? State(dstate_out) : none,
+                      Heads(dq), Heads(dk), Heads(dv), with_states ? State(dstate_in) : none);
+  }
+
+  static Matrix Rows(const Matrix& x, int64_t begin, int64_t end) {
+    Matrix rows(end - begin, x.columns());
+    for (int64_t r = begin; r < end; ++r) {
+      for (int64_t c = 0; c < x.columns(); ++c) rows.at(r - begin, c) = x.at(r, c);
+    }
+    return rows;
+  }
+  LightningCase Piece(int64_t begin, int64_t end) const {
+    LightningCase piece({0, static_cast<int32_t>(end - begin)}, slopes, d);
+    piece.q = Rows(q, begin, end);
+    piece.k = Rows(k, begin, end);
+    piece.v = Rows(v, begin, end);
+    piece.dout = Rows(dout, begin, end);
+    return piece;
+  }
+
+  std::vector<const Matrix*> Results() const { return {&out, &dq, &dk, &dv}; }
+
+  std::vector<int32_t> cu_seqlens;
+  std::vector<float> slopes;
+  int64_t t, n, d;
+  std::mt19937 rng;
+  Matrix q{0, 1}, k{0, 1}, v{0, 1}, dout{0, 1}, state_in{0, 1}, dstate_out{0, 1};
+  Matrix out{0, 1}, dq{0, 1}, dk{0, 1}, dv{0, 1}, state_out{0, 1}, dstate_in{0, 1};
+};
+
+// Worst-case first-order bound on chunked results: the longest path has D products for q.k or the
+// state, 64 in the chunk, once more for the state's update, and per chunk a decay, its table
+// entry's own rounding and an addition. It multiplies the same sums with absolute values for all
+// terms, which the reference computes from absolute inputs.
+double ErrorFactor(const LightningCase& c) {
+  const double chunks = static_cast<double>(c.t) / 64 + 2;
+  return (2 * static_cast<double>(c.d) + 2 * 64 + 4 * chunks + 8) * kF32Round;
+}
+
+struct Expected {
+  reference::LightningResult<double> forward;
+  reference::LightningGradients backward;
+};
+
+Expected RunReference(const LightningCase& c, bool absolute, const std::vector<double>& state_in,
+                      const std::vector<double>& dstate_out) {
+  const auto input = [absolute](const Matrix& x) {
+    return absolute ? Absolute(x.values()) : x.values();
+  };
+  const reference::LightningShape shape = {c.t, c.n, c.d, static_cast<double>(c.scale()),
+                                           AsDouble(c.slopes)};
+  const auto s = absolute ? Absolute(state_in) : state_in;
+  const auto ds = absolute ? Absolute(dstate_out) : dstate_out;
+  return {reference::LightningForward(shape, input(c.q), input(c.k), input(c.v), s),
+          reference::LightningBackward(shape, input(c.q), input(c.k), input(c.v), input(c.dout), s,
+                                       ds)};
+}
+
+// Rows [begin, end) of the results of `c` are those of one document, given as `piece`.
+void ExpectDocument(const LightningCase& c, const LightningCase& piece, int64_t begin,
+                    const std::vector<double>& state_in, const std::vector<double>& dstate_out) {
+  const Expected expected = RunReference(piece, /*absolute=*/false, state_in, dstate_out);
+  const Expected size = RunReference(piece, /*absolute=*/true, state_in, dstate_out);
+  const double factor = ErrorFactor(c);
+  const auto compare = [&](const Matrix& found, const std::vector<double>& value,
+                           const std::vector<double>& magnitude) {
+    ExpectClose(LightningCase::Rows(found, begin, begin + piece.t), value,
+                [&](size_t i) { return factor * magnitude[i]; });
+  };
+  compare(c.out, expected.forward.out, size.forward.out);
+  compare(c.dq, expected.backward.dq, size.backward.dq);
+  compare(c.dk, expected.backward.dk, size.backward.dk);
+  compare(c.dv, expected.backward.dv, size.backward.dv);
+}
+
+void ExpectOneDocument(const LightningCase& c) {
+  const auto state_in = c.state_in.values();
+  const auto dstate_out = c.dstate_out.values();
+  ExpectDocument(c, c, 0, state_in, dstate_out);
+  const Expected expected = RunReference(c, /*absolute=*/false, state_in, dstate_out);
+  const Expected size = RunReference(c, /*absolute=*/true, state_in, dstate_out);
+  const double factor = ErrorFactor(c);
+  ExpectClose(c.state_out, expected.forward.state_out,
+              [&](size_t i) { return factor * size.forward.state_out[i]; });
+  ExpectClose(c.dstate_in, expected.backward.dstate_in,
+              [&](size_t i) { return factor * size.backward.dstate_in[i]; });
+}
+
+TEST(LightningSlopes, GoldenValues) {
+  // The released model's 32 heads: decay per head as its configuration document lists them.
+  const std::vector<float> slopes = LightningSlopes(32);
+  ASSERT_EQ(slopes.size(), 32U);
+  EXPECT_FLOAT_EQ(slopes[0], 0.8408964152537145F);
+  EXPECT_FLOAT_EQ(slopes[1], 0.7071067811865476F);
+  EXPECT_FLOAT_EQ(slopes[2], 0.5946035575013605F);
+  EXPECT_EQ(slopes[3], 0.5F);
+  EXPECT_FLOAT_EQ(slopes[16], 0.052556025953357156F);
+  EXPECT_FLOAT_EQ(slopes[30], 0.004645340292979379F);
+  EXPECT_EQ(slopes[31], 1.0F / 256);
+  // exp rounds once in double and the slope once in float: relative error 2^-24 * slope.
+  EXPECT_NEAR(std::exp(-static_cast<double>(slopes[0])), 0.4313237049315922, 0x1p-24);
+  EXPECT_NEAR(std::exp(-static_cast<double>(slopes[31])), 0.9961013694701175, 0x1p-24);
+}
+
+TEST(LightningSlopes, HeadCountsThatAreNoPowerOfTwo) {
+  EXPECT_EQ(LightningSlopes(1), (std::vector<float>{0x1p-8F}));
+  // Two heads: 2^-4, 2^-8; then the first of four heads' list, 2^-2.
+  EXPECT_EQ(LightningSlopes(3), (std::vector<float>{0x1p-4F, 0x1p-8F, 0x1p-2F}));
+  // Four heads: 2^-2, 2^-4, 2^-6, 2^-8; then every second of eight heads': 2^-1, 2^-3.
+  EXPECT_EQ(LightningSlopes(6),
+            (std::vector<float>{0x1p-2F, 0x1p-4F, 0x1p-6F, 0x1p-8F, 0x1p-1F, 0x1p-3F}));
+}
+
+TEST(LightningReference, BackwardMatchesComplexStep) {
+  const reference::LightningShape shape = {5, 2, 3, 0.6, {0.7, 0.05}};
+  std::mt19937 rng(5);
+  std::vector<std::vector<double>> x;
+  for (int i = 0; i < 4; ++i) x.push_back(Matrix::Random(5, 6, rng).values());
+  const auto state = Matrix::Random(2, 9, rng).values();
+  const auto dstate = Matrix::Random(2, 9, rng).values();
+  std::vector<std::vector<Complex>> z;
+  for (const auto& input : x) z.emplace_back(input.begin(), input.end());
+  const std::vector<Complex> zstate(state.begin(), state.end());
+  using Input = std::vector<Complex>;
+  const auto loss = [&](const Input& q, const Input& k, const Input& v, const Input& s) {
+    const auto result = reference::LightningForward(shape, q, k, v, s);
+    Complex sum = 0;
+    for (size_t i = 0; i < result.out.size(); ++i) sum += x[3][i] * result.out[i];
+    for (size_t i = 0; i < dstate.size(); ++i) sum += dstate[i] * result.state_out[i];
+    return sum;
+  };
+  const auto grad = reference::LightningBackward(shape, x[0], x[1], x[2], x[3], state, dstate);
+  ExpectSameGradient(
+      grad.dq, ComplexStep(x[0], [&](const Input& a) { return loss(a, z[1], z[2], zstate); }));
+  ExpectSameGradient(
+      grad.dk, ComplexStep(x[1], [&](const Input& a) { return loss(z[0], a, z[2], zstate); }));
+  ExpectSameGradient(
+      grad.dv, ComplexStep(x[2], [&](const Input& a) { return loss(z[0], z[1], a, zstate); }));
+  ExpectSameGradient(grad.dstate_in,
+                     ComplexStep(state, [&](const Input& a) { return loss(z[0], z[1], z[2], a); }));
+}
+
+class LightningLength : public ::testing::TestWithParam<int32_t> {};
+INSTANTIATE_TEST_SUITE_P(Edges, LightningLength,
+                         ::testing::Values(1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257));
+
+TEST_P(LightningLength, MatchesRecurrence) {
+  for (int64_t d : {8, 20, 64}) {
+    KernelTest kernel;
+    LightningCase c({0, GetParam()}, LightningSlopes(3), d);
+    c.Run(kernel.ctx());
+    ExpectOneDocument(c);
+    for (const Matrix* result : c.Results()) EXPECT_TRUE(result->GapsUntouched());
+    EXPECT_EQ(kernel.arena().used_bytes(), 0U);
+  }
+}
+
+TEST_P(LightningLength, DecodeFollowsTheRecurrence) {
+  KernelTest kernel;
+  LightningCase c({0, GetParam()}, LightningSlopes(4), 16);
+  const Expected expected = RunReference(c, false, c.state_in.values(), c.dstate_out.values());
+  const Expected size = RunReference(c, true, c.state_in.values(), c.dstate_out.values());
+  Matrix state = c.state_in;
+  for (int64_t t = 0; t < c.t; ++t) {
+    const auto row = [&](Matrix& x) { return x.tensor().Rows(t, t + 1); };
+    const auto heads = [&](Matrix& x) { return Tensor(row(x).Data<float>(), {c.n, c.d}); };
+    LightningDecode(kernel.ctx(), heads(c.q), heads(c.k), heads(c.v), c.slopes, c.scale(),
+                    c.State(state), heads(c.out));
+  }
+  // Three roundings per token on the way through the state, then D products.
+  const double factor = (3 * static_cast<double>(c.t) + static_cast<double>(c.d) + 4) * kF32Round;
+  ExpectClose(c.out, expected.forward.out, [&](size_t i) { return factor * size.forward.out[i]; });
+  ExpectClose(state, expected.forward.state_out,
+              [&](size_t i) { return factor * size.forward.state_out[i]; });
+}
+
+TEST(Lightning, PackedDocumentsMatchSeparateRecurrences) {
+  // Documents that start at a chunk's start (64, 192), end with one (128), one-token documents in
+  // numbers, a last chunk of one token (257), an empty document.
+  for (const std::vector<int32_t>& cu : {std::vector<int32_t>{0, 64, 100, 128, 192, 257},
+                                         {0, 1, 2, 3, 3, 4, 70, 71, 72, 200, 201},
+                                         {0, 63, 64, 65, 129},
+                                         {0, 130, 131}}) {
+    KernelTest kernel;
+    LightningCase c(cu, LightningSlopes(4), 16);
+    c.Run(kernel.ctx(), /*with_states=*/false);
+    for (size_t s = 0; s + 1 < cu.size(); ++s) {
+      if (cu[s] < cu[s + 1]) ExpectDocument(c, c.Piece(cu[s], cu[s + 1]), cu[s], {}, {});
+    }
+  }
+}
+
+TEST(Lightning, StatesReachOnlyTheFirstAndTheLastDocument) {
+  KernelTest kernel;
+  const std::vector<int32_t> cu = {0, 70, 90, 200};
+  LightningCase c(cu, LightningSlopes(4), 16);
+  c.Run(kernel.ctx());
+  ExpectDocument(c, c.Piece(0, 70), 0, c.state_in.values(), {});
+  ExpectDocument(c, c.Piece(70, 90), 70, {}, {});
+  ExpectDocument(c, c.Piece(90, 200), 90, {}, c.dstate_out.values());
+  // What leaves is the last document's state, what comes back belongs to the first one.
+  const auto last = RunReference(c.Piece(90, 200), false, {}, {}).forward.state_out;
+  const auto last_size = RunReference(c.Piece(90, 200), true, {}, {}).forward.state_out;
+  ExpectClose(c.state_out, last, [&](size_t i) { return ErrorFactor(c) * last_size[i]; });
+  const auto in = c.state_in.values();
+  const auto first = RunReference(c.Piece(0, 70), false, in, {}).backward.dstate_in;
+  const auto first_size = RunReference(c.Piece(0, 70), true, in, {}).backward.dstate_in;
+  ExpectClose(c.dstate_in, first, [&](size_t i) { return ErrorFactor(c) * first_size[i]; });
+}
+
+TEST(Lightning, NoTokensPassTheStatesThrough) {
+  KernelTest kernel;
+  LightningCase c({0}, LightningSlopes(2), 8);
+  c.Run(kernel.ctx());
+  EXPECT_TRUE(c.state_out.SameBits(c.state_in));
+  EXPECT_TRUE(c.dstate_in.SameBits(c.dstate_out));
+}
+
+TEST(Lightning, SplitWithCarriedStateMatchesOnePass) {
+  constexpr int32_t kTokens = 300;
+  for (int32_t cut : {1, 63, 64, 65, 150, 299}) {
+    KernelTest kernel;
+    LightningCase whole({0, kTokens}, LightningSlopes(4), 16);
+    whole.Run(kernel.ctx());
+    LightningCase left = whole.Piece(0, cut);
+    LightningCase right = whole.Piece(cut, kTokens);
+    left.state_in = whole.state_in;
+    left.dstate_out = whole.dstate_out;
+    left.Run(kernel.ctx());  // its gradients wait for the right part
+    right.state_in = left.state_out;
+    right.dstate_out = whole.dstate_out;
+    right.Run(kernel.ctx());
+    left.dstate_out = right.dstate_in;
+    left.Run(kernel.ctx());
+
+    const Expected size =
+        RunReference(whole, true, whole.state_in.values(), whole.dstate_out.values());
+    const double factor = 2 * ErrorFactor(whole);  // both sides round
+    const auto compare = [&](const Matrix& a, const Matrix& b, const Matrix& all,
+                             const std::vector<double>& magnitude) {
+      auto found = a.values();
+      const auto tail = b.values();
+      found.insert(found.end(), tail.begin(), tail.end());
+      const auto expected = all.values();
+      ASSERT_EQ(found.size(), expected.size());
+      for (size_t i = 0; i < found.size(); ++i) {
+        ASSERT_NEAR(found[i], expected[i], factor * magnitude[i]) << "cut " << cut << " at " << i;
+      }
+    };
+    compare(left.out, right.out, whole.out, size.forward.out);
+    compare(left.dq, right.dq, whole.dq, size.backward.dq);
+    compare(left.dk, right.dk, whole.dk, size.backward.dk);
+    compare(left.dv, right.dv, whole.dv, size.backward.dv);
+    compare(right.state_out, Matrix(0, 1), whole.state_out, size.forward.state_out);
+    compare(left.dstate_in, Matrix(0, 1), whole.dstate_in, size.backward.dstate_in);
+  }
+}
+
+TEST(Lightning, ChangingOneTokenReachesOnlyItsDocumentAndLaterTokens) {
+  KernelTest kernel;
+  const std::vector<int32_t> cu = {0, 90, 150, 151, 260};
+  LightningCase before(cu, LightningSlopes(4), 16);
+  before.Run(kernel.ctx());
+  LightningCase after(cu, LightningSlopes(4), 16);
+  constexpr int64_t kChanged = 120;
+  for (Matrix* x : {&after.q, &after.k, &after.v, &after.dout}) x->at(kChanged, 3) += 1.0F;
+  after.Run(kernel.ctx());
+  for (const auto& [begin, end] : {std::pair{0, 90}, {150, 151}, {151, 260}}) {
+    for (size_t i = 0; i < before.Results().size(); ++i) {
+      EXPECT_TRUE(LightningCase::Rows(*before.Results()[i], begin, end)
+                      .SameBits(LightningCase::Rows(*after.Results()[i], begin, end)))
+          << "result " << i << " of the document at " << begin;
+    }
+  }
+  EXPECT_TRUE(before.state_out.SameBits(after.state_out));
+  EXPECT_TRUE(before.dstate_in.SameBits(after.dstate_in));
+  EXPECT_TRUE(LightningCase::Rows(before.out, 90, kChanged)
+                  .SameBits(LightningCase::Rows(after.out, 90, kChanged)));
+  EXPECT_FALSE(LightningCase::Rows(before.out, kChanged, 150)
+                   .SameBits(LightningCase::Rows(after.out, kChanged, 150)));
+}
+
+TEST(Lightning, BitsDoNotDependOnThreadsOrRuns) {
+  const std::vector<int32_t> cu = {0, 90, 91, 300};
+  LightningCase one(cu, LightningSlopes(6), 16);
+  KernelTest single(1);
+  one.Run(single.ctx());
+  for (int threads : {1, 2, 5}) {
+    KernelTest many(threads);
+    LightningCase again(cu, LightningSlopes(6), 16);
+    again.Run(many.ctx());
+    for (size_t i = 0; i < one.Results().size(); ++i) {
+      EXPECT_TRUE(one.Results()[i]->SameBits(*again.Results()[i])) << "result " << i;
+    }
+    EXPECT_TRUE(one.state_out.SameBits(again.state_out));
+    EXPECT_TRUE(one.dstate_in.SameBits(again.dstate_in));
+  }
+}
+
+TEST(Lightning, TokensPastTheDocumentsAreNeitherReadNorWritten) {
+  KernelTest kernel;
+  LightningCase longer({0, 100}, LightningSlopes(4), 16);
+  LightningCase c = longer.Piece(0, 70);
+  c.state_in = longer.state_in;
+  c.dstate_out = longer.dstate_out;
+  c.Run(kernel.ctx());
+  for (Matrix* x : {&longer.q, &longer.k, &longer.v, &longer.dout}) {
+    for (int64_t t = 70; t < 100; ++t) {
+      for (int64_t i = 0; i < x->columns(); ++i) {
+        x->at(t, i) = std::numeric_limits<float>::quiet_NaN();
+      }
+    }
+  }
+  longer.cu_seqlens = {0, 70};
+  longer.Run(kernel.ctx());
+  for (size_t i = 0; i < c.Results().size(); ++i) {
+    EXPECT_TRUE(LightningCase::Rows(*longer.Results()[i], 0, 70).SameBits(*c.Results()[i]));
+    for (double x : LightningCase::Rows(*longer.Results()[i], 70, 100).values()) {
+      ASSERT_TRUE(std::isnan(x));
+    }
+  }
+}
+
+TEST(Lightning, NoDecayIsUnnormalisedCausalAttention) {
+  KernelTest kernel;
+  LightningCase c({0, 200}, {0.0F}, 8);
+  c.Run(kernel.ctx(), /*with_states=*/false);
+  const double factor = ErrorFactor(c);
+  for (int64_t t = 0; t < c.t; ++t) {
+    for (int64_t b = 0; b < c.d; ++b) {
+      double sum = 0;
+      double size = 0;
+      for (int64_t j = 0; j <= t; ++j) {
+        double dot = 0;
+        double dot_size = 0;
+        for (int64_t a = 0; a < c.d; ++a) {
+          const double product = static_cast<double>(c.q.at(t, a)) * c.k.at(j, a);
+          dot += product;
+          dot_size += std::abs(product);
+        }
+        sum += c.scale() * dot * c.v.at(j, b);
+        size += c.scale() * dot_size * std::abs(c.v.at(j, b));
+      }
+      ASSERT_NEAR(c.out.at(t, b), sum, factor * size);
+    }
+  }
+}
+
+TEST(Lightning, TotalDecayLeavesOnlyTheOwnToken) {
+  KernelTest kernel;
+  LightningCase c({0, 130}, {200.0F}, 8);  // lambda = e^-200 counts as 0
+  c.Run(kernel.ctx());
+  for (int64_t t = 0; t < c.t; ++t) {
+    double dot = 0;
+    double dot_size = 0;
+    for (int64_t a = 0; a < c.d; ++a) {
+      const double product = static_cast<double>(c.q.at(t, a)) * c.k.at(t, a);
+      dot += product;
+      dot_size += std::abs(product);
+    }
+    for (int64_t b = 0; b < c.d; ++b) {
+      const double limit = (static_cast<double>(c.d) + 4) * kF32Round * c.scale() * dot_size *
+                           std::abs(c.v.at(t, b));
+      ASSERT_NEAR(c.out.at(t, b), c.scale() * dot * c.v.at(t, b), limit);
+    }
+  }
+}
+
+TEST(Lightning, SlowestHeadStaysPreciseOverLongDocuments) {
+  KernelTest kernel;
+  LightningCase c({0, 4096}, {1.0F / 256}, 16);
+  c.Run(kernel.ctx());
+  ExpectOneDocument(c);
+}
+
+}  // namespace
+}  // namespace sala::kernels

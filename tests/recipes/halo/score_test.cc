@@ -1,0 +1,235 @@
+#include "recipes/halo/score.h"
+
+#include <gmock/gmock.h>
+
+#include <cmath>
+
+#include "model/loss.h"
+#include "recipes/halo/items.h"
+#include "recipes/halo/logit_scale.h"
+#include "tests/recipes/halo/tiny.h"
+
+namespace sala::recipes {
+namespace {
+
+using testing::RandomBatch;
+using testing::RandomTeacher;
+using testing::TeacherConfig;
+using testing::Values;
+
+// One of `size` ranks that keeps what it is asked to sum: the test adds the ranks' parts itself.
+class LoneRank : public parallel::Communicator {
+ public:
+  LoneRank(int rank, int size) : rank_(rank), size_(size) {}
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+  Status Barrier() override { return OkStatus(); }
+  Status AllReduce(std::span<double>, parallel::Reduce) override { return OkStatus(); }
+  Status AllReduce(std::span<int64_t>, parallel::Reduce) override { return OkStatus(); }
+  Status ReduceScatterSum(std::span<const float>, std::span<const int64_t>,
+                          std::span<float>) override {
+    return OkStatus();
+  }
+  Status AllGather(std::span<const float>, std::span<const int64_t>, std::span<float>) override {
+    return OkStatus();
+  }
+  Status Broadcast(std::span<char>, int) override { return OkStatus(); }
+  StatusOr<std::vector<std::string>> AllGatherText(const std::string& text) override {
+    return std::vector{text};
+  }
+  StatusOr<std::unique_ptr<parallel::Communicator>> Split(int) override {
+    return parallel::MakeSelfCommunicator();
+  }
+
+ private:
+  int rank_, size_;
+};
+
+class ScoreTest : public testing::HaloTest {
+ protected:
+  ScoreTest()
+      : config_(TeacherConfig()),
+        teacher_(RandomTeacher(config_)),
+        model_(config_, teacher_),
+        mixers_(TransferMixers(config_, teacher_, {.seed = 3})) {
+    items_.text = {RandomBatch(config_, {20, 11}, "a"), RandomBatch(config_, {25}, "b")};
+    items_.recall = {RecallBatch({1, 2, 3, 4, 5}, {6, 7}), RecallBatch({9, 8, 7}, {3}),
+                     RecallBatch({4, 4, 4, 2}, {1, 5})};
+  }
+
+  ScoreTable Score(parallel::Communicator& comm, ScoreTable table = {},
+                   int64_t* layers_run = nullptr) {
+    Scorer scorer(ctx_, arena_, comm, model_, mixers_, items_);
+    const Status status = scorer.ScoreLayers(&table, [layers_run](const ScoreTable&) {
+      if (layers_run != nullptr) ++*layers_run;
+      return OkStatus();
+    });
+    EXPECT_TRUE(status.ok());
+    return table;
+  }
+
+  model::ModelConfig config_;
+  model::ParameterStore teacher_;
+  model::Model model_;
+  model::ParameterStore mixers_;
+  ScoreItems items_;
+};
+
+TEST_F(ScoreTest, RecallItemsHaveLabelsAtTheAnswerOnly) {
+  const model::Batch batch = RecallBatch({1, 2, 3}, {8, 9});
+  EXPECT_THAT(batch.tokens, ::testing::ElementsAre(1, 2, 3, 8, 9));
+  EXPECT_THAT(batch.labels, ::testing::ElementsAre(-1, -1, 8, 9, -1));
+}
+
+TEST_F(ScoreTest, CachedStreamsGiveTheBitsOfWholePasses) {
+  const auto comm = parallel::MakeSelfCommunicator();
+  const ScoreTable table = Score(*comm);
+  ASSERT_EQ(table.layers.size(), 4u);
+  for (int64_t layer = 0; layer < 4; ++layer) {
+    const model::Model swapped =
+        model_.WithMixer(layer, model::MixerType::kLightning,
+                         model::BindMixer(config_, layer, model::MixerType::kLightning, mixers_));
+    for (size_t i = 0; i < items_.size(); ++i) {
+      const auto expected = model::EvaluateCrossEntropy(ctx_, arena_, swapped, items_[i], {});
+      EXPECT_EQ(table.layers[static_cast<size_t>(layer)].loss_sum[i], expected.loss_sum)
+          << layer << " " << i;
+      EXPECT_EQ(table.layers[static_cast<size_t>(layer)].kl_sum[i],
+                model::EvaluateKl(ctx_, arena_, model_, swapped, items_[i], {}).loss_sum);
+    }
+  }
+  EXPECT_THAT(table.teacher.kl_sum, ::testing::Each(0.0));
+}
+
+TEST_F(ScoreTest, ResumedScoringHasTheSameBits) {
+  const auto comm = parallel::MakeSelfCommunicator();
+  const ScoreTable whole = Score(*comm);
+  ScoreTable part = whole;
+  part.layers.resize(2);
+  // Through the file format.
+  const ScoreTable restored = ScoreTable::FromJson(nlohmann::json::parse(part.ToJson().dump()));
+  int64_t run = 0;
+  const ScoreTable resumed = Score(*comm, restored, &run);
+  EXPECT_EQ(run, 2);
+  EXPECT_EQ(resumed.ToJson(), whole.ToJson());
+}
+
+TEST_F(ScoreTest, TwoRanksHaveTheBitsOfOne) {
+  const auto self = parallel::MakeSelfCommunicator();
+  const ScoreTable whole = Score(*self);
+  LoneRank first(0, 2);
+  LoneRank second(1, 2);
+  const ScoreTable a = Score(first);
+  const ScoreTable b = Score(second);
+  for (size_t layer = 0; layer < 4; ++layer) {
+    for (size_t i = 0; i < items_.size(); ++i) {
+      EXPECT_EQ(a.layers[layer].loss_sum[i] + b.layers[layer].loss_sum[i],
+                whole.layers[layer].loss_sum[i]);
+      EXPECT_EQ(a.layers[layer].kl_sum[i] + b.layers[layer].kl_sum[i],
+                whole.layers[layer].kl_sum[i]);
+      EXPECT_TRUE(a.layers[layer].loss_sum[i] == 0 || b.layers[layer].loss_sum[i] == 0);
+    }
+  }
+}
+
+TEST_F(ScoreTest, SetsOfOneLayerEqualTheSwapAndAreRemembered) {
+  const auto comm = parallel::MakeSelfCommunicator();
+  ScoreTable table = Score(*comm);
+  Scorer scorer(ctx_, arena_, *comm, model_, mixers_, items_);
+  const auto single = scorer.ScoreSet({2}, &table);
+  ASSERT_TRUE(single.ok());
+  EXPECT_EQ(*single, Summarise(items_, table.layers[2]).kl);
+  ASSERT_TRUE(scorer.ScoreSet({0, 2}, &table).ok());
+  EXPECT_EQ(table.sets.size(), 2u);
+  table.sets["0,2"] = 7;
+  EXPECT_EQ(*scorer.ScoreSet({0, 2}, &table), 7);
+}
+
+TEST_F(ScoreTest, SummaryOfKnownNumbers) {
+  ScoreItems items;
+  items.text = {RandomBatch(config_, {11}, "x"),
+                RandomBatch(config_, {21}, "y")};                          // 10 and 20 targets
+  items.recall = {RecallBatch({1, 2}, {3, 4}), RecallBatch({1, 2}, {3})};  // 2 and 1 targets
+  ItemValues values;
+  values.loss_sum = {12, 18, 2 * std::log(2.0), std::log(4.0)};
+  values.correct = {0, 0, 2, 0};
+  values.kl_sum = {1, 2, 3, 4};
+  const ModelScore score = Summarise(items, values);
+  EXPECT_NEAR(score.text, std::exp(-1.0), 1e-12);
+  EXPECT_NEAR(score.recall, (0.5 + 0.25) / 2, 1e-12);
+  EXPECT_NEAR(score.exact, 0.5, 1e-12);
+  EXPECT_NEAR(score.kl, 10.0 / (11 + 21 + 4 + 3), 1e-12);
+  // Sample variance of {0.5, 0.25} is 1/32, of the mean 1/64.
+  EXPECT_NEAR(score.recall_error, 0.125, 1e-12);
+  // Residuals of the loss 12 - 10 and 18 - 20: sqrt((4 + 4) * 2 / 1) / 30 times C.
+  EXPECT_NEAR(score.text_error, std::exp(-1.0) * 4 / 30, 1e-12);
+  // A resample of the first text twice and the second recall item twice.
+  const ModelScore again = Summarise(items, values, {2, 0, 0, 2});
+  EXPECT_NEAR(again.text, std::exp(-1.2), 1e-12);
+  EXPECT_NEAR(again.recall, 0.25, 1e-12);
+}
+
+TEST_F(ScoreTest, BootstrapKeepsAClearLayerAlwaysAndForcedOnesToo) {
+  ScoreItems items;
+  for (int i = 0; i < 8; ++i) items.text.push_back(RandomBatch(config_, {11}, std::to_string(i)));
+  for (int i = 0; i < 8; ++i) items.recall.push_back(RecallBatch({1, 2}, {3}));
+  PhiloxStream rng("v1|5|halo_test||0|bootstrap|");
+  ScoreTable table;
+  const auto values = [&](double recall_loss) {
+    ItemValues v;
+    for (size_t i = 0; i < items.size(); ++i) {
+      const bool text = i < items.text.size();
+      v.loss_sum.push_back((text ? 10.0 : recall_loss) * (1 + 0.1 * rng.NextDouble()));
+      v.correct.push_back(0);
+      v.kl_sum.push_back(0.1);
+    }
+    return v;
+  };
+  table.teacher = values(0.1);
+  table.layers = {values(0.1), values(5.0), values(0.1), values(0.1)};
+  KeepRule rule;
+  rule.selector = Selector::kRecallDrop;
+  rule.forced = {3};
+  rule.count = 3;
+  const std::vector<double> shares = BootstrapShares(items, table, rule, 50, 1);
+  EXPECT_EQ(shares[1], 1.0);
+  EXPECT_EQ(shares[3], 1.0);
+  EXPECT_NEAR(shares[0] + shares[2], 1.0, 1e-12);
+  EXPECT_EQ(shares, BootstrapShares(items, table, rule, 50, 1));
+}
+
+TEST_F(ScoreTest, LogitScaleIsFittedOnLongDocumentsWithFrozenWeights) {
+  const auto comm = parallel::MakeSelfCommunicator();
+  model::ModelConfig config = config_;
+  config.attn_use_rope = false;
+  const model::Model model(config, teacher_);
+  const std::vector<float> before = testing::Bits(teacher_);
+  const model::Batch packed = RandomBatch(config, {40, 7, 33}, "long");
+  const std::vector<model::Batch> documents = LongDocuments({packed}, 30);
+  ASSERT_EQ(documents.size(), 2u);
+  EXPECT_EQ(documents[1].tokens,
+            std::vector<int32_t>(packed.tokens.begin() + 47, packed.tokens.end()));
+  EXPECT_EQ(documents[1].positions.front(), 0);
+
+  const auto fit = FitLogitScale(ctx_, arena_, model, documents, {8, 64}, *comm);
+  ASSERT_TRUE(fit.ok());
+  ASSERT_EQ(fit->losses.size(), 3u);
+  double expected = 0;
+  for (const model::Batch& batch : documents) {
+    expected +=
+        model::EvaluateCrossEntropy(ctx_, arena_, model, batch, {.logit_scale_base = 64}).loss_sum;
+  }
+  EXPECT_NEAR(fit->losses[2], expected / (39 + 32), 1e-12);
+  EXPECT_NE(fit->losses[1], fit->losses[0]);
+  const size_t best = static_cast<size_t>(std::min_element(fit->losses.begin(), fit->losses.end()) -
+                                          fit->losses.begin());
+  EXPECT_EQ(fit->base, fit->candidates[best]);
+  EXPECT_EQ(testing::Bits(teacher_), before);
+
+  const auto none = FitLogitScale(ctx_, arena_, model, {}, {8, 64}, *comm);
+  ASSERT_TRUE(none.ok());
+  EXPECT_EQ(none->base, 0);
+  EXPECT_EQ(none->targets, 0);
+}
+
+}  // namespace
+}  // namespace sala::recipes
