@@ -60,7 +60,10 @@ StageConfig BaseStage(const std::string& corpus) {
   stage.name = "base";
   stage.tokenizer = "bytes";
   stage.data.validation = {.fraction = 0.05, .max_tokens = 2048};
-  stage.data.mixture = {{.dataset = corpus, .max_epochs = 1000}};
+  data::ViewConfig view;
+  view.dataset = corpus;
+  view.max_epochs = 1000;
+  stage.data.mixture = {view};
   stage.checkpoint.keep_last = 100;
   stage.batch = Batches(200);
   stage.schedule = Cosine(6e-3);
