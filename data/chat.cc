@@ -14,7 +14,8 @@ Status DataError(const char* code, const std::string& text) {
 
 StatusOr<std::string> ParseContent(const nlohmann::json& content, const std::string& where) {
   if (content.is_string()) return content.get<std::string>();
-  if (!content.is_array()) return DataError("ING-FIELD", where + ": content is neither a string nor an array of parts");
+  if (!content.is_array())
+    return DataError("ING-FIELD", where + ": content is neither a string nor an array of parts");
   std::string text;
   for (const auto& part : content) {
     const std::string type = part.is_object() ? part.value("type", "") : "";
@@ -23,7 +24,8 @@ StatusOr<std::string> ParseContent(const nlohmann::json& content, const std::str
                                            "\"; only text is read");
     }
     const auto value = part.find("text");
-    if (value == part.end() || !value->is_string()) return DataError("ING-FIELD", where + ": a text part has no string under \"text\"");
+    if (value == part.end() || !value->is_string())
+      return DataError("ING-FIELD", where + ": a text part has no string under \"text\"");
     text += value->get<std::string>();
   }
   return text;
@@ -33,16 +35,19 @@ std::string Prefix(const ChatFamily& family, const std::string& role) {
   return family.prefix_before_role + role + family.prefix_after_role;
 }
 
-Status CheckMessage(const ChatFamily& family, const ChatMessage& message, const std::string& where) {
+Status CheckMessage(const ChatFamily& family, const ChatMessage& message,
+                    const std::string& where) {
   if (std::find(family.roles.begin(), family.roles.end(), message.role) == family.roles.end()) {
     std::string allowed;
     for (const std::string& role : family.roles) allowed += (allowed.empty() ? "" : ", ") + role;
-    return DataError("CHAT-ROLE", where + ": found role \"" + Printable(message.role) + "\", expected one of " + allowed);
+    return DataError("CHAT-ROLE", where + ": found role \"" + Printable(message.role) +
+                                      "\", expected one of " + allowed);
   }
   for (const std::string& marker : family.markers) {
     if (message.content.find(marker) != std::string::npos) {
-      return DataError("CHAT-TEMPLATE", where + ": the content contains the marker " + marker + " of template " +
-                                            family.name + "; remove it from the record");
+      return DataError("CHAT-TEMPLATE", where + ": the content contains the marker " + marker +
+                                            " of template " + family.name +
+                                            "; remove it from the record");
     }
   }
   return OkStatus();
@@ -77,16 +82,19 @@ StatusOr<std::vector<ChatMessage>> ParseMessages(const nlohmann::json& messages)
     if (!item.is_object()) return DataError("ING-FIELD", where + ": not an object");
     const auto role = item.find("role");
     const auto content = item.find("content");
-    if (role == item.end() || !role->is_string()) return DataError("ING-FIELD", where + ": no string under \"role\"");
+    if (role == item.end() || !role->is_string())
+      return DataError("ING-FIELD", where + ": no string under \"role\"");
     if (content == item.end()) return DataError("ING-FIELD", where + ": no \"content\"");
     SALA_ASSIGN_OR_RETURN(std::string text, ParseContent(*content, where));
     bool train = true;
     if (const auto flag = item.find("train"); flag != item.end()) {
-      if (!flag->is_boolean()) return DataError("ING-FIELD", where + ": \"train\" is not true or false");
+      if (!flag->is_boolean())
+        return DataError("ING-FIELD", where + ": \"train\" is not true or false");
       train = flag->get<bool>();
     }
     if (const auto weight = item.find("weight"); weight != item.end()) {
-      if (!weight->is_number() || (*weight != 0 && *weight != 1)) return DataError("ING-FIELD", where + ": \"weight\" is not 0 or 1");
+      if (!weight->is_number() || (*weight != 0 && *weight != 1))
+        return DataError("ING-FIELD", where + ": \"weight\" is not 0 or 1");
       train = train && *weight != 0;
     }
     out.push_back({role->get<std::string>(), std::move(text), train});
@@ -94,8 +102,8 @@ StatusOr<std::vector<ChatMessage>> ParseMessages(const nlohmann::json& messages)
   return out;
 }
 
-StatusOr<RenderedChat> RenderChat(const ChatFamily& family, const std::vector<ChatMessage>& messages,
-                                  ChatMask mask) {
+StatusOr<RenderedChat> RenderChat(const ChatFamily& family,
+                                  const std::vector<ChatMessage>& messages, ChatMask mask) {
   size_t last_learned = messages.size();
   for (size_t i = 0; i < messages.size(); ++i) {
     if (messages[i].role == family.learned_role) last_learned = i;
@@ -121,7 +129,8 @@ StatusOr<RenderedChat> RenderChat(const ChatFamily& family, const std::vector<Ch
   return out;
 }
 
-StatusOr<std::string> RenderPrompt(const ChatFamily& family, const std::vector<ChatMessage>& messages) {
+StatusOr<std::string> RenderPrompt(const ChatFamily& family,
+                                   const std::vector<ChatMessage>& messages) {
   SALA_ASSIGN_OR_RETURN(RenderedChat chat, RenderChat(family, messages, ChatMask::kAllAssistant));
   return chat.text + Prefix(family, family.learned_role);
 }
@@ -141,8 +150,9 @@ EncodedChat EncodeChat(const RenderedChat& chat, const Tokenizer& tokenizer) {
 Status CheckChatTokens(const ChatFamily& family, const Tokenizer& tokenizer) {
   for (const std::string& marker : family.markers) {
     if (!tokenizer.FindToken(marker).has_value()) {
-      return DataError("CHAT-TEMPLATE", "template " + family.name + ": the tokenizer has no token " + marker +
-                                            "; add it to added_tokens.json or choose another tokenizer");
+      return DataError("CHAT-TEMPLATE",
+                       "template " + family.name + ": the tokenizer has no token " + marker +
+                           "; add it to added_tokens.json or choose another tokenizer");
     }
   }
   return OkStatus();

@@ -1,10 +1,12 @@
-// Chat records -> text, and which of its bytes are learned. Families are described by data: what stands around the content
-// of each role. Shipped: chatml (MiniCPM, Qwen without tools).
+// Chat records -> text, and which of its bytes are learned. Families are described by data: what
+// stands around the content of each role. Shipped: chatml (MiniCPM, Qwen without tools).
 //
 //   <|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n
-//                                                         ^^^^^^^^^^^^ learned: content and end of turn
+//                                                         ^^^^^^^^^^^^ learned: content and end of
+//                                                         turn
 //
-// Errors (65): CHAT-ROLE, CHAT-TEMPLATE (content contains a marker; unknown family), ING-FIELD, ING-MODALITY.
+// Errors (65): CHAT-ROLE, CHAT-TEMPLATE (content contains a marker; unknown family), ING-FIELD,
+// ING-MODALITY.
 #pragma once
 
 #include <cstdint>
@@ -25,12 +27,12 @@ struct ChatMessage {
 
 struct ChatFamily {
   std::string name;
-  std::vector<std::string> roles;         // allowed
-  std::string learned_role;               // "assistant"
+  std::vector<std::string> roles;  // allowed
+  std::string learned_role;        // "assistant"
   std::string prefix_before_role, prefix_after_role;
-  std::string end_of_turn;                // learned after the content of the learned role
-  std::string after_turn;                 // not learned
-  std::vector<std::string> markers;       // must be single tokens and must not occur in a content
+  std::string end_of_turn;           // learned after the content of the learned role
+  std::string after_turn;            // not learned
+  std::vector<std::string> markers;  // must be single tokens and must not occur in a content
 };
 
 const ChatFamily& ChatMl();
@@ -47,15 +49,17 @@ struct RenderedChat {
   std::vector<ByteSpan> learned;  // rising, disjoint
 };
 
-// {"messages": [{"role", "content", "train"?, "weight"?}]}: the array under the field. `content` is a string or an array of
+// {"messages": [{"role", "content", "train"?, "weight"?}]}: the array under the field. `content` is
+// a string or an array of
 // {"type": "text", "text": ...} parts.
 StatusOr<std::vector<ChatMessage>> ParseMessages(const nlohmann::json& messages);
 
-StatusOr<RenderedChat> RenderChat(const ChatFamily& family, const std::vector<ChatMessage>& messages,
-                                  ChatMask mask);
+StatusOr<RenderedChat> RenderChat(const ChatFamily& family,
+                                  const std::vector<ChatMessage>& messages, ChatMask mask);
 
 // The same text with the start of an assistant turn after it, for generation.
-StatusOr<std::string> RenderPrompt(const ChatFamily& family, const std::vector<ChatMessage>& messages);
+StatusOr<std::string> RenderPrompt(const ChatFamily& family,
+                                   const std::vector<ChatMessage>& messages);
 
 // A token is learned iff its first byte lies in a learned span.
 struct EncodedChat {

@@ -9,7 +9,8 @@ namespace {
 
 std::string Thousands(int64_t value) {
   std::string text = std::to_string(value);
-  for (int64_t at = static_cast<int64_t>(text.size()) - 3; at > 0; at -= 3) text.insert(static_cast<size_t>(at), ",");
+  for (int64_t at = static_cast<int64_t>(text.size()) - 3; at > 0; at -= 3)
+    text.insert(static_cast<size_t>(at), ",");
   return text;
 }
 
@@ -21,24 +22,28 @@ StatusOr<std::string> DescribeDataset(const std::string& directory) {
   out << "dataset      " << info.name << " (" << info.kind << ")\n"
       << "fingerprint  " << info.fingerprint << "\n"
       << "documents    " << Thousands(info.documents) << "\n"
-      << "tokens       " << Thousands(info.tokens) << " (" << Thousands(info.target_tokens) << " targets), "
-      << info.token_dtype << "\n"
-      << "tokenizer    " << info.tokenizer_name << " of " << Thousands(info.vocab_size) << " tokens, "
-      << info.tokenizer_fingerprint << (info.add_bos ? ", bos" : "") << (info.add_eos ? ", eos" : "") << "\n"
+      << "tokens       " << Thousands(info.tokens) << " (" << Thousands(info.target_tokens)
+      << " targets), " << info.token_dtype << "\n"
+      << "tokenizer    " << info.tokenizer_name << " of " << Thousands(info.vocab_size)
+      << " tokens, " << info.tokenizer_fingerprint << (info.add_bos ? ", bos" : "")
+      << (info.add_eos ? ", eos" : "") << "\n"
       << "shuffled     " << (info.ingest.value("shuffled", false) ? "yes" : "no") << "\n";
   for (const DatasetFile& f : info.files) {
-    out << "file         " << f.name << "  " << Thousands(f.bytes) << " bytes, " << Thousands(f.documents)
-        << " documents, " << Thousands(f.tokens) << " tokens, longest " << Thousands(f.max_document) << "\n";
+    out << "file         " << f.name << "  " << Thousands(f.bytes) << " bytes, "
+        << Thousands(f.documents) << " documents, " << Thousands(f.tokens) << " tokens, longest "
+        << Thousands(f.max_document) << "\n";
   }
   for (const DatasetSource& s : info.sources) {
-    out << "source       " << s.name << "  " << Thousands(s.documents) << " documents, " << Thousands(s.tokens)
-        << " tokens, licence " << (s.license.empty() ? "not stated" : s.license)
-        << (s.note.empty() ? "" : ", " + s.note) << "\n";
+    out << "source       " << s.name << "  " << Thousands(s.documents) << " documents, "
+        << Thousands(s.tokens) << " tokens, licence "
+        << (s.license.empty() ? "not stated" : s.license) << (s.note.empty() ? "" : ", " + s.note)
+        << "\n";
   }
   for (size_t i = 0; i < info.length_histogram.size(); ++i) {
     if (info.length_histogram[i] == 0) continue;
-    out << "length       " << Thousands(int64_t{1} << i) << " to " << Thousands((int64_t{2} << i) - 1) << ": "
-        << Thousands(info.length_histogram[i]) << " documents\n";
+    out << "length       " << Thousands(int64_t{1} << i) << " to "
+        << Thousands((int64_t{2} << i) - 1) << ": " << Thousands(info.length_histogram[i])
+        << " documents\n";
   }
   return out.str();
 }
@@ -57,15 +62,18 @@ StatusOr<std::string> VerifyDataset(const std::string& directory, bool full) {
     const std::string found = sha.HexDigest();
     if (found != entry.sha256) {
       return MakeError(ExitCode::kData, "DS-CRC",
-                       directory + "/" + entry.name + ": SHA-256 is " + found + ", dataset.json says " + entry.sha256 +
+                       directory + "/" + entry.name + ": SHA-256 is " + found +
+                           ", dataset.json says " + entry.sha256 +
                            "; restore the file or ingest again");
     }
   }
-  return directory + ": " + Thousands(info.documents) + " documents and " + Thousands(info.tokens) + " tokens in " +
-         std::to_string(store->files()) + " files, " + (full ? "every byte checked" : "sizes and headers checked") + ", no fault";
+  return directory + ": " + Thousands(info.documents) + " documents and " + Thousands(info.tokens) +
+         " tokens in " + std::to_string(store->files()) + " files, " +
+         (full ? "every byte checked" : "sizes and headers checked") + ", no fault";
 }
 
-StatusOr<std::string> ShowDocument(const std::string& directory, int64_t n, const Tokenizer* decode) {
+StatusOr<std::string> ShowDocument(const std::string& directory, int64_t n,
+                                   const Tokenizer* decode) {
   SALA_ASSIGN_OR_RETURN(auto store, TokenStore::Open(directory));
   if (decode != nullptr) SALA_RETURN_IF_ERROR(store->CheckTokenizer(*decode));
   SALA_ASSIGN_OR_RETURN(const TokenStore::Place place, store->Locate(n));
@@ -74,19 +82,23 @@ StatusOr<std::string> ShowDocument(const std::string& directory, int64_t n, cons
   std::vector<int32_t> ids(static_cast<size_t>(length));
   std::vector<uint8_t> mask(ids.size(), 0);
   SALA_RETURN_IF_ERROR(file->CopyTokens(file->begin(place.document), length, ids.data()));
-  if (store->info().sft()) SALA_RETURN_IF_ERROR(file->CopyMask(file->begin(place.document), length, mask.data()));
+  if (store->info().sft())
+    SALA_RETURN_IF_ERROR(file->CopyMask(file->begin(place.document), length, mask.data()));
   std::ostringstream out;
-  out << "document " << n << ": file " << store->info().files[static_cast<size_t>(place.file)].name << ", source "
-      << store->info().sources[static_cast<size_t>(file->source(place.document))].name << ", " << Thousands(length)
-      << " tokens\n";
+  out << "document " << n << ": file " << store->info().files[static_cast<size_t>(place.file)].name
+      << ", source "
+      << store->info().sources[static_cast<size_t>(file->source(place.document))].name << ", "
+      << Thousands(length) << " tokens\n";
   for (size_t begin = 0; begin < ids.size();) {  // runs of equal mask
     size_t end = begin;
     while (end < ids.size() && mask[end] == mask[begin]) ++end;
     if (decode != nullptr) {
-      const std::string text = decode->Decode(std::span<const int32_t>(ids).subspan(begin, end - begin));
+      const std::string text =
+          decode->Decode(std::span<const int32_t>(ids).subspan(begin, end - begin));
       out << (mask[begin] != 0 ? "[[" + text + "]]" : text);
     } else {
-      for (size_t i = begin; i < end; ++i) out << (i > 0 ? " " : "") << ids[i] << (mask[i] != 0 ? "*" : "");
+      for (size_t i = begin; i < end; ++i)
+        out << (i > 0 ? " " : "") << ids[i] << (mask[i] != 0 ? "*" : "");
     }
     begin = end;
   }

@@ -22,7 +22,9 @@ void DataConfig::Bind(ConfigBinder& b) {
   b.Field("seed", &seed, {.min = 0});
   b.Section("validation", &validation);
   b.Enum("packing", &packing,
-         {{"concat", Packing::kConcat}, {"best_fit", Packing::kBestFit}, {"one_per_sample", Packing::kOnePerSample}});
+         {{"concat", Packing::kConcat},
+          {"best_fit", Packing::kBestFit},
+          {"one_per_sample", Packing::kOnePerSample}});
   b.Enum("long_documents", &long_documents,
          {{"auto", LongDocuments::kAuto},
           {"split", LongDocuments::kSplit},
@@ -31,7 +33,9 @@ void DataConfig::Bind(ConfigBinder& b) {
   b.Field("max_segments", &max_segments, {.min = 1});
   b.Field("document_mask", &document_mask);
   b.Enum("verify", &verify,
-         {{"first_touch", Verify::kFirstTouch}, {"always", Verify::kAlways}, {"never", Verify::kNever}});
+         {{"first_touch", Verify::kFirstTouch},
+          {"always", Verify::kAlways},
+          {"never", Verify::kNever}});
   b.List("mixture", &mixture, {.required = true});
 }
 

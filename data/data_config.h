@@ -23,12 +23,12 @@ namespace sala::data {
 
 // A dataset, or the documents of it whose length is in [min_tokens, max_tokens).
 struct ViewConfig {
-  std::string dataset;                // directory
-  std::optional<std::string> name;    // default: the dataset's name
+  std::string dataset = {};              // directory
+  std::optional<std::string> name = {};  // default: the dataset's name
   double weight = 1;
   int64_t min_tokens = 0;
-  std::optional<int64_t> max_tokens;
-  std::optional<int64_t> max_epochs;  // default: 1 for text, 4 for chat
+  std::optional<int64_t> max_tokens = {};
+  std::optional<int64_t> max_epochs = {};  // default: 1 for text, 4 for chat
   void Bind(ConfigBinder& b);
 };
 

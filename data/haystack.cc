@@ -13,7 +13,8 @@ const char* const kFillerSentences[] = {
     "The afternoon is long and nothing happens in it.",
 };
 
-// Sentences: cut behind . ! ? followed by white space, and at line ends. White space inside becomes single spaces.
+// Sentences: cut behind . ! ? followed by white space, and at line ends. White space inside becomes
+// single spaces.
 void AddSentences(const std::string& text, std::vector<std::string>* units, int64_t* bytes) {
   constexpr size_t kShortest = 20;
   constexpr size_t kLongest = 400;  // a run without an end is no sentence
@@ -50,23 +51,26 @@ Haystack Haystack::Filler() {
   return haystack;
 }
 
-StatusOr<Haystack> Haystack::FromDataset(const std::string& directory, const Tokenizer& tokenizer, int64_t max_bytes,
-                                         const HeldOut* held_out) {
+StatusOr<Haystack> Haystack::FromDataset(const std::string& directory, const Tokenizer& tokenizer,
+                                         int64_t max_bytes, const HeldOut* held_out) {
   auto store = TokenStore::Open(directory);
   if (ErrorCodeOf(store.status()) == "DS-MISSING") {
-    return MakeError(ExitCode::kConfig, "EVAL-HAYSTACK", directory + ": no dataset there to take running text from");
+    return MakeError(ExitCode::kConfig, "EVAL-HAYSTACK",
+                     directory + ": no dataset there to take running text from");
   }
   SALA_RETURN_IF_ERROR(store.status());
   SALA_RETURN_IF_ERROR((*store)->CheckTokenizer(tokenizer));
   if ((*store)->info().sft())
-    return MakeError(ExitCode::kConfig, "EVAL-HAYSTACK", directory + ": found a chat dataset, expected running text");
+    return MakeError(ExitCode::kConfig, "EVAL-HAYSTACK",
+                     directory + ": found a chat dataset, expected running text");
   Haystack haystack;
   int64_t bytes = 0;
   std::vector<int32_t> ids;
   for (int64_t f = 0; f < (*store)->files(); ++f) {
     SALA_ASSIGN_OR_RETURN(TokenFile * file, (*store)->File(f));
     for (int64_t d = 0; d < file->documents() && bytes < max_bytes; ++d) {
-      if (held_out != nullptr && !IsHeldOut(file->hash(d), held_out->seed, held_out->fraction)) continue;
+      if (held_out != nullptr && !IsHeldOut(file->hash(d), held_out->seed, held_out->fraction))
+        continue;
       ids.resize(static_cast<size_t>(file->length(d)));
       SALA_RETURN_IF_ERROR(file->CopyTokens(file->begin(d), file->length(d), ids.data()));
       AddSentences(tokenizer.Decode(ids), &haystack.units_, &bytes);
@@ -74,7 +78,8 @@ StatusOr<Haystack> Haystack::FromDataset(const std::string& directory, const Tok
   }
   if (haystack.units_.empty()) {
     return MakeError(ExitCode::kConfig, "EVAL-HAYSTACK",
-                     directory + ": none of its documents" + (held_out != nullptr ? " held out for validation" : "") +
+                     directory + ": none of its documents" +
+                         (held_out != nullptr ? " held out for validation" : "") +
                          " has a sentence of 20 to 400 bytes");
   }
   return haystack;

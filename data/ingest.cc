@@ -21,16 +21,20 @@ using nlohmann::json;
 constexpr int64_t kNoMaskRecords = 100;
 
 bool IsName(const std::string& name) {
-  const auto letter = [](char c) { return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); };
+  const auto letter = [](char c) {
+    return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9');
+  };
   if (name.empty() || name.size() > 64 || !letter(name[0])) return false;
-  return std::all_of(name.begin(), name.end(), [&](char c) { return letter(c) || c == '_' || c == '.' || c == '-'; });
+  return std::all_of(name.begin(), name.end(),
+                     [&](char c) { return letter(c) || c == '_' || c == '.' || c == '-'; });
 }
 
 Status CheckName(const std::string& what, const std::string& name) {
   if (IsName(name)) return OkStatus();
   return MakeError(ExitCode::kUsage, "ING-NAME",
                    what + " name: found \"" + Printable(name) +
-                       "\", expected up to 64 letters, digits, '_', '.' and '-', starting with a letter or digit");
+                       "\", expected up to 64 letters, digits, '_', '.' and '-', starting with a "
+                       "letter or digit");
 }
 
 json CanonicalMessages(const std::vector<ChatMessage>& messages) {
@@ -51,12 +55,13 @@ class Ingest {
   Status RunFile(const std::string& path);
   Status Take(const RawRecord& raw, InputFormat format, const std::string& path);
   Status Open(bool chat);
-  Status Note(const std::string& rule, const std::string& action, const RawRecord& raw, const std::string& path,
-              const std::string& id);
+  Status Note(const std::string& rule, const std::string& action, const RawRecord& raw,
+              const std::string& path, const std::string& id);
   Status AddText(const CheckedRecord& record, const RawRecord& raw, const std::string& path);
   Status AddChat(const CheckedRecord& record, const RawRecord& raw, const std::string& path);
   // True when the record is one seen before and the rule says so.
-  StatusOr<bool> SkipDuplicate(uint64_t hash, const CheckedRecord& record, const RawRecord& raw, const std::string& path);
+  StatusOr<bool> SkipDuplicate(uint64_t hash, const CheckedRecord& record, const RawRecord& raw,
+                               const std::string& path);
   Status AddTokens(std::vector<int32_t> tokens, std::vector<uint8_t> mask, uint64_t hash);
   Status CheckRejects(bool end) const;
   json IngestJson() const;
@@ -81,23 +86,27 @@ StatusOr<IngestReport> Ingest::Run() {
   SALA_RETURN_IF_ERROR(CheckName("dataset", options_.name));
   SALA_ASSIGN_OR_RETURN(family_, FindChatFamily(options_.chat_template));
   if (PathExists(options_.output + "/dataset.json")) {
-    return MakeError(ExitCode::kIo, "DS-EXISTS",
-                     options_.output + ": there is a dataset already; choose another output or remove it");
+    return MakeError(
+        ExitCode::kIo, "DS-EXISTS",
+        options_.output + ": there is a dataset already; choose another output or remove it");
   }
   SALA_RETURN_IF_ERROR(MakeDirectories(options_.output));
   log_.open(options_.output + "/ingest.log.jsonl", std::ios::binary | std::ios::trunc);
   for (const IngestSource& source : options_.sources) SALA_RETURN_IF_ERROR(RunSource(source));
   if (writer_ == nullptr || writer_->documents() == 0) {
     std::string reasons;
-    for (const auto& [rule, count] : report_.cases) reasons += (reasons.empty() ? "" : ", ") + rule + " " + std::to_string(count);
+    for (const auto& [rule, count] : report_.cases)
+      reasons += (reasons.empty() ? "" : ", ") + rule + " " + std::to_string(count);
     return MakeError(ExitCode::kData, "ING-EMPTY",
                      "no document came out of " + std::to_string(report_.records) + " records of " +
-                         std::to_string(inputs_.size()) + " files" + (reasons.empty() ? "" : " (" + reasons + ")") +
-                         "; give files with text");
+                         std::to_string(inputs_.size()) + " files" +
+                         (reasons.empty() ? "" : " (" + reasons + ")") + "; give files with text");
   }
   SALA_RETURN_IF_ERROR(CheckRejects(/*end=*/true));
   log_.flush();
-  if (!log_) return MakeError(ExitCode::kIo, "FILE-WRITE", options_.output + "/ingest.log.jsonl: cannot be written");
+  if (!log_)
+    return MakeError(ExitCode::kIo, "FILE-WRITE",
+                     options_.output + "/ingest.log.jsonl: cannot be written");
   SALA_ASSIGN_OR_RETURN(report_.info, writer_->Finish(IngestJson()));
   return report_;
 }
@@ -112,15 +121,16 @@ Status Ingest::RunSource(const IngestSource& source) {
   if (source_chats_ > 0 && source_learned_ == 0) {
     return MakeError(ExitCode::kData, "CHAT-NOMASK",
                      "source " + source.name + ": none of its " + std::to_string(source_chats_) +
-                         " records has a token to learn; is there a message of role " + family_->learned_role +
-                         " that is not switched off?");
+                         " records has a token to learn; is there a message of role " +
+                         family_->learned_role + " that is not switched off?");
   }
   return OkStatus();
 }
 
 Status Ingest::RunFile(const std::string& path) {
   SALA_ASSIGN_OR_RETURN(const InputFormat format, FormatOf(path));
-  SALA_ASSIGN_OR_RETURN(RecordReader reader, RecordReader::Open(path, format, options_.split, options_.separator));
+  SALA_ASSIGN_OR_RETURN(RecordReader reader,
+                        RecordReader::Open(path, format, options_.split, options_.separator));
   RawRecord raw;
   while (true) {
     SALA_ASSIGN_OR_RETURN(const bool more, reader.Next(&raw));
@@ -135,14 +145,21 @@ Status Ingest::RunFile(const std::string& path) {
   return OkStatus();
 }
 
-Status Ingest::Note(const std::string& rule, const std::string& action, const RawRecord& raw, const std::string& path,
-                    const std::string& id) {
-  log_ << json({{"file", path}, {"line", raw.line}, {"offset", raw.offset}, {"id", id}, {"rule", rule}, {"action", action}})
+Status Ingest::Note(const std::string& rule, const std::string& action, const RawRecord& raw,
+                    const std::string& path, const std::string& id) {
+  log_ << json({{"file", path},
+                {"line", raw.line},
+                {"offset", raw.offset},
+                {"id", id},
+                {"rule", rule},
+                {"action", action}})
               .dump(-1, ' ', false, json::error_handler_t::replace)
        << '\n';
   ++report_.cases[rule];
-  // Doubles and empty records are what skipping is for; only malformed ones speak against the input.
-  if (action == "skip" && rule != "empty" && rule != "duplicate" && rule != "empty_target") ++rejects_;
+  // Doubles and empty records are what skipping is for; only malformed ones speak against the
+  // input.
+  if (action == "skip" && rule != "empty" && rule != "duplicate" && rule != "empty_target")
+    ++rejects_;
   return CheckRejects(/*end=*/false);
 }
 
@@ -151,8 +168,9 @@ Status Ingest::CheckRejects(bool end) const {
   const int64_t most = options_.max_rejects.value_or(report_.records / 1000);
   if (rejects_ <= most) return OkStatus();
   return MakeError(ExitCode::kData, "ING-REJECTS",
-                   std::to_string(rejects_) + " malformed records of " + std::to_string(report_.records) +
-                       " were skipped, at most " + std::to_string(most) + " are allowed; see " + options_.output +
+                   std::to_string(rejects_) + " malformed records of " +
+                       std::to_string(report_.records) + " were skipped, at most " +
+                       std::to_string(most) + " are allowed; see " + options_.output +
                        "/ingest.log.jsonl, or raise max_rejects");
 }
 
@@ -168,7 +186,8 @@ Status Ingest::Open(bool chat) {
                                                              .shard_tokens = options_.shard_tokens},
                                                             tokenizer_));
   }
-  if (source_index_ < 0) source_index_ = writer_->AddSource(source_->name, source_->license, source_->note);
+  if (source_index_ < 0)
+    source_index_ = writer_->AddSource(source_->name, source_->license, source_->note);
   return OkStatus();
 }
 
@@ -179,20 +198,22 @@ Status Ingest::Take(const RawRecord& raw, InputFormat format, const std::string&
   if (!outcome.keep) return OkStatus();
   if (writer_ != nullptr && outcome.record.chat != chat_) {
     return MakeError(ExitCode::kData, "ING-KIND",
-                     Place(path, raw.line, raw.offset) + ": found a " + (outcome.record.chat ? "chat" : "text") +
-                         " record among " + (chat_ ? "chat" : "text") +
-                         " records; make one dataset of each kind");
+                     Place(path, raw.line, raw.offset) + ": found a " +
+                         (outcome.record.chat ? "chat" : "text") + " record among " +
+                         (chat_ ? "chat" : "text") + " records; make one dataset of each kind");
   }
   SALA_RETURN_IF_ERROR(Open(outcome.record.chat));
   return chat_ ? AddChat(outcome.record, raw, path) : AddText(outcome.record, raw, path);
 }
 
-StatusOr<bool> Ingest::SkipDuplicate(uint64_t hash, const CheckedRecord& record, const RawRecord& raw,
-                                     const std::string& path) {
+StatusOr<bool> Ingest::SkipDuplicate(uint64_t hash, const CheckedRecord& record,
+                                     const RawRecord& raw, const std::string& path) {
   if (!options_.dedup || seen_.insert(hash).second) return false;
   if (checker_.RuleOf("duplicate") == RecordRule::kError) {
-    return MakeError(ExitCode::kData, "ING-DUP",
-                     Place(path, raw.line, raw.offset) + ": the text of this record came before; remove it or set the rule duplicate to skip");
+    return MakeError(
+        ExitCode::kData, "ING-DUP",
+        Place(path, raw.line, raw.offset) +
+            ": the text of this record came before; remove it or set the rule duplicate to skip");
   }
   SALA_RETURN_IF_ERROR(Note("duplicate", "skip", raw, path, record.id));
   return true;
@@ -204,7 +225,8 @@ Status Ingest::AddTokens(std::vector<int32_t> tokens, std::vector<uint8_t> mask,
   if (bos) tokens.insert(tokens.begin(), tokenizer_.bos_id());
   if (eos) tokens.push_back(tokenizer_.eos_id());
   if (chat_ && bos) mask.insert(mask.begin(), 0);
-  // The model ends its turn with the end-of-turn marker; the eos behind the conversation is learned with all_tokens only.
+  // The model ends its turn with the end-of-turn marker; the eos behind the conversation is learned
+  // with all_tokens only.
   if (chat_ && eos) mask.push_back(options_.chat_mask == ChatMask::kAllTokens ? 1 : 0);
   return writer_->Add({.tokens = tokens, .loss_mask = mask, .hash = hash, .source = source_index_});
 }
@@ -232,11 +254,14 @@ Status Ingest::AddChat(const CheckedRecord& record, const RawRecord& raw, const 
     const std::string where = Place(path, raw.line, raw.offset);
     const bool hopeless = source_learned_ == 0 && source_chats_ >= kNoMaskRecords;
     if (hopeless || checker_.RuleOf("empty_target") == RecordRule::kError) {
-      return MakeError(ExitCode::kData, "CHAT-NOMASK",
-                       where + (hopeless ? ": none of the first " + std::to_string(source_chats_) + " records of source " +
-                                               source_->name + " has a token to learn"
-                                         : ": the record has no token to learn") +
-                           "; is there a message of role " + family_->learned_role + " that is not switched off?");
+      return MakeError(
+          ExitCode::kData, "CHAT-NOMASK",
+          where +
+              (hopeless ? ": none of the first " + std::to_string(source_chats_) +
+                              " records of source " + source_->name + " has a token to learn"
+                        : ": the record has no token to learn") +
+              "; is there a message of role " + family_->learned_role +
+              " that is not switched off?");
     }
     return Note("empty_target", "skip", raw, path, record.id);
   }
@@ -248,9 +273,14 @@ json Ingest::IngestJson() const {
   json rules = json::object();
   for (const auto& [name, rule] : options_.rules)
     rules[name] = rule == RecordRule::kError ? "error" : rule == RecordRule::kSkip ? "skip" : "fix";
-  return {{"command", "ingest"},  {"inputs", inputs_},        {"records", report_.records},
-          {"cases", report_.cases}, {"rules", rules},           {"dedup", options_.dedup ? "exact" : "none"},
-          {"shuffled", false},    {"chat_template", chat_ ? json(family_->name) : json()}};
+  return {{"command", "ingest"},
+          {"inputs", inputs_},
+          {"records", report_.records},
+          {"cases", report_.cases},
+          {"rules", rules},
+          {"dedup", options_.dedup ? "exact" : "none"},
+          {"shuffled", false},
+          {"chat_template", chat_ ? json(family_->name) : json()}};
 }
 
 }  // namespace
@@ -259,7 +289,8 @@ StatusOr<std::vector<std::string>> FindInputFiles(const std::vector<std::string>
                                                   const std::vector<std::string>& extensions) {
   std::vector<std::string> files;
   for (const std::string& input : inputs) {
-    if (!PathExists(input)) return MakeError(ExitCode::kNoInput, "ING-INPUT", input + ": no such file or directory");
+    if (!PathExists(input))
+      return MakeError(ExitCode::kNoInput, "ING-INPUT", input + ": no such file or directory");
     if (!IsDirectory(input)) {
       files.push_back(input);
       continue;
@@ -268,7 +299,8 @@ StatusOr<std::vector<std::string>> FindInputFiles(const std::vector<std::string>
     std::error_code error;
     for (auto it = std::filesystem::recursive_directory_iterator(input, error);
          !error && it != std::filesystem::recursive_directory_iterator(); it.increment(error)) {
-      const bool wanted = std::find(extensions.begin(), extensions.end(), it->path().extension().string()) != extensions.end();
+      const bool wanted = std::find(extensions.begin(), extensions.end(),
+                                    it->path().extension().string()) != extensions.end();
       if (wanted && it->is_regular_file(error)) found.push_back(it->path().string());
     }
     if (error) return MakeError(ExitCode::kIo, "FILE-READ", input + ": " + error.message());

@@ -1,20 +1,24 @@
 // Text and chat files -> a token store.
 //
-//   IngestOptions options{.sources = {{.name = "books", .license = "CC0-1.0", .inputs = {"books/"}}},
+//   IngestOptions options{.sources = {{.name = "books", .license = "CC0-1.0", .inputs =
+//   {"books/"}}},
 //                         .output = "corpora/books", .name = "books"};
 //   SALA_ASSIGN_OR_RETURN(IngestReport report, RunIngest(options, *tokenizer));
 //
-// Read: .txt (one document a file, or cut at blank lines or at separator lines), .jsonl and .ndjson (one record a line: a text
-// field, or `messages` for chat). Directories are walked in sorted order. A dataset holds text or chat, never both; the first
-// record decides. Lines are read one by one, so a file may be larger than memory; a .txt that is one document may not.
+// Read: .txt (one document a file, or cut at blank lines or at separator lines), .jsonl and .ndjson
+// (one record a line: a text field, or `messages` for chat). Directories are walked in sorted
+// order. A dataset holds text or chat, never both; the first record decides. Lines are read one by
+// one, so a file may be larger than memory; a .txt that is one document may not.
 //
-// Every record is checked in this order, each with a rule [default]: not JSON, not an object, field missing, wrong type, invalid
-// UTF-8 [error]; lone surrogate escape [skip]; NUL [fix: dropped]; chat role or template [error]; no text [skip];
-// duplicate (dedup: exact) [skip]; nothing to learn (chat) [skip]. `fix` exists for UTF-8 (U+FFFD), surrogates (U+FFFD) and NUL.
-// Each case goes to ingest.log.jsonl {file, line, offset, id, rule, action}.
+// Every record is checked in this order, each with a rule [default]: not JSON, not an object, field
+// missing, wrong type, invalid UTF-8 [error]; lone surrogate escape [skip]; NUL [fix: dropped];
+// chat role or template [error]; no text [skip]; duplicate (dedup: exact) [skip]; nothing to learn
+// (chat) [skip]. `fix` exists for UTF-8 (U+FFFD), surrogates (U+FFFD) and NUL. Each case goes to
+// ingest.log.jsonl {file, line, offset, id, rule, action}.
 //
-// Errors (65): ING-JSON, ING-FIELD, ING-UTF8, ING-NUL, ING-EMPTY, ING-DUP, ING-FORMAT, ING-MODALITY, ING-REJECTS, ING-KIND,
-// CHAT-ROLE, CHAT-TEMPLATE, CHAT-NOMASK; ING-INPUT (66): an input does not exist; ING-RULE (78): a rule that cannot be.
+// Errors (65): ING-JSON, ING-FIELD, ING-UTF8, ING-NUL, ING-EMPTY, ING-DUP, ING-FORMAT,
+// ING-MODALITY, ING-REJECTS, ING-KIND, CHAT-ROLE, CHAT-TEMPLATE, CHAT-NOMASK; ING-INPUT (66): an
+// input does not exist; ING-RULE (78): a rule that cannot be.
 #pragma once
 
 #include <cstdint>
@@ -34,25 +38,27 @@ enum class RecordRule { kError, kSkip, kFix };
 enum class TextSplit { kWholeFile, kBlankLines, kSeparator };
 
 struct IngestSource {
-  std::string name, license, note;
-  std::vector<std::string> inputs;  // files and directories
+  std::string name = {}, license = {}, note = {};
+  std::vector<std::string> inputs = {};  // files and directories
 };
 
 struct IngestOptions {
-  std::vector<IngestSource> sources;
-  std::string output;
-  std::string name;
-  std::vector<std::string> extensions = {".txt", ".jsonl", ".ndjson"};  // of files found in directories
-  std::string text_field = "text";  // dotted path
+  std::vector<IngestSource> sources = {};
+  std::string output = {};
+  std::string name = {};
+  std::vector<std::string> extensions = {".txt", ".jsonl",
+                                         ".ndjson"};  // of files found in directories
+  std::string text_field = "text";                    // dotted path
   std::string messages_field = "messages";
   std::string id_field = "id";
   TextSplit split = TextSplit::kWholeFile;
-  std::string separator;  // a line that is exactly this
+  std::string separator = {};  // a line that is exactly this
   bool dedup = false;
-  // By rule name: not_json, not_object, field_missing, wrong_type, invalid_utf8, lone_surrogate, nul, chat, empty, duplicate,
-  // empty_target.
-  std::map<std::string, RecordRule> rules;
-  std::optional<int64_t> max_rejects;   // malformed records skipped; default: a thousandth of the records
+  // By rule name: not_json, not_object, field_missing, wrong_type, invalid_utf8, lone_surrogate,
+  // nul, chat, empty, duplicate, empty_target.
+  std::map<std::string, RecordRule> rules = {};
+  std::optional<int64_t> max_rejects =
+      {};  // malformed records skipped; default: a thousandth of the records
   std::string chat_template = "chatml";
   ChatMask chat_mask = ChatMask::kAllAssistant;
   bool add_bos = true;  // where the tokenizer has one; likewise eos
@@ -68,7 +74,8 @@ struct IngestReport {
 
 StatusOr<IngestReport> RunIngest(const IngestOptions& options, const Tokenizer& tokenizer);
 
-// The files named by inputs: files as they are, directories walked in sorted order for the extensions. ING-INPUT (66).
+// The files named by inputs: files as they are, directories walked in sorted order for the
+// extensions. ING-INPUT (66).
 StatusOr<std::vector<std::string>> FindInputFiles(const std::vector<std::string>& inputs,
                                                   const std::vector<std::string>& extensions);
 

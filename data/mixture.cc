@@ -13,13 +13,15 @@ StatusOr<Mixture> Mixture::Make(const std::vector<double>& weights) {
   for (size_t i = 0; i < weights.size(); ++i) {
     if (!(weights[i] > 0) || !std::isfinite(weights[i])) {
       return MakeError(ExitCode::kConfig, "MIX-WEIGHT",
-                       "mixture entry " + std::to_string(i) + ": found weight " + std::to_string(weights[i]) +
+                       "mixture entry " + std::to_string(i) + ": found weight " +
+                           std::to_string(weights[i]) +
                            ", expected a positive number; remove the entry to leave it out");
     }
     sum += weights[i];
   }
   if (weights.empty())
-    return MakeError(ExitCode::kConfig, "MIX-WEIGHT", "the mixture has no entries; name at least one dataset");
+    return MakeError(ExitCode::kConfig, "MIX-WEIGHT",
+                     "the mixture has no entries; name at least one dataset");
   Mixture mixture;
   for (const double weight : weights) {
     mixture.weights_.push_back(std::max<int64_t>(1, std::llround(weight / sum * 4294967296.0)));
@@ -34,7 +36,8 @@ int64_t Mixture::Select() const {
   __extension__ using Wide = __int128;
   Wide best_score = 0;
   for (size_t i = 0; i < weights_.size(); ++i) {
-    const Wide score = static_cast<Wide>(weights_[i]) * (g_ + 1) - static_cast<Wide>(total_) * counts_[i];
+    const Wide score =
+        static_cast<Wide>(weights_[i]) * (g_ + 1) - static_cast<Wide>(total_) * counts_[i];
     if (i == 0 || score > best_score) {
       best = i;
       best_score = score;

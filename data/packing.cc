@@ -88,9 +88,12 @@ PackedFile Pack(const std::vector<int64_t>& lengths, const PackRule& rule) {
   SALA_CHECK(rule.seq_len > 0 && rule.max_segments > 0) << "a sample needs slots";
   SALA_CHECK(rule.long_documents != LongDocuments::kAuto) << "resolve the rule before packing";
   switch (rule.packing) {
-    case Packing::kConcat: return Concat(lengths, rule.seq_len);
-    case Packing::kBestFit: return BestFit(Pieces(lengths, rule), rule);
-    case Packing::kOnePerSample: return OnePerSample(Pieces(lengths, rule));
+    case Packing::kConcat:
+      return Concat(lengths, rule.seq_len);
+    case Packing::kBestFit:
+      return BestFit(Pieces(lengths, rule), rule);
+    case Packing::kOnePerSample:
+      return OnePerSample(Pieces(lengths, rule));
   }
   return {};
 }

@@ -1,9 +1,11 @@
-// Cutting the documents of one token file into samples of seq_len slots. Lengths and integers only: no token is read here.
+// Cutting the documents of one token file into samples of seq_len slots. Lengths and integers only:
+// no token is read here.
 //
-//   concat          the documents form one stream, cut every seq_len tokens; the last sample is padded
-//   best_fit        documents longer than seq_len are cut in pieces first; pieces, longest first, go to the open bin with
-//                   the least space that still holds them (equal: the older bin), else to a new one; a bin with
-//                   max_segments pieces is closed
+//   concat          the documents form one stream, cut every seq_len tokens; the last sample is
+//   padded best_fit        documents longer than seq_len are cut in pieces first; pieces, longest
+//   first, go to the open bin with
+//                   the least space that still holds them (equal: the older bin), else to a new
+//                   one; a bin with max_segments pieces is closed
 //   one_per_sample  every piece is a sample
 #pragma once
 
@@ -13,8 +15,9 @@
 namespace sala::data {
 
 enum class Packing { kConcat, kBestFit, kOnePerSample };
-// What happens to a document longer than seq_len (not with concat, which cuts wherever a sample ends).
-// kAuto: split for text, drop for chat (a piece of a conversation without its start teaches nothing true).
+// What happens to a document longer than seq_len (not with concat, which cuts wherever a sample
+// ends). kAuto: split for text, drop for chat (a piece of a conversation without its start teaches
+// nothing true).
 enum class LongDocuments { kAuto, kSplit, kTruncate, kDrop };
 
 struct PackRule {
@@ -27,7 +30,7 @@ struct PackRule {
 // A run of tokens of one document. `document` is the position in the list of lengths given to Pack.
 struct Segment {
   int64_t document;
-  int64_t start;   // in the document
+  int64_t start;  // in the document
   int64_t length;
 };
 

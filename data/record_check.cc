@@ -14,11 +14,16 @@ namespace {
 using nlohmann::json;
 
 std::map<std::string, RecordRule> DefaultRules() {
-  return {{"not_json", RecordRule::kError},       {"not_object", RecordRule::kError},
-          {"field_missing", RecordRule::kError},  {"wrong_type", RecordRule::kError},
-          {"invalid_utf8", RecordRule::kError},   {"lone_surrogate", RecordRule::kSkip},
-          {"nul", RecordRule::kFix},              {"chat", RecordRule::kError},
-          {"empty", RecordRule::kSkip},           {"duplicate", RecordRule::kSkip},
+  return {{"not_json", RecordRule::kError},
+          {"not_object", RecordRule::kError},
+          {"field_missing", RecordRule::kError},
+          {"wrong_type", RecordRule::kError},
+          {"invalid_utf8", RecordRule::kError},
+          {"lone_surrogate", RecordRule::kSkip},
+          {"nul", RecordRule::kFix},
+          {"chat", RecordRule::kError},
+          {"empty", RecordRule::kSkip},
+          {"duplicate", RecordRule::kSkip},
           {"empty_target", RecordRule::kSkip}};
 }
 
@@ -100,25 +105,29 @@ StatusOr<RecordChecker> RecordChecker::Make(const IngestOptions& options) {
                            (nearest.empty() ? "" : "; did you mean " + nearest + "?"));
     }
     if (rule == RecordRule::kFix && !CanFix(name)) {
-      return MakeError(ExitCode::kConfig, "ING-RULE",
-                       "rule " + name + ": found fix, expected error or skip; such a record cannot be repaired");
+      return MakeError(
+          ExitCode::kConfig, "ING-RULE",
+          "rule " + name + ": found fix, expected error or skip; such a record cannot be repaired");
     }
     known->second = rule;
   }
   return checker;
 }
 
-Status RecordChecker::Apply(const Failure& failure, const std::string& where, Outcome* outcome) const {
+Status RecordChecker::Apply(const Failure& failure, const std::string& where,
+                            Outcome* outcome) const {
   if (rules_.at(failure.rule) == RecordRule::kError) {
     return MakeError(ExitCode::kData, failure.code,
-                     where + ": " + failure.text + "; correct the record or set the rule " + failure.rule + " to skip");
+                     where + ": " + failure.text + "; correct the record or set the rule " +
+                         failure.rule + " to skip");
   }
   outcome->cases.push_back({failure.rule, "skip"});
   outcome->keep = false;
   return OkStatus();
 }
 
-Status RecordChecker::CheckBytes(std::string* text, int64_t line, const std::string& where, Outcome* outcome) const {
+Status RecordChecker::CheckBytes(std::string* text, int64_t line, const std::string& where,
+                                 Outcome* outcome) const {
   const int64_t bad = FindInvalidUtf8(*text);
   if (bad < 0) return OkStatus();
   if (rules_.at("invalid_utf8") == RecordRule::kFix) {
@@ -129,14 +138,16 @@ Status RecordChecker::CheckBytes(std::string* text, int64_t line, const std::str
   const auto end = text->begin() + bad;
   const int64_t bad_line = line + std::count(text->begin(), end, '\n');
   char hex[8];
-  std::snprintf(hex, sizeof hex, "%02x", static_cast<unsigned>(static_cast<uint8_t>((*text)[static_cast<size_t>(bad)])));
+  std::snprintf(hex, sizeof hex, "%02x",
+                static_cast<unsigned>(static_cast<uint8_t>((*text)[static_cast<size_t>(bad)])));
   return Apply({"invalid_utf8", "ING-UTF8",
-                "invalid UTF-8 on line " + std::to_string(bad_line) + ", byte " + std::to_string(bad) +
-                    " of the record (0x" + hex + ")"},
+                "invalid UTF-8 on line " + std::to_string(bad_line) + ", byte " +
+                    std::to_string(bad) + " of the record (0x" + hex + ")"},
                where, outcome);
 }
 
-Status RecordChecker::CheckNul(std::string* text, const std::string& where, Outcome* outcome) const {
+Status RecordChecker::CheckNul(std::string* text, const std::string& where,
+                               Outcome* outcome) const {
   const size_t at = text->find('\0');
   if (at == std::string::npos) return OkStatus();
   if (rules_.at("nul") == RecordRule::kFix) {
@@ -144,10 +155,12 @@ Status RecordChecker::CheckNul(std::string* text, const std::string& where, Outc
     outcome->cases.push_back({"nul", "fix"});
     return OkStatus();
   }
-  return Apply({"nul", "ING-NUL", "NUL character at byte " + std::to_string(at) + " of the text"}, where, outcome);
+  return Apply({"nul", "ING-NUL", "NUL character at byte " + std::to_string(at) + " of the text"},
+               where, outcome);
 }
 
-Status RecordChecker::CheckJson(const RawRecord& raw, const std::string& where, Outcome* outcome) const {
+Status RecordChecker::CheckJson(const RawRecord& raw, const std::string& where,
+                                Outcome* outcome) const {
   std::string bytes = raw.bytes;
   const std::vector<size_t> lone = LoneSurrogates(bytes);
   if (!lone.empty()) {
@@ -155,12 +168,14 @@ Status RecordChecker::CheckJson(const RawRecord& raw, const std::string& where, 
       for (const size_t at : lone) bytes.replace(at, 6, "\\ufffd");
       outcome->cases.push_back({"lone_surrogate", "fix"});
     } else {
-      return Apply({"lone_surrogate", "ING-UTF8",
-                    "half of a surrogate pair at byte " + std::to_string(lone[0]) + " of the record"},
-                   where, outcome);
+      return Apply(
+          {"lone_surrogate", "ING-UTF8",
+           "half of a surrogate pair at byte " + std::to_string(lone[0]) + " of the record"},
+          where, outcome);
     }
   }
-  // The parser refuses what is not UTF-8 too, so that has to be known first: it has a rule of its own.
+  // The parser refuses what is not UTF-8 too, so that has to be known first: it has a rule of its
+  // own.
   SALA_RETURN_IF_ERROR(CheckBytes(&bytes, raw.line, where, outcome));
   if (!outcome->keep) return OkStatus();
   json record;
@@ -170,15 +185,17 @@ Status RecordChecker::CheckJson(const RawRecord& raw, const std::string& where, 
     return Apply({"not_json", "ING-JSON", "not JSON: " + Printable(error.what())}, where, outcome);
   }
   if (!record.is_object())
-    return Apply({"not_object", "ING-JSON", std::string("found a JSON ") + record.type_name() + ", expected an object"}, where, outcome);
+    return Apply({"not_object", "ING-JSON",
+                  std::string("found a JSON ") + record.type_name() + ", expected an object"},
+                 where, outcome);
   const json* text = FindField(record, options_.text_field);
   const json* messages = FindField(record, options_.messages_field);
   if (text == nullptr && messages == nullptr) {
     std::string keys;
     for (const auto& [key, value] : record.items()) keys += (keys.empty() ? "" : ", ") + key;
     return Apply({"field_missing", "ING-FIELD",
-                  "no field \"" + options_.text_field + "\" (text) or \"" + options_.messages_field +
-                      "\" (chat); the record has: " + Printable(keys)},
+                  "no field \"" + options_.text_field + "\" (text) or \"" +
+                      options_.messages_field + "\" (chat); the record has: " + Printable(keys)},
                  where, outcome);
   }
   if (const json* id = FindField(record, options_.id_field); id != nullptr)
@@ -188,14 +205,16 @@ Status RecordChecker::CheckJson(const RawRecord& raw, const std::string& where, 
     auto parsed = ParseMessages(*messages);
     if (!parsed.ok()) {
       const std::string code = ErrorCodeOf(parsed.status());
-      return Apply({"wrong_type", code, MessageOf(parsed.status()).substr(code.size() + 2)}, where, outcome);
+      return Apply({"wrong_type", code, MessageOf(parsed.status()).substr(code.size() + 2)}, where,
+                   outcome);
     }
     outcome->record.messages = std::move(*parsed);
     return OkStatus();
   }
   if (!text->is_string()) {
     return Apply({"wrong_type", "ING-FIELD",
-                  "field \"" + options_.text_field + "\" is of type " + text->type_name() + ", expected a string"},
+                  "field \"" + options_.text_field + "\" is of type " + text->type_name() +
+                      ", expected a string"},
                  where, outcome);
   }
   outcome->record.text = text->get<std::string>();
@@ -218,7 +237,8 @@ StatusOr<RecordChecker::Outcome> RecordChecker::Check(const RawRecord& raw, Inpu
     if (outcome.keep) SALA_RETURN_IF_ERROR(CheckNul(&message.content, where, &outcome));
   }
   const bool empty = record.chat ? record.messages.empty() : record.text.empty();
-  if (outcome.keep && empty) SALA_RETURN_IF_ERROR(Apply({"empty", "ING-EMPTY", "the record has no text"}, where, &outcome));
+  if (outcome.keep && empty)
+    SALA_RETURN_IF_ERROR(Apply({"empty", "ING-EMPTY", "the record has no text"}, where, &outcome));
   return outcome;
 }
 

@@ -1,4 +1,5 @@
-// The checks of one record before it becomes tokens (the list is in data/ingest.h), each with its rule.
+// The checks of one record before it becomes tokens (the list is in data/ingest.h), each with its
+// rule.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +48,8 @@ class RecordChecker {
   };
   // The error, or the case noted in *outcome and keep = false.
   Status Apply(const Failure& failure, const std::string& where, Outcome* outcome) const;
-  Status CheckBytes(std::string* text, int64_t line, const std::string& where, Outcome* outcome) const;
+  Status CheckBytes(std::string* text, int64_t line, const std::string& where,
+                    Outcome* outcome) const;
   Status CheckNul(std::string* text, const std::string& where, Outcome* outcome) const;
   Status CheckJson(const RawRecord& raw, const std::string& where, Outcome* outcome) const;
 

@@ -16,12 +16,14 @@ bool EndsWith(const std::string& text, const std::string& end) {
 StatusOr<InputFormat> FormatOf(const std::string& path) {
   if (EndsWith(path, ".txt")) return InputFormat::kText;
   if (EndsWith(path, ".jsonl") || EndsWith(path, ".ndjson")) return InputFormat::kJsonLines;
-  return MakeError(ExitCode::kData, "ING-FORMAT",
-                   path + ": found a file of another kind, expected .txt, .jsonl or .ndjson; convert or rename it");
+  return MakeError(
+      ExitCode::kData, "ING-FORMAT",
+      path +
+          ": found a file of another kind, expected .txt, .jsonl or .ndjson; convert or rename it");
 }
 
-StatusOr<RecordReader> RecordReader::Open(const std::string& path, InputFormat format, TextSplit split,
-                                          const std::string& separator) {
+StatusOr<RecordReader> RecordReader::Open(const std::string& path, InputFormat format,
+                                          TextSplit split, const std::string& separator) {
   RecordReader reader;
   reader.path_ = path;
   reader.format_ = format;
@@ -53,7 +55,9 @@ StatusOr<bool> RecordReader::Next(RawRecord* record) {
   } else {
     found = NextPart(record);
   }
-  if (stream_.bad()) return MakeError(ExitCode::kIo, "FILE-READ", path_ + ": reading broke off at byte " + std::to_string(offset_));
+  if (stream_.bad())
+    return MakeError(ExitCode::kIo, "FILE-READ",
+                     path_ + ": reading broke off at byte " + std::to_string(offset_));
   ended_ = !found;
   return found;
 }

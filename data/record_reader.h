@@ -12,8 +12,8 @@ namespace sala::data {
 
 struct RawRecord {
   std::string bytes;
-  int64_t line = 1;     // where it starts, from 1
-  int64_t offset = 0;   // byte in the file
+  int64_t line = 1;    // where it starts, from 1
+  int64_t offset = 0;  // byte in the file
 };
 
 enum class InputFormat { kText, kJsonLines };
@@ -43,9 +43,9 @@ class RecordReader {
   TextSplit split_ = TextSplit::kWholeFile;
   std::string separator_;
   std::ifstream stream_;
-  int64_t line_ = 0;        // of the line last read
-  int64_t offset_ = 0;      // behind it
-  int64_t line_offset_ = 0; // of its start
+  int64_t line_ = 0;         // of the line last read
+  int64_t offset_ = 0;       // behind it
+  int64_t line_offset_ = 0;  // of its start
   bool ended_ = false;
 };
 

@@ -101,8 +101,7 @@ std::string TrainSentencePieceModel(const SentencePieceTraining& training,
       {"minloglevel", "4"},
   };
   CallbackIterator iterator(next);
-  const auto status =
-      sentencepiece::SentencePieceTrainer::Train(arguments, &iterator, model);
+  const auto status = sentencepiece::SentencePieceTrainer::Train(arguments, &iterator, model);
   return status.ok() ? std::string() : status.ToString();
 }
 

@@ -1,8 +1,8 @@
 // The SentencePiece library behind a plain interface.
 //
-// Why a wall: the library's headers declare absl::string_view as an alias of std::string_view, Debian's Abseil defines a
-// class of that name; a source file can include one of the two, not both. Only sentencepiece_api.cc includes the library,
-// and this header uses standard types only.
+// Why a wall: the library's headers declare absl::string_view as an alias of std::string_view,
+// Debian's Abseil defines a class of that name; a source file can include one of the two, not both.
+// Only sentencepiece_api.cc includes the library, and this header uses standard types only.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,8 @@ struct SentencePiece {
 class SentencePieceModel {
  public:
   // Null when the bytes are not a model; then *error says why.
-  static std::unique_ptr<SentencePieceModel> FromBytes(const std::string& bytes, std::string* error);
+  static std::unique_ptr<SentencePieceModel> FromBytes(const std::string& bytes,
+                                                       std::string* error);
   SentencePieceModel(const SentencePieceModel&) = delete;
   SentencePieceModel& operator=(const SentencePieceModel&) = delete;
   ~SentencePieceModel();
@@ -53,9 +54,11 @@ struct SentencePieceTraining {
   int max_piece_length = 16;
 };
 
-// Trains BPE with byte fallback on the sentences that `next` gives until it returns false. Identity normalisation, no dummy
-// prefix, spaces kept as they are, one thread, no log lines. Returns "" and the model's bytes, or the library's error text.
+// Trains BPE with byte fallback on the sentences that `next` gives until it returns false. Identity
+// normalisation, no dummy prefix, spaces kept as they are, one thread, no log lines. Returns "" and
+// the model's bytes, or the library's error text.
 std::string TrainSentencePieceModel(const SentencePieceTraining& training,
-                                    const std::function<bool(std::string*)>& next, std::string* model);
+                                    const std::function<bool(std::string*)>& next,
+                                    std::string* model);
 
 }  // namespace sala::data

@@ -18,7 +18,9 @@ namespace {
 
 constexpr char kSpaceMark[] = "\xe2\x96\x81";  // U+2581
 
-std::string Escaped(const std::string& piece) { return nlohmann::json(piece).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace); }
+std::string Escaped(const std::string& piece) {
+  return nlohmann::json(piece).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
 
 std::string SpacesFor(std::string piece) {
   size_t at = 0;
@@ -28,7 +30,8 @@ std::string SpacesFor(std::string piece) {
 
 class SentencePieceTokenizer : public Tokenizer {
  public:
-  SentencePieceTokenizer(std::string path, std::string bytes, std::unique_ptr<SentencePieceModel> model,
+  SentencePieceTokenizer(std::string path, std::string bytes,
+                         std::unique_ptr<SentencePieceModel> model,
                          std::map<std::string, int32_t> added)
       : path_(std::move(path)), bytes_(std::move(bytes)), model_(std::move(model)) {
     SetAddedTokens(std::move(added));
@@ -80,8 +83,9 @@ class SentencePieceTokenizer : public Tokenizer {
     return SpacesFor(piece);
   }
 
-  // Spec: each piece in id order, then what decides the order of merges (here the scores), then normaliser (inside the
-  // model's bytes; the format has no free formatting, so hashing them is exact) and added tokens.
+  // Spec: each piece in id order, then what decides the order of merges (here the scores), then
+  // normaliser (inside the model's bytes; the format has no free formatting, so hashing them is
+  // exact) and added tokens.
   std::string Fingerprint() const {
     Sha256 sha;
     const auto line = [&](const std::string& text) { sha.Update(text.data(), text.size()); };
@@ -131,13 +135,15 @@ StatusOr<std::map<std::string, int32_t>> ReadAddedTokens(const std::string& path
   if (!json.is_object()) return bad("not a JSON object of token texts and ids");
   std::vector<bool> used(json.size(), false);
   for (const auto& [token, id] : json.items()) {
-    if (!id.is_number_integer()) return bad("the id of \"" + Printable(token) + "\" is not an integer");
+    if (!id.is_number_integer())
+      return bad("the id of \"" + Printable(token) + "\" is not an integer");
     const int64_t place = id.get<int64_t>() - pieces;
     if (token.empty()) return bad("an added token is empty");
-    if (place < 0 || place >= static_cast<int64_t>(used.size()) || used[static_cast<size_t>(place)]) {
+    if (place < 0 || place >= static_cast<int64_t>(used.size()) ||
+        used[static_cast<size_t>(place)]) {
       return bad("token \"" + Printable(token) + "\" has id " + id.dump() + "; the " +
-                 std::to_string(used.size()) + " added tokens need the ids from " + std::to_string(pieces) +
-                 " (after the pieces of the model), each once");
+                 std::to_string(used.size()) + " added tokens need the ids from " +
+                 std::to_string(pieces) + " (after the pieces of the model), each once");
     }
     used[static_cast<size_t>(place)] = true;
     added[token] = id.get<int32_t>();
@@ -153,8 +159,8 @@ StatusOr<std::unique_ptr<Tokenizer>> LoadSentencePieceTokenizer(const std::strin
   auto model = SentencePieceModel::FromBytes(bytes, &error);
   if (model == nullptr) {
     return MakeError(ExitCode::kData, "TOK-FORMAT",
-                     path + ": not a SentencePiece model of " + std::to_string(bytes.size()) + " bytes (" +
-                         Printable(error) + "); copy the file again");
+                     path + ": not a SentencePiece model of " + std::to_string(bytes.size()) +
+                         " bytes (" + Printable(error) + "); copy the file again");
   }
   const std::string directory = path.substr(0, path.find_last_of('/') + 1);
   SALA_ASSIGN_OR_RETURN(auto added, ReadAddedTokens(directory + kAddedTokensFile, model->size()));
@@ -164,8 +170,9 @@ StatusOr<std::unique_ptr<Tokenizer>> LoadSentencePieceTokenizer(const std::strin
 
 namespace {
 
-// Gives the lines of the files to the trainer, cut at tabs (a reserved character of the trainer; a tab is one byte token) and
-// below the trainer's limit of 4,192 bytes a sentence, at a space. Keeps a seeded share of the lines when there is too much.
+// Gives the lines of the files to the trainer, cut at tabs (a reserved character of the trainer; a
+// tab is one byte token) and below the trainer's limit of 4,192 bytes a sentence, at a space. Keeps
+// a seeded share of the lines when there is too much.
 class TrainingLines {
  public:
   TrainingLines(const TrainTokenizerOptions& options, int64_t total_bytes)
@@ -240,32 +247,36 @@ Status TrainSentencePiece(const TrainTokenizerOptions& options) {
   const int64_t added = static_cast<int64_t>(options.added_tokens.size());
   constexpr int64_t kSmallest = 3 + 256 + 1;  // unk, bos, eos, the bytes, one piece
   if (options.vocab_size - added < kSmallest || options.vocab_size > (1 << 24)) {
-    return failed(ExitCode::kConfig, "vocab_size: found " + std::to_string(options.vocab_size) + ", expected at least " +
-                                         std::to_string(kSmallest + added) + " (256 bytes, 3 special, " +
-                                         std::to_string(added) + " added tokens and one piece) and at most 2^24");
+    return failed(ExitCode::kConfig, "vocab_size: found " + std::to_string(options.vocab_size) +
+                                         ", expected at least " +
+                                         std::to_string(kSmallest + added) +
+                                         " (256 bytes, 3 special, " + std::to_string(added) +
+                                         " added tokens and one piece) and at most 2^24");
   }
   TrainingLines lines(options, total);
   std::string model;
   const SentencePieceTraining training{.vocab_size = static_cast<int>(options.vocab_size - added),
                                        .character_coverage = options.character_coverage};
-  const std::string error =
-      TrainSentencePieceModel(training, [&](std::string* s) { return lines.Next(s); }, &model);
+  const std::string error = TrainSentencePieceModel(
+      training, [&](std::string* s) { return lines.Next(s); }, &model);
   if (!error.empty()) {
-    return failed(ExitCode::kData, "vocab_size " + std::to_string(options.vocab_size) + " on " + std::to_string(total) +
-                                       " bytes of text: " + Printable(error) +
-                                       "; use more text or another vocab_size");
+    return failed(ExitCode::kData, "vocab_size " + std::to_string(options.vocab_size) + " on " +
+                                       std::to_string(total) + " bytes of text: " +
+                                       Printable(error) + "; use more text or another vocab_size");
   }
   SALA_RETURN_IF_ERROR(MakeDirectories(options.output));
   nlohmann::json added_json = nlohmann::json::object();
   for (size_t i = 0; i < options.added_tokens.size(); ++i)
     added_json[options.added_tokens[i]] = training.vocab_size + static_cast<int64_t>(i);
-  SALA_RETURN_IF_ERROR(WriteFileAtomically(options.output + "/" + kAddedTokensFile, added_json.dump(2) + "\n"));
+  SALA_RETURN_IF_ERROR(
+      WriteFileAtomically(options.output + "/" + kAddedTokensFile, added_json.dump(2) + "\n"));
   SALA_RETURN_IF_ERROR(WriteFileAtomically(options.output + "/" + kSentencePieceFile, model));
   SALA_ASSIGN_OR_RETURN(const auto tokenizer, LoadTokenizer(options.output));
   if (tokenizer->vocab_size() != options.vocab_size) {
     return failed(ExitCode::kData, "the text of " + std::to_string(total) + " bytes gives only " +
-                                       std::to_string(tokenizer->vocab_size()) + " tokens, asked were " +
-                                       std::to_string(options.vocab_size) + "; use more text or a smaller vocab_size");
+                                       std::to_string(tokenizer->vocab_size()) +
+                                       " tokens, asked were " + std::to_string(options.vocab_size) +
+                                       "; use more text or a smaller vocab_size");
   }
   return tokenizer->SaveTo(options.output);
 }

@@ -36,25 +36,32 @@ class Stores {
 
 const char* NameOf(Packing packing) {
   switch (packing) {
-    case Packing::kConcat: return "concat";
-    case Packing::kBestFit: return "best_fit";
-    case Packing::kOnePerSample: return "one_per_sample";
+    case Packing::kConcat:
+      return "concat";
+    case Packing::kBestFit:
+      return "best_fit";
+    case Packing::kOnePerSample:
+      return "one_per_sample";
   }
   return "";
 }
 
 const char* NameOf(LongDocuments rule) {
   switch (rule) {
-    case LongDocuments::kAuto: return "auto";
-    case LongDocuments::kSplit: return "split";
-    case LongDocuments::kTruncate: return "truncate";
-    case LongDocuments::kDrop: return "drop";
+    case LongDocuments::kAuto:
+      return "auto";
+    case LongDocuments::kSplit:
+      return "split";
+    case LongDocuments::kTruncate:
+      return "truncate";
+    case LongDocuments::kDrop:
+      return "drop";
   }
   return "";
 }
 
-json Fingerprint(const DataConfig& config, const std::string& stage, int64_t seq_len, const Mixture& mixture,
-                 const std::vector<std::unique_ptr<View>>& views) {
+json Fingerprint(const DataConfig& config, const std::string& stage, int64_t seq_len,
+                 const Mixture& mixture, const std::vector<std::unique_ptr<View>>& views) {
   json list = json::array();
   for (size_t i = 0; i < views.size(); ++i) {
     const ViewConfig& view = config.mixture[i];
@@ -72,14 +79,17 @@ json Fingerprint(const DataConfig& config, const std::string& stage, int64_t seq
           {"long_documents", NameOf(config.long_documents)},
           {"max_segments", config.max_segments},
           {"document_mask", config.document_mask},
-          {"held_out_of_2_32", static_cast<int64_t>(std::floor(config.validation.fraction * 4294967296.0))},
+          {"held_out_of_2_32",
+           static_cast<int64_t>(std::floor(config.validation.fraction * 4294967296.0))},
           {"views", list}};
 }
 
 // Fills one document's part of a sample, labels within the document.
-Status FillRun(TokenFile& file, bool sft, const DocumentRun& run, int64_t at, PackedSample* sample) {
+Status FillRun(TokenFile& file, bool sft, const DocumentRun& run, int64_t at,
+               PackedSample* sample) {
   const int64_t begin = file.begin(run.document) + run.start;
-  const bool more = run.start + run.length < file.length(run.document);  // the label of the last token lies behind the run
+  const bool more = run.start + run.length <
+                    file.length(run.document);  // the label of the last token lies behind the run
   std::vector<int32_t> next(static_cast<size_t>(run.length) + 1, -1);
   SALA_RETURN_IF_ERROR(file.CopyTokens(begin, run.length + (more ? 1 : 0), next.data()));
   std::copy_n(next.begin(), run.length, sample->tokens.begin() + at);
@@ -95,16 +105,19 @@ Status FillRun(TokenFile& file, bool sft, const DocumentRun& run, int64_t at, Pa
   return OkStatus();
 }
 
-// document_mask: false. The document before slot `at` ended there: its last label becomes the first token of `run`.
-Status JoinDocuments(TokenFile& file, bool sft, const DocumentRun& run, int64_t at, PackedSample* sample) {
+// document_mask: false. The document before slot `at` ended there: its last label becomes the first
+// token of `run`.
+Status JoinDocuments(TokenFile& file, bool sft, const DocumentRun& run, int64_t at,
+                     PackedSample* sample) {
   uint8_t learned = 1;
   if (sft) SALA_RETURN_IF_ERROR(file.CopyMask(file.begin(run.document) + run.start, 1, &learned));
-  if (learned != 0) sample->labels[static_cast<size_t>(at) - 1] = sample->tokens[static_cast<size_t>(at)];
+  if (learned != 0)
+    sample->labels[static_cast<size_t>(at) - 1] = sample->tokens[static_cast<size_t>(at)];
   return OkStatus();
 }
 
-StatusOr<PackedSample> Deliver(TokenStore& store, int64_t view, const ViewSample& plan, int64_t seq_len,
-                               bool document_mask) {
+StatusOr<PackedSample> Deliver(TokenStore& store, int64_t view, const ViewSample& plan,
+                               int64_t seq_len, bool document_mask) {
   PackedSample sample;
   const size_t slots = static_cast<size_t>(seq_len);
   sample.tokens.assign(slots, std::max(store.info().pad_id, 0));
@@ -120,7 +133,8 @@ StatusOr<PackedSample> Deliver(TokenStore& store, int64_t view, const ViewSample
       SALA_RETURN_IF_ERROR(JoinDocuments(*file, store.info().sft(), run, at, &sample));
     document_ended = run.start + run.length == file->length(run.document);
     if (!document_mask) {
-      std::iota(sample.positions.begin() + at, sample.positions.begin() + at + run.length, static_cast<int32_t>(at));
+      std::iota(sample.positions.begin() + at, sample.positions.begin() + at + run.length,
+                static_cast<int32_t>(at));
     }
     at += run.length;
     sample.segments.push_back({view, run.file, run.document, run.start, run.length});
@@ -140,14 +154,17 @@ std::string ViewName(const ViewConfig& config, const DatasetInfo& info) {
 }
 
 // One line for each leaf in which two JSON values differ.
-void Differences(const json& saved, const json& now, const std::string& path, std::vector<std::string>* out) {
+void Differences(const json& saved, const json& now, const std::string& path,
+                 std::vector<std::string>* out) {
   if (saved == now) return;
   if (saved.is_object() && now.is_object()) {
     std::set<std::string> keys;
     for (const auto& [key, value] : saved.items()) keys.insert(key);
     for (const auto& [key, value] : now.items()) keys.insert(key);
+    const std::string prefix = path.empty() ? "" : path + ".";
     for (const std::string& key : keys)
-      Differences(saved.value(key, json()), now.value(key, json()), path.empty() ? key : path + "." + key, out);
+      Differences(saved.value(key, json()), now.value(key, json()), std::string(prefix).append(key),
+                  out);
     return;
   }
   if (saved.is_array() && now.is_array()) {
@@ -173,8 +190,10 @@ uint32_t DataCrc(const PackedSample& sample) {
   return crc;
 }
 
-StatusOr<std::unique_ptr<SampleStream>> SampleStream::Open(const DataConfig& config, const std::string& stage_name,
-                                                           int64_t seq_len, const Tokenizer& tokenizer) {
+StatusOr<std::unique_ptr<SampleStream>> SampleStream::Open(const DataConfig& config,
+                                                           const std::string& stage_name,
+                                                           int64_t seq_len,
+                                                           const Tokenizer& tokenizer) {
   SALA_CHECK(seq_len > 0 && seq_len <= (int64_t{1} << 30)) << "seq_len " << seq_len;
   std::vector<double> weights;
   for (const ViewConfig& view : config.mixture) weights.push_back(view.weight);
@@ -189,32 +208,37 @@ StatusOr<std::unique_ptr<SampleStream>> SampleStream::Open(const DataConfig& con
     SALA_ASSIGN_OR_RETURN(auto store, stores.Open(view.dataset));
     const std::string name = ViewName(view, store->info());
     if (!names.insert(name).second) {
-      return MakeError(ExitCode::kConfig, "CFG-CONFLICT",
-                       "data.mixture: two views are named " + Printable(name) + "; give each its own `name`");
+      return MakeError(
+          ExitCode::kConfig, "CFG-CONFLICT",
+          "data.mixture: two views are named " + Printable(name) + "; give each its own `name`");
     }
     const PackRule rule{config.packing, config.long_documents, seq_len, config.max_segments};
-    SALA_ASSIGN_OR_RETURN(auto opened, View::Open(view, config, {config.seed, stage_name, name}, rule,
-                                                  Split::kTraining, std::move(store)));
+    SALA_ASSIGN_OR_RETURN(auto opened, View::Open(view, config, {config.seed, stage_name, name},
+                                                  rule, Split::kTraining, std::move(store)));
     stream->views_.push_back(std::move(opened));
   }
-  stream->fingerprint_json_ = Fingerprint(config, stage_name, seq_len, stream->mixture_, stream->views_);
+  stream->fingerprint_json_ =
+      Fingerprint(config, stage_name, seq_len, stream->mixture_, stream->views_);
   stream->fingerprint_ = Sha256Hex(stream->fingerprint_json_.dump());
   return stream;
 }
 
 Status SampleStream::EpochError(const View& view, int64_t samples) const {
-  const double epochs = static_cast<double>(samples) / static_cast<double>(view.samples_per_epoch());
+  const double epochs =
+      static_cast<double>(samples) / static_cast<double>(view.samples_per_epoch());
   return MakeError(ExitCode::kConfig, "MIX-EPOCHS",
-                   "view " + view.name() + " of stage " + stage_ + ": the stage needs " + std::to_string(samples) +
-                       " samples of it, " + std::to_string(epochs) + " epochs of " +
-                       std::to_string(view.samples_per_epoch()) + " samples; max_epochs is " +
-                       std::to_string(view.max_epochs()) + "; lower its weight, add data or raise max_epochs");
+                   "view " + view.name() + " of stage " + stage_ + ": the stage needs " +
+                       std::to_string(samples) + " samples of it, " + std::to_string(epochs) +
+                       " epochs of " + std::to_string(view.samples_per_epoch()) +
+                       " samples; max_epochs is " + std::to_string(view.max_epochs()) +
+                       "; lower its weight, add data or raise max_epochs");
 }
 
 Status SampleStream::CheckEpochs(int64_t total_samples) {
   const std::vector<int64_t>& counts = mixture_.CountsBefore(total_samples);
   for (size_t i = 0; i < views_.size(); ++i) {
-    if (counts[i] > views_[i]->samples_per_epoch() * views_[i]->max_epochs()) return EpochError(*views_[i], counts[i]);
+    if (counts[i] > views_[i]->samples_per_epoch() * views_[i]->max_epochs())
+      return EpochError(*views_[i], counts[i]);
   }
   return OkStatus();
 }
@@ -222,20 +246,27 @@ Status SampleStream::CheckEpochs(int64_t total_samples) {
 StatusOr<PackedSample> SampleStream::Get(int64_t g) {
   const Mixture::Choice choice = mixture_.At(g);
   View& view = *views_[static_cast<size_t>(choice.view)];
-  if (choice.index >= view.samples_per_epoch() * view.max_epochs()) return EpochError(view, choice.index + 1);
-  return Deliver(view.store(), choice.view, view.Sample(choice.index), seq_len_, config_.document_mask);
+  if (choice.index >= view.samples_per_epoch() * view.max_epochs())
+    return EpochError(view, choice.index + 1);
+  return Deliver(view.store(), choice.view, view.Sample(choice.index), seq_len_,
+                 config_.document_mask);
 }
 
 json SampleStream::Cursor(int64_t g) {
   json counts = json::object();
   const std::vector<int64_t>& before = mixture_.CountsBefore(g);
   for (size_t i = 0; i < views_.size(); ++i) counts[views_[i]->name()] = before[i];
-  return {{"stage", stage_}, {"g", g}, {"counts", counts}, {"fingerprint", fingerprint_}, {"data", fingerprint_json_}};
+  return {{"stage", stage_},
+          {"g", g},
+          {"counts", counts},
+          {"fingerprint", fingerprint_},
+          {"data", fingerprint_json_}};
 }
 
 Status SampleStream::CheckCursor(const json& saved) {
   std::vector<std::string> differences;
-  if (!saved.is_object() || !saved.contains("g") || !saved["g"].is_number_integer() || saved["g"] < 0) {
+  if (!saved.is_object() || !saved.contains("g") || !saved["g"].is_number_integer() ||
+      saved["g"] < 0) {
     differences.emplace_back("the saved cursor has no sample index g");
   } else {
     const json now = Cursor(saved["g"].get<int64_t>());
@@ -245,10 +276,12 @@ Status SampleStream::CheckCursor(const json& saved) {
   if (differences.empty()) return OkStatus();
   std::string text = "the data of stage " + stage_ + " is not that of the checkpoint: ";
   for (size_t i = 0; i < differences.size(); ++i) text += (i > 0 ? "; " : "") + differences[i];
-  return MakeError(ExitCode::kConfig, "DATA-CHANGED", text + "; restore the data and its configuration");
+  return MakeError(ExitCode::kConfig, "DATA-CHANGED",
+                   text + "; restore the data and its configuration");
 }
 
-StatusOr<std::unique_ptr<ValidationSet>> ValidationSet::Open(const DataConfig& config, int64_t seq_len,
+StatusOr<std::unique_ptr<ValidationSet>> ValidationSet::Open(const DataConfig& config,
+                                                             int64_t seq_len,
                                                              const Tokenizer& tokenizer) {
   std::unique_ptr<ValidationSet> set(new ValidationSet());
   set->seq_len_ = seq_len;
@@ -264,7 +297,8 @@ StatusOr<std::unique_ptr<ValidationSet>> ValidationSet::Open(const DataConfig& c
     ViewConfig whole;
     whole.dataset = config.mixture[i].dataset;
     const PackRule rule{Packing::kBestFit, config.long_documents, seq_len, config.max_segments};
-    auto view = View::Open(whole, config, {config.seed, "validation", store->info().name}, rule, Split::kHeldOut, store);
+    auto view = View::Open(whole, config, {config.seed, "validation", store->info().name}, rule,
+                           Split::kHeldOut, store);
     if (ErrorCodeOf(view.status()) == "DS-EMPTY") continue;  // nothing of this dataset is held out
     SALA_RETURN_IF_ERROR(view.status());
     set->stores_.resize(config.mixture.size());
@@ -275,8 +309,10 @@ StatusOr<std::unique_ptr<ValidationSet>> ValidationSet::Open(const DataConfig& c
   // One of each dataset in turn, so that a small limit still sees every dataset.
   std::map<int64_t, int64_t> rank;
   std::vector<std::pair<int64_t, size_t>> order;
-  for (size_t s = 0; s < set->samples_.size(); ++s) order.emplace_back(rank[set->samples_[s].view]++, s);
-  std::stable_sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  for (size_t s = 0; s < set->samples_.size(); ++s)
+    order.emplace_back(rank[set->samples_[s].view]++, s);
+  std::stable_sort(order.begin(), order.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
   std::vector<Entry> chosen;
   std::set<std::array<int64_t, 3>> documents;
   for (const auto& [r, s] : order) {
@@ -293,7 +329,8 @@ StatusOr<std::unique_ptr<ValidationSet>> ValidationSet::Open(const DataConfig& c
 StatusOr<PackedSample> ValidationSet::Get(int64_t index) const {
   SALA_CHECK(index >= 0 && index < size()) << "validation sample " << index;
   const Entry& entry = samples_[static_cast<size_t>(index)];
-  return Deliver(*stores_[static_cast<size_t>(entry.view)], entry.view, entry.sample, seq_len_, document_mask_);
+  return Deliver(*stores_[static_cast<size_t>(entry.view)], entry.view, entry.sample, seq_len_,
+                 document_mask_);
 }
 
 }  // namespace sala::data

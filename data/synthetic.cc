@@ -10,13 +10,17 @@
 namespace sala::data {
 namespace {
 
-const char* const kFirstWords[] = {"amber", "brisk", "calm", "distant", "early", "faded", "gentle", "hollow",
-                                   "idle",  "keen",  "loud", "mellow",  "narrow", "odd",   "pale",   "quiet"};
-const char* const kSecondWords[] = {"anchor", "barrel", "candle", "door",   "engine", "falcon", "garden", "harbor",
-                                    "island", "jacket", "kettle", "lantern", "meadow", "needle", "orchard", "pillar"};
+const char* const kFirstWords[] = {"amber",  "brisk",  "calm", "distant", "early", "faded",
+                                   "gentle", "hollow", "idle", "keen",    "loud",  "mellow",
+                                   "narrow", "odd",    "pale", "quiet"};
+const char* const kSecondWords[] = {"anchor", "barrel", "candle",  "door",   "engine", "falcon",
+                                    "garden", "harbor", "island",  "jacket", "kettle", "lantern",
+                                    "meadow", "needle", "orchard", "pillar"};
 constexpr uint64_t kDepthSteps = 40;  // needles lie at multiples of 1/40 of the context
 
-Status ConfigError(const char* code, const std::string& text) { return MakeError(ExitCode::kConfig, code, text); }
+Status ConfigError(const char* code, const std::string& text) {
+  return MakeError(ExitCode::kConfig, code, text);
+}
 
 std::string Number(PhiloxStream& rng, uint64_t digits) {
   std::string text(1, static_cast<char>('1' + rng.Bounded(9)));
@@ -70,7 +74,8 @@ Riddle MultiKey(PhiloxStream& rng, int64_t keys) {
   std::set<std::string> values;
   for (size_t i = 0; i < count; ++i) {
     const size_t pair = static_cast<size_t>(pairs[i]);
-    const std::string key = std::string(kFirstWords[pair / kWords]) + " " + kSecondWords[pair % kWords];
+    const std::string key =
+        std::string(kFirstWords[pair / kWords]) + " " + kSecondWords[pair % kWords];
     std::string value = Number(rng, 7);
     while (!values.insert(value).second) value = Number(rng, 7);
     riddle.needles.push_back("The number of the " + key + " is " + value + ".");
@@ -96,9 +101,10 @@ Riddle Tracking(PhiloxStream& rng, int64_t chain) {
   const std::string example_first = fresh();
   const std::string example_second = fresh();
   const std::string example_value = Number(rng, 5);
-  riddle.opening = "Variables are set in this text. For example: VAR " + example_first + " = " + example_value +
-                   ". VAR " + example_second + " = VAR " + example_first + ". The variables with the value " +
-                   example_value + " are " + example_first + " " + example_second + ".";
+  riddle.opening = "Variables are set in this text. For example: VAR " + example_first + " = " +
+                   example_value + ". VAR " + example_second + " = VAR " + example_first +
+                   ". The variables with the value " + example_value + " are " + example_first +
+                   " " + example_second + ".";
   std::string value = Number(rng, 5);
   while (value == example_value) value = Number(rng, 5);
   std::string before;
@@ -117,16 +123,24 @@ Riddle Tracking(PhiloxStream& rng, int64_t chain) {
 // A riddle in `units` units of the haystack, as text for one tokenizer.
 class Composer {
  public:
-  Composer(const RecallOptions& options, const Riddle& riddle, const Haystack& haystack, const Tokenizer& tokenizer,
-           uint64_t start)
-      : options_(options), riddle_(riddle), haystack_(haystack), tokenizer_(tokenizer), start_(start) {}
+  Composer(const RecallOptions& options, const Riddle& riddle, const Haystack& haystack,
+           const Tokenizer& tokenizer, uint64_t start)
+      : options_(options),
+        riddle_(riddle),
+        haystack_(haystack),
+        tokenizer_(tokenizer),
+        start_(start) {}
 
   std::string Context(int64_t units) const {
     std::string text = riddle_.opening + "\n";
     size_t needle = 0;
     for (int64_t unit = 0; unit <= units; ++unit) {
-      for (; needle < riddle_.needles.size() && LineOf(needle, units) == unit; ++needle) text += riddle_.needles[needle] + "\n";
-      if (unit < units) text += haystack_.units()[(start_ + static_cast<uint64_t>(unit)) % haystack_.units().size()] + "\n";
+      for (; needle < riddle_.needles.size() && LineOf(needle, units) == unit; ++needle)
+        text += riddle_.needles[needle] + "\n";
+      if (unit < units)
+        text +=
+            haystack_.units()[(start_ + static_cast<uint64_t>(unit)) % haystack_.units().size()] +
+            "\n";
     }
     return text + riddle_.question;
   }
@@ -145,7 +159,8 @@ class Composer {
   StatusOr<int64_t> Tokens(int64_t units) const {
     SALA_ASSIGN_OR_RETURN(const std::string prompt, Prompt(units));
     // The answer alone in evaluation; a training document also has the end of its turn, or eos.
-    const int64_t around = (tokenizer_.bos_id() >= 0 ? 1 : 0) + (options_.purpose == "eval" ? 0 : 3);
+    const int64_t around =
+        (tokenizer_.bos_id() >= 0 ? 1 : 0) + (options_.purpose == "eval" ? 0 : 3);
     return static_cast<int64_t>(tokenizer_.Encode(prompt + riddle_.answer).size()) + around;
   }
 
@@ -153,14 +168,16 @@ class Composer {
   StatusOr<int64_t> Fill() const {
     SALA_ASSIGN_OR_RETURN(const int64_t smallest, Tokens(1));
     if (smallest > options_.length_tokens) {
-      return ConfigError("EVAL-LENGTH", std::string("task ") + NameOf(options_.task) + " of length " +
-                                            std::to_string(options_.length_tokens) +
+      return ConfigError("EVAL-LENGTH", std::string("task ") + NameOf(options_.task) +
+                                            " of length " + std::to_string(options_.length_tokens) +
                                             ": prompt and answer with one unit of context need " +
-                                            std::to_string(smallest) + " tokens; ask for a greater length");
+                                            std::to_string(smallest) +
+                                            " tokens; ask for a greater length");
     }
     int64_t low = 1;
     int64_t high = 2;
-    const int64_t limit = haystack_.endless() ? options_.length_tokens : static_cast<int64_t>(haystack_.units().size());
+    const int64_t limit = haystack_.endless() ? options_.length_tokens
+                                              : static_cast<int64_t>(haystack_.units().size());
     while (high <= limit) {
       SALA_ASSIGN_OR_RETURN(const int64_t tokens, Tokens(high));
       if (tokens > options_.length_tokens) break;
@@ -182,10 +199,11 @@ class Composer {
 
  private:
   StatusOr<int64_t> TooSmall(int64_t tokens) const {
-    return ConfigError("EVAL-HAYSTACK", "the haystack of " + std::to_string(haystack_.units().size()) +
-                                            " sentences gives " + std::to_string(tokens) + " tokens, length " +
-                                            std::to_string(options_.length_tokens) +
-                                            " needs more; name a larger dataset");
+    return ConfigError("EVAL-HAYSTACK",
+                       "the haystack of " + std::to_string(haystack_.units().size()) +
+                           " sentences gives " + std::to_string(tokens) + " tokens, length " +
+                           std::to_string(options_.length_tokens) +
+                           " needs more; name a larger dataset");
   }
 
   const RecallOptions& options_;
@@ -198,8 +216,8 @@ class Composer {
 Status CheckOptions(const RecallOptions& options) {
   constexpr int64_t kMostKeys = kDepthSteps + 1;
   if (options.keys < 1 || options.keys > kMostKeys) {
-    return ConfigError("EVAL-TASK", "keys: found " + std::to_string(options.keys) + ", expected 1 to " +
-                                        std::to_string(kMostKeys));
+    return ConfigError("EVAL-TASK", "keys: found " + std::to_string(options.keys) +
+                                        ", expected 1 to " + std::to_string(kMostKeys));
   }
   return OkStatus();
 }
@@ -208,26 +226,32 @@ Status CheckOptions(const RecallOptions& options) {
 
 const char* NameOf(RecallTask task) {
   switch (task) {
-    case RecallTask::kPasskey: return "passkey";
-    case RecallTask::kMultiKey: return "niah_multikey";
-    case RecallTask::kTracking: return "tracking";
+    case RecallTask::kPasskey:
+      return "passkey";
+    case RecallTask::kMultiKey:
+      return "niah_multikey";
+    case RecallTask::kTracking:
+      return "tracking";
   }
   return "";
 }
 
 StatusOr<RecallTask> RecallTaskNamed(const std::string& name) {
-  for (const RecallTask task : {RecallTask::kPasskey, RecallTask::kMultiKey, RecallTask::kTracking}) {
+  for (const RecallTask task :
+       {RecallTask::kPasskey, RecallTask::kMultiKey, RecallTask::kTracking}) {
     if (name == NameOf(task)) return task;
   }
-  return ConfigError("EVAL-TASK", "found task \"" + name + "\", expected passkey, niah_multikey or tracking");
+  return ConfigError("EVAL-TASK",
+                     "found task \"" + name + "\", expected passkey, niah_multikey or tracking");
 }
 
-StatusOr<RecallItem> MakeRecallItem(const RecallOptions& options, const Haystack& haystack, const Tokenizer& tokenizer,
-                                    int64_t index) {
+StatusOr<RecallItem> MakeRecallItem(const RecallOptions& options, const Haystack& haystack,
+                                    const Tokenizer& tokenizer, int64_t index) {
   SALA_RETURN_IF_ERROR(CheckOptions(options));
   if (options.chat) SALA_RETURN_IF_ERROR(CheckChatTokens(ChatMl(), tokenizer));
-  PhiloxStream rng(options.purpose + "|" + std::to_string(options.seed) + "|" + NameOf(options.task) + "|" +
-                   std::to_string(options.length_tokens) + "|" + std::to_string(index));
+  PhiloxStream rng(options.purpose + "|" + std::to_string(options.seed) + "|" +
+                   NameOf(options.task) + "|" + std::to_string(options.length_tokens) + "|" +
+                   std::to_string(index));
   const uint64_t start = rng.Bounded(haystack.units().size());
   const Riddle riddle = options.task == RecallTask::kPasskey    ? Passkey(rng)
                         : options.task == RecallTask::kMultiKey ? MultiKey(rng, options.keys)
@@ -237,12 +261,15 @@ StatusOr<RecallItem> MakeRecallItem(const RecallOptions& options, const Haystack
   SALA_ASSIGN_OR_RETURN(item.units, composer.Fill());
   SALA_ASSIGN_OR_RETURN(item.prompt_text, composer.Prompt(item.units));
   item.answer_text = riddle.answer;
-  item.depth = static_cast<double>(composer.LineOf(riddle.asked, item.units)) / static_cast<double>(item.units);
+  item.depth = static_cast<double>(composer.LineOf(riddle.asked, item.units)) /
+               static_cast<double>(item.units);
   const std::vector<int32_t> whole = tokenizer.Encode(item.prompt_text + item.answer_text);
   const std::vector<int32_t> prompt = tokenizer.Encode(item.prompt_text);
   if (prompt.size() >= whole.size() || !std::equal(prompt.begin(), prompt.end(), whole.begin())) {
-    return ConfigError("EVAL-BOUNDARY", std::string("task ") + NameOf(options.task) + ", item " + std::to_string(index) +
-                                            ": with this tokenizer the answer does not start on a token, so it cannot be scored");
+    return ConfigError(
+        "EVAL-BOUNDARY",
+        std::string("task ") + NameOf(options.task) + ", item " + std::to_string(index) +
+            ": with this tokenizer the answer does not start on a token, so it cannot be scored");
   }
   if (tokenizer.bos_id() >= 0) item.prompt.push_back(tokenizer.bos_id());
   item.prompt.insert(item.prompt.end(), prompt.begin(), prompt.end());

@@ -1,15 +1,17 @@
-// Recall tasks with known answers, made from Philox streams: the same (seed, task, length, index) gives the same text
-// everywhere. They serve training (documents of a token store) and evaluation (prompt and answer ids). "RULER-like": the
-// wording is our own.
+// Recall tasks with known answers, made from Philox streams: the same (seed, task, length, index)
+// gives the same text everywhere. They serve training (documents of a token store) and evaluation
+// (prompt and answer ids). "RULER-like": the wording is our own.
 //
 //   passkey       one number hidden in the haystack
 //   niah_multikey several keys with numbers, one is asked for
-//   tracking      a chain of variables assigned from one another, all names holding one value are asked for
+//   tracking      a chain of variables assigned from one another, all names holding one value are
+//   asked for
 //
 // Every prompt ends with the first words of the answer and the answer begins with a space, so that
-// encode(prompt + answer) starts with encode(prompt); where a tokenizer breaks this the error is EVAL-BOUNDARY (78).
-// Units of the haystack are added by bisection until prompt + answer fill the length; EVAL-LENGTH (78) when not even one
-// unit fits, EVAL-HAYSTACK (78) when the haystack is missing or too small.
+// encode(prompt + answer) starts with encode(prompt); where a tokenizer breaks this the error is
+// EVAL-BOUNDARY (78). Units of the haystack are added by bisection until prompt + answer fill the
+// length; EVAL-LENGTH (78) when not even one unit fits, EVAL-HAYSTACK (78) when the haystack is
+// missing or too small.
 #pragma once
 
 #include <cstdint>
@@ -33,14 +35,15 @@ class Haystack {
  public:
   // One paragraph of sentences that say nothing, a line each, repeated without end.
   static Haystack Filler();
-  // Sentences of the documents of a text dataset, up to max_bytes of them. `held_out`: only documents that a run with this
-  // seed and fraction holds out, so that nothing was trained on.
+  // Sentences of the documents of a text dataset, up to max_bytes of them. `held_out`: only
+  // documents that a run with this seed and fraction holds out, so that nothing was trained on.
   struct HeldOut {
     int64_t seed;
     double fraction;
   };
   static StatusOr<Haystack> FromDataset(const std::string& directory, const Tokenizer& tokenizer,
-                                        int64_t max_bytes = int64_t{16} << 20, const HeldOut* held_out = nullptr);
+                                        int64_t max_bytes = int64_t{16} << 20,
+                                        const HeldOut* held_out = nullptr);
   const std::vector<std::string>& units() const { return units_; }
   bool endless() const { return endless_; }
 
@@ -52,40 +55,47 @@ class Haystack {
 struct RecallOptions {
   RecallTask task = RecallTask::kPasskey;
   int64_t seed = 1234;
-  int64_t length_tokens = 512;  // of the whole sequence: bos, prompt, answer, in chat form also the end of the turn
-  int64_t keys = 4;             // niah_multikey: how many; tracking: the length of the chain
-  bool chat = false;            // the prompt as a user's message, the answer as the assistant's
-  std::string purpose = "eval"; // names the random stream; training uses another, so the texts differ
+  int64_t length_tokens =
+      512;  // of the whole sequence: bos, prompt, answer, in chat form also the end of the turn
+  int64_t keys = 4;   // niah_multikey: how many; tracking: the length of the chain
+  bool chat = false;  // the prompt as a user's message, the answer as the assistant's
+  std::string purpose =
+      "eval";  // names the random stream; training uses another, so the texts differ
 };
 
 struct RecallItem {
-  std::vector<int32_t> prompt, answer;  // prompt with bos where the tokenizer has one; ids to be predicted
+  std::vector<int32_t> prompt,
+      answer;  // prompt with bos where the tokenizer has one; ids to be predicted
   std::string prompt_text, answer_text;
-  double depth = 0;                     // of the needle asked for, 0 = start, 1 = end of the context
-  int64_t units = 0;                    // of the haystack
+  double depth = 0;   // of the needle asked for, 0 = start, 1 = end of the context
+  int64_t units = 0;  // of the haystack
 };
 
-StatusOr<RecallItem> MakeRecallItem(const RecallOptions& options, const Haystack& haystack, const Tokenizer& tokenizer,
-                                    int64_t index);
+StatusOr<RecallItem> MakeRecallItem(const RecallOptions& options, const Haystack& haystack,
+                                    const Tokenizer& tokenizer, int64_t index);
 
-// Recall items as a token store that a mixture names like any other dataset. Text: loss on everything; chat: on the answer
-// and the end of its turn. Lengths are drawn evenly from [min_length_tokens, length_tokens]; all documents differ.
+// Recall items as a token store that a mixture names like any other dataset. Text: loss on
+// everything; chat: on the answer and the end of its turn. Lengths are drawn evenly from
+// [min_length_tokens, length_tokens]; all documents differ.
 struct SyntheticOptions {
-  RecallOptions recall;
+  RecallOptions recall = {};
   int64_t min_length_tokens = 0;  // 0: all have length_tokens
   int64_t documents = 0;
-  std::string haystack_dataset;   // "": filler
-  std::string output, name;
+  std::string haystack_dataset = {};  // "": filler
+  std::string output = {}, name = {};
 };
-StatusOr<DatasetInfo> MaterialiseSynthetic(const SyntheticOptions& options, const Tokenizer& tokenizer);
+StatusOr<DatasetInfo> MaterialiseSynthetic(const SyntheticOptions& options,
+                                           const Tokenizer& tokenizer);
 
-// Chat records from the documents of a text dataset: "Continue this text:" with a first part, the following part as the
-// answer. Every document gives as many records as it has room for, `documents` at most in all (0: no limit).
+// Chat records from the documents of a text dataset: "Continue this text:" with a first part, the
+// following part as the answer. Every document gives as many records as it has room for,
+// `documents` at most in all (0: no limit).
 struct ContinuationOptions {
-  std::string dataset, output, name;
+  std::string dataset = {}, output = {}, name = {};
   int64_t prompt_tokens = 256, answer_tokens = 256;  // of the text, before the template
   int64_t documents = 0;
 };
-StatusOr<DatasetInfo> MaterialiseContinuation(const ContinuationOptions& options, const Tokenizer& tokenizer);
+StatusOr<DatasetInfo> MaterialiseContinuation(const ContinuationOptions& options,
+                                              const Tokenizer& tokenizer);
 
 }  // namespace sala::data

@@ -12,7 +12,8 @@ namespace {
 
 using nlohmann::json;
 
-void Surround(const Tokenizer& tokenizer, std::vector<int32_t>* tokens, std::vector<uint8_t>* mask) {
+void Surround(const Tokenizer& tokenizer, std::vector<int32_t>* tokens,
+              std::vector<uint8_t>* mask) {
   if (tokenizer.bos_id() >= 0) {
     tokens->insert(tokens->begin(), tokenizer.bos_id());
     if (mask != nullptr) mask->insert(mask->begin(), 0);
@@ -23,16 +24,18 @@ void Surround(const Tokenizer& tokenizer, std::vector<int32_t>* tokens, std::vec
   }
 }
 
-// The learned span of a chat item is from the lead of the answer to the end of the turn: a model that is to answer has to
-// start the answer itself.
-Status AddItem(const RecallItem& item, bool chat, const Tokenizer& tokenizer, TokenStoreWriter* writer) {
+// The learned span of a chat item is from the lead of the answer to the end of the turn: a model
+// that is to answer has to start the answer itself.
+Status AddItem(const RecallItem& item, bool chat, const Tokenizer& tokenizer,
+               TokenStoreWriter* writer) {
   const std::string text = item.prompt_text + item.answer_text;
   std::vector<int32_t> tokens;
   std::vector<uint8_t> mask;
   if (chat) {
     const std::string turn = std::string(kImStart) + "assistant\n";
     const int64_t begin = static_cast<int64_t>(text.rfind(turn) + turn.size());
-    const int64_t end = static_cast<int64_t>(text.size()) + static_cast<int64_t>(std::string(kImEnd).size());
+    const int64_t end =
+        static_cast<int64_t>(text.size()) + static_cast<int64_t>(std::string(kImEnd).size());
     EncodedChat encoded = EncodeChat({text + kImEnd + "\n", {{begin, end}}}, tokenizer);
     tokens = std::move(encoded.tokens);
     mask = std::move(encoded.mask);
@@ -45,51 +48,60 @@ Status AddItem(const RecallItem& item, bool chat, const Tokenizer& tokenizer, To
 
 }  // namespace
 
-StatusOr<DatasetInfo> MaterialiseSynthetic(const SyntheticOptions& options, const Tokenizer& tokenizer) {
+StatusOr<DatasetInfo> MaterialiseSynthetic(const SyntheticOptions& options,
+                                           const Tokenizer& tokenizer) {
   RecallOptions recall = options.recall;
   recall.purpose = "train";
   const int64_t longest = options.recall.length_tokens;
   const int64_t shortest = options.min_length_tokens > 0 ? options.min_length_tokens : longest;
   if (options.documents < 1 || shortest > longest) {
     return MakeError(ExitCode::kUsage, "EVAL-TASK",
-                     "synthetic dataset " + options.name + ": found " + std::to_string(options.documents) +
-                         " documents of " + std::to_string(shortest) + " to " + std::to_string(longest) +
+                     "synthetic dataset " + options.name + ": found " +
+                         std::to_string(options.documents) + " documents of " +
+                         std::to_string(shortest) + " to " + std::to_string(longest) +
                          " tokens, expected at least one document and a rising range");
   }
   Haystack haystack = Haystack::Filler();
   if (!options.haystack_dataset.empty()) {
     SALA_ASSIGN_OR_RETURN(haystack, Haystack::FromDataset(options.haystack_dataset, tokenizer));
   }
-  SALA_ASSIGN_OR_RETURN(auto writer, TokenStoreWriter::Create(
-                                         {.directory = options.output, .name = options.name, .sft = recall.chat}, tokenizer));
+  SALA_ASSIGN_OR_RETURN(
+      auto writer,
+      TokenStoreWriter::Create(
+          {.directory = options.output, .name = options.name, .sft = recall.chat}, tokenizer));
   writer->AddSource(NameOf(recall.task), "CC0-1.0", "made by the program");
   PhiloxStream lengths("synth_length|" + std::to_string(recall.seed) + "|" + NameOf(recall.task));
   for (int64_t i = 0; i < options.documents; ++i) {
-    recall.length_tokens = shortest + static_cast<int64_t>(lengths.Bounded(static_cast<uint64_t>(longest - shortest + 1)));
+    recall.length_tokens =
+        shortest +
+        static_cast<int64_t>(lengths.Bounded(static_cast<uint64_t>(longest - shortest + 1)));
     SALA_ASSIGN_OR_RETURN(const RecallItem item, MakeRecallItem(recall, haystack, tokenizer, i));
     SALA_RETURN_IF_ERROR(AddItem(item, recall.chat, tokenizer, writer.get()));
   }
-  return writer->Finish({{"command", "synth"},
-                         {"task", NameOf(recall.task)},
-                         {"seed", recall.seed},
-                         {"keys", recall.keys},
-                         {"min_length_tokens", shortest},
-                         {"length_tokens", longest},
-                         {"haystack", options.haystack_dataset.empty() ? json() : json(options.haystack_dataset)},
-                         {"shuffled", true}});
+  return writer->Finish(
+      {{"command", "synth"},
+       {"task", NameOf(recall.task)},
+       {"seed", recall.seed},
+       {"keys", recall.keys},
+       {"min_length_tokens", shortest},
+       {"length_tokens", longest},
+       {"haystack", options.haystack_dataset.empty() ? json() : json(options.haystack_dataset)},
+       {"shuffled", true}});
 }
 
 namespace {
 
-// The bytes of a token range as text that is cut at whole characters and, where there is one, behind the last line end or
-// space, so that neither part begins in a word.
+// The bytes of a token range as text that is cut at whole characters and, where there is one,
+// behind the last line end or space, so that neither part begins in a word.
 std::string CutAtSpace(const std::string& text) {
   const size_t space = text.find_last_of(" \n");
-  return space == std::string::npos || space < text.size() / 2 ? std::string() : text.substr(0, space);
+  return space == std::string::npos || space < text.size() / 2 ? std::string()
+                                                               : text.substr(0, space);
 }
 
 // One record from text = prompt + answer; false when the text has no good place to cut.
-bool MakeContinuation(const std::string& text, int64_t prompt_bytes, std::vector<ChatMessage>* messages) {
+bool MakeContinuation(const std::string& text, int64_t prompt_bytes,
+                      std::vector<ChatMessage>* messages) {
   const std::string prompt = CutAtSpace(text.substr(0, static_cast<size_t>(prompt_bytes)));
   if (prompt.empty()) return false;
   const std::string answer = CutAtSpace(text.substr(prompt.size()));
@@ -100,12 +112,14 @@ bool MakeContinuation(const std::string& text, int64_t prompt_bytes, std::vector
 
 class Continuation {
  public:
-  Continuation(const ContinuationOptions& options, const Tokenizer& tokenizer, TokenStoreWriter* writer)
+  Continuation(const ContinuationOptions& options, const Tokenizer& tokenizer,
+               TokenStoreWriter* writer)
       : options_(options), tokenizer_(tokenizer), writer_(writer) {}
 
   Status AddDocument(const std::vector<int32_t>& ids) {
     const int64_t step = options_.prompt_tokens + options_.answer_tokens;
-    for (int64_t begin = 0; begin + step <= static_cast<int64_t>(ids.size()) && !Full(); begin += step) {
+    for (int64_t begin = 0; begin + step <= static_cast<int64_t>(ids.size()) && !Full();
+         begin += step) {
       const auto first = ids.begin() + begin;
       const std::vector<int32_t> prompt(first, first + options_.prompt_tokens);
       const std::vector<int32_t> both(first, first + step);
@@ -117,7 +131,8 @@ class Continuation {
       if (!chat.ok()) continue;
       EncodedChat encoded = EncodeChat(*chat, tokenizer_);
       Surround(tokenizer_, &encoded.tokens, &encoded.mask);
-      SALA_RETURN_IF_ERROR(writer_->Add({.tokens = encoded.tokens, .loss_mask = encoded.mask, .hash = Xxh3(chat->text)}));
+      SALA_RETURN_IF_ERROR(writer_->Add(
+          {.tokens = encoded.tokens, .loss_mask = encoded.mask, .hash = Xxh3(chat->text)}));
     }
     return OkStatus();
   }
@@ -131,15 +146,20 @@ class Continuation {
 
 }  // namespace
 
-StatusOr<DatasetInfo> MaterialiseContinuation(const ContinuationOptions& options, const Tokenizer& tokenizer) {
+StatusOr<DatasetInfo> MaterialiseContinuation(const ContinuationOptions& options,
+                                              const Tokenizer& tokenizer) {
   if (options.prompt_tokens < 1 || options.answer_tokens < 1) {
-    return MakeError(ExitCode::kUsage, "EVAL-TASK", "continuation " + options.name + ": prompt and answer need at least one token");
+    return MakeError(
+        ExitCode::kUsage, "EVAL-TASK",
+        "continuation " + options.name + ": prompt and answer need at least one token");
   }
   SALA_RETURN_IF_ERROR(CheckChatTokens(ChatMl(), tokenizer));
   SALA_ASSIGN_OR_RETURN(auto store, TokenStore::Open(options.dataset));
   SALA_RETURN_IF_ERROR(store->CheckTokenizer(tokenizer));
-  SALA_ASSIGN_OR_RETURN(auto writer, TokenStoreWriter::Create(
-                                         {.directory = options.output, .name = options.name, .sft = true}, tokenizer));
+  SALA_ASSIGN_OR_RETURN(
+      auto writer,
+      TokenStoreWriter::Create({.directory = options.output, .name = options.name, .sft = true},
+                               tokenizer));
   writer->AddSource("continuation", "as " + store->info().name, "made from " + store->info().name);
   Continuation continuation(options, tokenizer, writer.get());
   std::vector<int32_t> ids;
@@ -153,7 +173,8 @@ StatusOr<DatasetInfo> MaterialiseContinuation(const ContinuationOptions& options
   }
   if (writer->documents() == 0) {
     return MakeError(ExitCode::kData, "DS-EMPTY",
-                     options.dataset + ": no document has " + std::to_string(options.prompt_tokens + options.answer_tokens) +
+                     options.dataset + ": no document has " +
+                         std::to_string(options.prompt_tokens + options.answer_tokens) +
                          " tokens with a space to cut at; ask for shorter parts");
   }
   return writer->Finish({{"command", "continuation"},

@@ -25,12 +25,15 @@ std::vector<uint32_t> BlockCrcs(const void* data, int64_t bytes) {
 }
 
 template <typename T>
-Status WriteArray(Hdf5Writer& file, const std::string& name, Hdf5Type type, const std::vector<T>& values) {
+Status WriteArray(Hdf5Writer& file, const std::string& name, Hdf5Type type,
+                  const std::vector<T>& values) {
   const int64_t count = static_cast<int64_t>(values.size());
   SALA_CHECK(SizeOf(type) == sizeof(T)) << name;
   SALA_RETURN_IF_ERROR(file.WriteDataset("/" + name, type, {count}, values.data()));
-  const std::vector<uint32_t> crcs = BlockCrcs(values.data(), count * static_cast<int64_t>(sizeof(T)));
-  return file.WriteDataset("/crc/" + name, Hdf5Type::kU32, {static_cast<int64_t>(crcs.size())}, crcs.data());
+  const std::vector<uint32_t> crcs =
+      BlockCrcs(values.data(), count * static_cast<int64_t>(sizeof(T)));
+  return file.WriteDataset("/crc/" + name, Hdf5Type::kU32, {static_cast<int64_t>(crcs.size())},
+                           crcs.data());
 }
 
 Status WriteContent(Hdf5Writer& file, const ShardContent& content, const ShardHeader& header) {
@@ -53,34 +56,41 @@ Status WriteContent(Hdf5Writer& file, const ShardContent& content, const ShardHe
   SALA_RETURN_IF_ERROR(WriteArray(file, "doc_offsets", Hdf5Type::kU64, content.doc_offsets));
   SALA_RETURN_IF_ERROR(WriteArray(file, "doc_source", Hdf5Type::kU16, content.doc_source));
   SALA_RETURN_IF_ERROR(WriteArray(file, "doc_hash", Hdf5Type::kU64, content.doc_hash));
-  if (header.kind == "sft") SALA_RETURN_IF_ERROR(WriteArray(file, "loss_mask", Hdf5Type::kU8, content.loss_mask));
+  if (header.kind == "sft")
+    SALA_RETURN_IF_ERROR(WriteArray(file, "loss_mask", Hdf5Type::kU8, content.loss_mask));
   return file.Close();
 }
 
 StatusOr<ShardHeader> ReadHeader(const Hdf5Reader& file, const std::string& path) {
   ShardHeader header;
-  for (const char* name : {"format", "version", "kind", "vocab_size", "tokenizer_fingerprint", "n_documents", "n_tokens",
-                           "shard_index", "crc_block_bytes"}) {
-    if (!file.HasAttribute(name)) return FormatError(path, std::string("no attribute ") + name + "; not a token file of ours");
+  for (const char* name : {"format", "version", "kind", "vocab_size", "tokenizer_fingerprint",
+                           "n_documents", "n_tokens", "shard_index", "crc_block_bytes"}) {
+    if (!file.HasAttribute(name))
+      return FormatError(path, std::string("no attribute ") + name + "; not a token file of ours");
   }
   SALA_ASSIGN_OR_RETURN(const std::string format, file.StringAttribute("format"));
-  if (format != "token-shard") return FormatError(path, "format is \"" + Printable(format) + "\", expected token-shard");
+  if (format != "token-shard")
+    return FormatError(path, "format is \"" + Printable(format) + "\", expected token-shard");
   SALA_ASSIGN_OR_RETURN(const int64_t version, file.IntAttribute("version"));
   if (version != kShardVersion) {
     return MakeError(ExitCode::kData, "DS-VERSION",
-                     path + ": version " + std::to_string(version) + ", this program reads " + std::to_string(kShardVersion));
+                     path + ": version " + std::to_string(version) + ", this program reads " +
+                         std::to_string(kShardVersion));
   }
   SALA_ASSIGN_OR_RETURN(const int64_t block, file.IntAttribute("crc_block_bytes"));
-  if (block != kCrcBlockBytes) return FormatError(path, "crc_block_bytes is " + std::to_string(block) + ", expected " + std::to_string(kCrcBlockBytes));
+  if (block != kCrcBlockBytes)
+    return FormatError(path, "crc_block_bytes is " + std::to_string(block) + ", expected " +
+                                 std::to_string(kCrcBlockBytes));
   SALA_ASSIGN_OR_RETURN(header.kind, file.StringAttribute("kind"));
-  SALA_ASSIGN_OR_RETURN(header.tokenizer_fingerprint, file.StringAttribute("tokenizer_fingerprint"));
+  SALA_ASSIGN_OR_RETURN(header.tokenizer_fingerprint,
+                        file.StringAttribute("tokenizer_fingerprint"));
   SALA_ASSIGN_OR_RETURN(header.vocab_size, file.IntAttribute("vocab_size"));
   SALA_ASSIGN_OR_RETURN(header.documents, file.IntAttribute("n_documents"));
   SALA_ASSIGN_OR_RETURN(header.tokens, file.IntAttribute("n_tokens"));
   SALA_ASSIGN_OR_RETURN(header.shard_index, file.IntAttribute("shard_index"));
   if (header.documents < 1 || header.tokens < header.documents) {
-    return FormatError(path, std::to_string(header.documents) + " documents and " + std::to_string(header.tokens) +
-                                 " tokens cannot be");
+    return FormatError(path, std::to_string(header.documents) + " documents and " +
+                                 std::to_string(header.tokens) + " tokens cannot be");
   }
   return header;
 }
@@ -94,12 +104,13 @@ Status AsFormat(const Status& status) {
   return MakeError(ExitCode::kData, "DS-FORMAT", text);
 }
 
-Status AddArray(const Hdf5Reader& file, const std::string& path, const std::string& name, Hdf5Type type, int64_t count,
-                ShardLayout* layout) {
+Status AddArray(const Hdf5Reader& file, const std::string& path, const std::string& name,
+                Hdf5Type type, int64_t count, ShardLayout* layout) {
   auto info = file.Expect(name, type, {count});
   if (!info.ok()) return AsFormat(info.status());
   if (!info->contiguous && info->bytes > 0)
-    return FormatError(path, "/" + name + " is not stored in one piece (repacked?); ingest the data again");
+    return FormatError(
+        path, "/" + name + " is not stored in one piece (repacked?); ingest the data again");
   (*layout).arrays[name] = {info->byte_offset, info->shape[0], static_cast<int64_t>(SizeOf(type))};
   return OkStatus();
 }
@@ -128,14 +139,16 @@ StatusOr<ShardLayout> ReadShardLayout(const std::string& path) {
     Hdf5Type type;
     int64_t count;
   };
-  std::vector<Expected> arrays = {{"tokens", header.vocab_size <= 65536 ? Hdf5Type::kU16 : Hdf5Type::kU32, header.tokens},
-                                  {"doc_offsets", Hdf5Type::kU64, header.documents + 1},
-                                  {"doc_source", Hdf5Type::kU16, header.documents},
-                                  {"doc_hash", Hdf5Type::kU64, header.documents}};
+  std::vector<Expected> arrays = {
+      {"tokens", header.vocab_size <= 65536 ? Hdf5Type::kU16 : Hdf5Type::kU32, header.tokens},
+      {"doc_offsets", Hdf5Type::kU64, header.documents + 1},
+      {"doc_source", Hdf5Type::kU16, header.documents},
+      {"doc_hash", Hdf5Type::kU64, header.documents}};
   if (header.kind == "sft") arrays.push_back({"loss_mask", Hdf5Type::kU8, header.tokens});
   for (const Expected& array : arrays) {
     SALA_RETURN_IF_ERROR(AddArray(file, path, array.name, array.type, array.count, &layout));
-    SALA_RETURN_IF_ERROR(AddArray(file, path, std::string("crc/") + array.name, Hdf5Type::kU32, -1, &layout));
+    SALA_RETURN_IF_ERROR(
+        AddArray(file, path, std::string("crc/") + array.name, Hdf5Type::kU32, -1, &layout));
   }
   return layout;
 }

@@ -1,10 +1,11 @@
-// One tokens-*.h5 file of a token store: layout on disk. HDF5 is used to write it and, once per file, to learn where its
-// arrays lie; training reads a plain map of the file.
+// One tokens-*.h5 file of a token store: layout on disk. HDF5 is used to write it and, once per
+// file, to learn where its arrays lie; training reads a plain map of the file.
 //
 //   /tokens      u16 or u32 [n_tokens]        /doc_offsets u64 [n_documents + 1]
 //   /doc_source  u16 [n_documents]            /doc_hash    u64 [n_documents]
-//   /loss_mask   u8 [n_tokens] (sft only): 1 at t means "token t is something the model must learn to predict"
-//   /crc/NAME    u32 [ceil(bytes / crc_block_bytes)]: CRC32C of each block of the array's bytes
+//   /loss_mask   u8 [n_tokens] (sft only): 1 at t means "token t is something the model must learn
+//   to predict" /crc/NAME    u32 [ceil(bytes / crc_block_bytes)]: CRC32C of each block of the
+//   array's bytes
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,8 @@ struct ShardContent {
   int64_t documents() const { return static_cast<int64_t>(doc_source.size()); }
 };
 
-// Writes path.tmp, fsyncs it and renames it. header.documents and header.tokens are taken from the content.
+// Writes path.tmp, fsyncs it and renames it. header.documents and header.tokens are taken from the
+// content.
 Status WriteShard(const std::string& path, const ShardContent& content, ShardHeader header);
 
 struct ShardArray {

@@ -30,8 +30,9 @@ Status TokenFile::Map(const std::string& name, Blocks* blocks) {
   }
   const int64_t n_blocks = (array->second.bytes() + kCrcBlockBytes - 1) / kCrcBlockBytes;
   if (crc->second.count != n_blocks || crc->second.item_bytes != 4) {
-    return DataError("DS-FORMAT", path_ + ": /crc/" + name + " has " + std::to_string(crc->second.count) +
-                                      " values, expected " + std::to_string(n_blocks));
+    return DataError("DS-FORMAT", path_ + ": /crc/" + name + " has " +
+                                      std::to_string(crc->second.count) + " values, expected " +
+                                      std::to_string(n_blocks));
   }
   blocks->array = array->second;
   blocks->name = name;
@@ -46,10 +47,10 @@ Status TokenFile::CheckBlock(const Blocks& blocks, int64_t block) const {
   const char* data = map_.data() + blocks.array.offset + begin;
   const uint32_t found = Crc32c(data, static_cast<size_t>(bytes));
   if (found != blocks.crc[block]) {
-    return DataError("DS-CRC", path_ + ": /" + blocks.name + " block " + std::to_string(block) + " (byte " +
-                                   std::to_string(blocks.array.offset + begin) + " of the file): CRC32C " +
-                                   Hex32(found) + ", expected " + Hex32(blocks.crc[block]) +
-                                   "; restore the file or ingest again");
+    return DataError("DS-CRC", path_ + ": /" + blocks.name + " block " + std::to_string(block) +
+                                   " (byte " + std::to_string(blocks.array.offset + begin) +
+                                   " of the file): CRC32C " + Hex32(found) + ", expected " +
+                                   Hex32(blocks.crc[block]) + "; restore the file or ingest again");
   }
   if (&blocks == &tokens_) {
     const int64_t item = blocks.array.item_bytes;
@@ -60,12 +61,13 @@ Status TokenFile::CheckBlock(const Blocks& blocks, int64_t block) const {
 
 Status TokenFile::CheckRange(int64_t first, int64_t last) const {
   const auto at = [&](int64_t i) -> int64_t {
-    return tokens_.array.item_bytes == 2 ? Array<uint16_t>(tokens_)[i] : Array<uint32_t>(tokens_)[i];
+    return tokens_.array.item_bytes == 2 ? Array<uint16_t>(tokens_)[i]
+                                         : Array<uint32_t>(tokens_)[i];
   };
   for (int64_t i = first; i < last; ++i) {
     if (at(i) >= layout_.header.vocab_size) {
-      return DataError("DS-RANGE", path_ + ": token " + std::to_string(i) + " has id " + std::to_string(at(i)) +
-                                       ", expected below vocab_size " +
+      return DataError("DS-RANGE", path_ + ": token " + std::to_string(i) + " has id " +
+                                       std::to_string(at(i)) + ", expected below vocab_size " +
                                        std::to_string(layout_.header.vocab_size));
     }
   }
@@ -75,7 +77,8 @@ Status TokenFile::CheckRange(int64_t first, int64_t last) const {
 Status TokenFile::Touch(Blocks& blocks, int64_t begin, int64_t count) {
   if (verify_ == Verify::kNever || count == 0) return OkStatus();
   const int64_t item = blocks.array.item_bytes;
-  for (int64_t b = begin * item / kCrcBlockBytes; b <= ((begin + count) * item - 1) / kCrcBlockBytes; ++b) {
+  for (int64_t b = begin * item / kCrcBlockBytes;
+       b <= ((begin + count) * item - 1) / kCrcBlockBytes; ++b) {
     std::atomic<bool>& done = blocks.done[static_cast<size_t>(b)];
     if (verify_ == Verify::kFirstTouch && done.load(std::memory_order_relaxed)) continue;
     SALA_RETURN_IF_ERROR(CheckBlock(blocks, b));
@@ -91,7 +94,8 @@ Status TokenFile::CheckOffsets() const {
   };
   if (offsets_[0] != 0) return bad("starts with " + std::to_string(offsets_[0]) + ", expected 0");
   for (int64_t d = 0; d < documents; ++d) {
-    if (offsets_[d + 1] <= offsets_[d]) return bad("does not rise at document " + std::to_string(d));
+    if (offsets_[d + 1] <= offsets_[d])
+      return bad("does not rise at document " + std::to_string(d));
   }
   if (offsets_[documents] != static_cast<uint64_t>(layout_.header.tokens)) {
     return bad("ends with " + std::to_string(offsets_[documents]) + ", expected n_tokens " +
@@ -100,15 +104,17 @@ Status TokenFile::CheckOffsets() const {
   return OkStatus();
 }
 
-StatusOr<std::unique_ptr<TokenFile>> TokenFile::Open(const DatasetInfo& info, int64_t index, Verify verify) {
+StatusOr<std::unique_ptr<TokenFile>> TokenFile::Open(const DatasetInfo& info, int64_t index,
+                                                     Verify verify) {
   const DatasetFile& entry = info.files[static_cast<size_t>(index)];
   std::unique_ptr<TokenFile> file(new TokenFile());
   file->path_ = info.directory + "/" + entry.name;
   file->verify_ = verify;
   SALA_ASSIGN_OR_RETURN(const int64_t size, FileSize(file->path_));
   if (size != entry.bytes) {
-    return DataError("DS-SIZE", file->path_ + ": file has " + std::to_string(size) + " bytes, dataset.json says " +
-                                    std::to_string(entry.bytes) + "; restore the file or ingest again");
+    return DataError("DS-SIZE", file->path_ + ": file has " + std::to_string(size) +
+                                    " bytes, dataset.json says " + std::to_string(entry.bytes) +
+                                    "; restore the file or ingest again");
   }
   SALA_ASSIGN_OR_RETURN(file->layout_, ReadShardLayout(file->path_));
   const ShardHeader& header = file->layout_.header;
@@ -116,11 +122,13 @@ StatusOr<std::unique_ptr<TokenFile>> TokenFile::Open(const DatasetInfo& info, in
     if (found == expected) return OkStatus();
     const nlohmann::json f = found;
     const nlohmann::json e = expected;
-    return DataError("DS-FORMAT", file->path_ + ": " + what + " is " + f.dump() + ", dataset.json says " + e.dump());
+    return DataError("DS-FORMAT", file->path_ + ": " + what + " is " + f.dump() +
+                                      ", dataset.json says " + e.dump());
   };
   SALA_RETURN_IF_ERROR(same("kind", header.kind, info.kind));
   SALA_RETURN_IF_ERROR(same("vocab_size", header.vocab_size, info.vocab_size));
-  SALA_RETURN_IF_ERROR(same("tokenizer_fingerprint", header.tokenizer_fingerprint, info.tokenizer_fingerprint));
+  SALA_RETURN_IF_ERROR(
+      same("tokenizer_fingerprint", header.tokenizer_fingerprint, info.tokenizer_fingerprint));
   SALA_RETURN_IF_ERROR(same("n_documents", header.documents, entry.documents));
   SALA_RETURN_IF_ERROR(same("n_tokens", header.tokens, entry.tokens));
   SALA_ASSIGN_OR_RETURN(file->map_, MappedFile::Open(file->path_));
@@ -139,7 +147,8 @@ StatusOr<std::unique_ptr<TokenFile>> TokenFile::Open(const DatasetInfo& info, in
 }
 
 Status TokenFile::CopyTokens(int64_t begin, int64_t count, int32_t* out) {
-  SALA_CHECK(begin >= 0 && count >= 0 && begin + count <= tokens()) << path_ << " [" << begin << ", +" << count << ")";
+  SALA_CHECK(begin >= 0 && count >= 0 && begin + count <= tokens())
+      << path_ << " [" << begin << ", +" << count << ")";
   SALA_RETURN_IF_ERROR(Touch(tokens_, begin, count));
   if (tokens_.array.item_bytes == 2) {
     std::copy_n(Array<uint16_t>(tokens_) + begin, count, out);
@@ -150,7 +159,8 @@ Status TokenFile::CopyTokens(int64_t begin, int64_t count, int32_t* out) {
 }
 
 Status TokenFile::CopyMask(int64_t begin, int64_t count, uint8_t* out) {
-  SALA_CHECK(mask_.crc != nullptr && begin >= 0 && count >= 0 && begin + count <= tokens()) << path_;
+  SALA_CHECK(mask_.crc != nullptr && begin >= 0 && count >= 0 && begin + count <= tokens())
+      << path_;
   SALA_RETURN_IF_ERROR(Touch(mask_, begin, count));
   std::memcpy(out, Array<uint8_t>(mask_) + begin, static_cast<size_t>(count));
   return OkStatus();
@@ -165,7 +175,8 @@ Status TokenFile::VerifyAll() {
   return CheckOffsets();
 }
 
-StatusOr<std::unique_ptr<TokenStore>> TokenStore::Open(const std::string& directory, Verify verify) {
+StatusOr<std::unique_ptr<TokenStore>> TokenStore::Open(const std::string& directory,
+                                                       Verify verify) {
   std::unique_ptr<TokenStore> store(new TokenStore());
   SALA_ASSIGN_OR_RETURN(store->info_, ReadDatasetInfo(directory));
   store->verify_ = verify;
@@ -185,12 +196,13 @@ StatusOr<TokenFile*> TokenStore::File(int64_t index) {
 
 Status TokenStore::CheckTokenizer(const Tokenizer& tokenizer) const {
   if (tokenizer.fingerprint() == info_.tokenizer_fingerprint) return OkStatus();
-  return DataError("TOK-MISMATCH", info_.directory + ": made with tokenizer " + info_.tokenizer_name + " " +
-                                       info_.tokenizer_fingerprint.substr(0, 12) + " (" +
-                                       std::to_string(info_.vocab_size) + " tokens), the run uses " +
-                                       tokenizer.name() + " " + tokenizer.fingerprint().substr(0, 12) + " (" +
-                                       std::to_string(tokenizer.vocab_size()) +
-                                       " tokens); ingest the data with the run's tokenizer");
+  return DataError("TOK-MISMATCH",
+                   info_.directory + ": made with tokenizer " + info_.tokenizer_name + " " +
+                       info_.tokenizer_fingerprint.substr(0, 12) + " (" +
+                       std::to_string(info_.vocab_size) + " tokens), the run uses " +
+                       tokenizer.name() + " " + tokenizer.fingerprint().substr(0, 12) + " (" +
+                       std::to_string(tokenizer.vocab_size()) +
+                       " tokens); ingest the data with the run's tokenizer");
 }
 
 StatusOr<TokenStore::Place> TokenStore::Locate(int64_t n) const {
@@ -200,8 +212,8 @@ StatusOr<TokenStore::Place> TokenStore::Locate(int64_t n) const {
     left -= info_.files[f].documents;
   }
   return MakeError(ExitCode::kUsage, "DS-DOCUMENT",
-                   info_.directory + ": no document " + std::to_string(n) + "; the dataset has documents 0 to " +
-                       std::to_string(info_.documents - 1));
+                   info_.directory + ": no document " + std::to_string(n) +
+                       "; the dataset has documents 0 to " + std::to_string(info_.documents - 1));
 }
 
 }  // namespace sala::data

@@ -1,15 +1,17 @@
 // Token store: a directory of dataset.json (written last: the commit record) and tokens-*.h5.
 //
-//   SALA_ASSIGN_OR_RETURN(auto writer, TokenStoreWriter::Create({.directory = "corpora/web", ...}, *tokenizer));
-//   SALA_RETURN_IF_ERROR(writer->Add({.tokens = ids, .hash = Xxh3(text)}));
+//   SALA_ASSIGN_OR_RETURN(auto writer, TokenStoreWriter::Create({.directory = "corpora/web", ...},
+//   *tokenizer)); SALA_RETURN_IF_ERROR(writer->Add({.tokens = ids, .hash = Xxh3(text)}));
 //   SALA_ASSIGN_OR_RETURN(DatasetInfo info, writer->Finish(ingest_json));
 //
 //   SALA_ASSIGN_OR_RETURN(auto store, TokenStore::Open("corpora/web"));
 //   SALA_ASSIGN_OR_RETURN(TokenFile* file, store->File(0));
-//   SALA_RETURN_IF_ERROR(file->CopyTokens(begin, count, out));   // verifies the CRC of a block on its first touch
+//   SALA_RETURN_IF_ERROR(file->CopyTokens(begin, count, out));   // verifies the CRC of a block on
+//   its first touch
 //
-// Documents never span files. bos, if used, is the first token of a document, eos the last; both are part of it.
-// Errors (65): DS-FORMAT, DS-VERSION, DS-CRC, DS-SIZE, DS-OFFSETS, DS-RANGE; DS-MISSING (66).
+// Documents never span files. bos, if used, is the first token of a document, eos the last; both
+// are part of it. Errors (65): DS-FORMAT, DS-VERSION, DS-CRC, DS-SIZE, DS-OFFSETS, DS-RANGE;
+// DS-MISSING (66).
 #pragma once
 
 #include <array>
@@ -63,8 +65,8 @@ struct DatasetInfo {
 StatusOr<DatasetInfo> ReadDatasetInfo(const std::string& directory);
 
 struct TokenStoreOptions {
-  std::string directory;
-  std::string name;
+  std::string directory = {};
+  std::string name = {};
   bool sft = false;
   bool add_bos = true;  // recorded; the caller puts the tokens there
   bool add_eos = true;
@@ -72,9 +74,9 @@ struct TokenStoreOptions {
 };
 
 struct TokenDocument {
-  std::span<const int32_t> tokens;
-  std::span<const uint8_t> loss_mask;  // sft only, one per token
-  uint64_t hash = 0;                   // XXH3-64 of the text, or of the canonical JSON of a chat
+  std::span<const int32_t> tokens = {};
+  std::span<const uint8_t> loss_mask = {};  // sft only, one per token
+  uint64_t hash = 0;  // XXH3-64 of the text, or of the canonical JSON of a chat
   int64_t source = 0;
 };
 
@@ -102,7 +104,8 @@ enum class Verify { kFirstTouch, kAlways, kNever };
 // One mapped file. CopyTokens and CopyMask may be called from several threads.
 class TokenFile {
  public:
-  static StatusOr<std::unique_ptr<TokenFile>> Open(const DatasetInfo& info, int64_t index, Verify verify);
+  static StatusOr<std::unique_ptr<TokenFile>> Open(const DatasetInfo& info, int64_t index,
+                                                   Verify verify);
 
   int64_t documents() const { return layout_.header.documents; }
   int64_t tokens() const { return layout_.header.tokens; }

@@ -32,8 +32,12 @@ StatusOr<std::string> Sha256OfFile(const std::string& path) {
 json ToJson(const DatasetInfo& info) {
   json files = json::array();
   for (const DatasetFile& f : info.files) {
-    files.push_back({{"name", f.name},     {"bytes", f.bytes},   {"documents", f.documents},
-                     {"tokens", f.tokens}, {"sha256", f.sha256}, {"max_document", f.max_document}});
+    files.push_back({{"name", f.name},
+                     {"bytes", f.bytes},
+                     {"documents", f.documents},
+                     {"tokens", f.tokens},
+                     {"sha256", f.sha256},
+                     {"max_document", f.max_document}});
   }
   json sources = json::array();
   for (const DatasetSource& s : info.sources) {
@@ -82,19 +86,22 @@ Status CheckSelfCrc(const std::string& path, std::string text, const std::string
   const std::string quoted = "\"" + found + "\"";
   const size_t key = text.rfind("\"self_crc32c\"");
   const size_t at = key == std::string::npos ? key : text.find(quoted, key);
-  if (found.size() != 8 || at == std::string::npos) return FormatError(path, "self_crc32c is not 8 hex digits");
+  if (found.size() != 8 || at == std::string::npos)
+    return FormatError(path, "self_crc32c is not 8 hex digits");
   text.replace(at + 1, 8, kNoCrc);
   const std::string expected = Hex32(Crc32c(text.data(), text.size()));
   if (expected == found) return OkStatus();
   return MakeError(ExitCode::kData, "DS-CRC",
-                   path + ": CRC32C of the file is " + expected + ", its self_crc32c says " + found +
-                       "; the file was changed after it was written, restore it");
+                   path + ": CRC32C of the file is " + expected + ", its self_crc32c says " +
+                       found + "; the file was changed after it was written, restore it");
 }
 
 // Reads the fields; throws nlohmann's exceptions where a field is missing or of another type.
 DatasetInfo FromJson(const json& j) {
   DatasetInfo info;
-  const auto id = [&](const char* key) { return j.at(key).is_null() ? -1 : j.at(key).get<int32_t>(); };
+  const auto id = [&](const char* key) {
+    return j.at(key).is_null() ? -1 : j.at(key).get<int32_t>();
+  };
   info.name = j.at("name");
   info.kind = j.at("kind");
   info.token_dtype = j.at("token_dtype");
@@ -136,7 +143,8 @@ Status CheckInfo(const std::string& path, const DatasetInfo& info) {
   if (info.kind != "pretrain" && info.kind != "sft")
     return FormatError(path, "kind is \"" + Printable(info.kind) + "\", expected pretrain or sft");
   if (info.token_dtype != "u16" && info.token_dtype != "u32")
-    return FormatError(path, "token_dtype is \"" + Printable(info.token_dtype) + "\", expected u16 or u32");
+    return FormatError(
+        path, "token_dtype is \"" + Printable(info.token_dtype) + "\", expected u16 or u32");
   if (info.vocab_size <= 0 || info.vocab_size > (int64_t{1} << 31))
     return FormatError(path, "vocab_size is " + std::to_string(info.vocab_size));
   int64_t documents = 0;
@@ -154,7 +162,8 @@ Status CheckInfo(const std::string& path, const DatasetInfo& info) {
   if (documents != info.documents || tokens != info.tokens) {
     return FormatError(path, "the files have " + std::to_string(documents) + " documents and " +
                                  std::to_string(tokens) + " tokens, the totals say " +
-                                 std::to_string(info.documents) + " and " + std::to_string(info.tokens));
+                                 std::to_string(info.documents) + " and " +
+                                 std::to_string(info.tokens));
   }
   return OkStatus();
 }
@@ -165,7 +174,8 @@ StatusOr<DatasetInfo> ReadDatasetInfo(const std::string& directory) {
   const std::string path = directory + "/dataset.json";
   if (!PathExists(path)) {
     return MakeError(ExitCode::kNoInput, "DS-MISSING",
-                     path + ": no such file, so " + directory + " is not a complete dataset; run `sala data ingest`");
+                     path + ": no such file, so " + directory +
+                         " is not a complete dataset; run `sala data ingest`");
   }
   SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
   const json j = json::parse(text, nullptr, /*allow_exceptions=*/false);
@@ -173,12 +183,14 @@ StatusOr<DatasetInfo> ReadDatasetInfo(const std::string& directory) {
   if (!j.contains("format") || j["format"] != "token-dataset")
     return FormatError(path, "\"format\" is not \"token-dataset\"");
   if (!j.contains("version") || j["version"] != kShardVersion) {
-    return MakeError(ExitCode::kData, "DS-VERSION",
-                     path + ": version " + (j.contains("version") ? Printable(j["version"].dump()) : "missing") +
-                         ", this program reads " + std::to_string(kShardVersion) + "; use a newer program");
+    return MakeError(
+        ExitCode::kData, "DS-VERSION",
+        path + ": version " + (j.contains("version") ? Printable(j["version"].dump()) : "missing") +
+            ", this program reads " + std::to_string(kShardVersion) + "; use a newer program");
   }
   const std::string crc = j.contains("self_crc32c") && j["self_crc32c"].is_string()
-                              ? j["self_crc32c"].get<std::string>() : "";
+                              ? j["self_crc32c"].get<std::string>()
+                              : "";
   SALA_RETURN_IF_ERROR(CheckSelfCrc(path, text, crc));
   DatasetInfo info;
   try {
@@ -192,11 +204,12 @@ StatusOr<DatasetInfo> ReadDatasetInfo(const std::string& directory) {
   return info;
 }
 
-StatusOr<std::unique_ptr<TokenStoreWriter>> TokenStoreWriter::Create(const TokenStoreOptions& options,
-                                                                     const Tokenizer& tokenizer) {
+StatusOr<std::unique_ptr<TokenStoreWriter>> TokenStoreWriter::Create(
+    const TokenStoreOptions& options, const Tokenizer& tokenizer) {
   if (PathExists(options.directory + "/dataset.json")) {
-    return MakeError(ExitCode::kIo, "DS-EXISTS",
-                     options.directory + ": there is a dataset already; choose another directory or remove it");
+    return MakeError(
+        ExitCode::kIo, "DS-EXISTS",
+        options.directory + ": there is a dataset already; choose another directory or remove it");
   }
   SALA_RETURN_IF_ERROR(MakeDirectories(options.directory));
   std::unique_ptr<TokenStoreWriter> writer(new TokenStoreWriter());
@@ -228,7 +241,8 @@ int64_t TokenStoreWriter::AddSource(const std::string& name, const std::string& 
 Status TokenStoreWriter::Add(const TokenDocument& document) {
   const int64_t length = static_cast<int64_t>(document.tokens.size());
   SALA_CHECK(document.source >= 0 && document.source < static_cast<int64_t>(info_.sources.size()));
-  SALA_CHECK(info_.sft() ? document.loss_mask.size() == document.tokens.size() : document.loss_mask.empty());
+  SALA_CHECK(info_.sft() ? document.loss_mask.size() == document.tokens.size()
+                         : document.loss_mask.empty());
   SALA_CHECK(length > 0) << "an empty document";
   for (const int32_t id : document.tokens) {
     if (id < 0 || id >= info_.vocab_size) {
@@ -241,15 +255,17 @@ Status TokenStoreWriter::Add(const TokenDocument& document) {
       static_cast<int64_t>(shard_.tokens.size()) + length > options_.shard_tokens)
     SALA_RETURN_IF_ERROR(FlushShard());
   shard_.tokens.insert(shard_.tokens.end(), document.tokens.begin(), document.tokens.end());
-  shard_.loss_mask.insert(shard_.loss_mask.end(), document.loss_mask.begin(), document.loss_mask.end());
+  shard_.loss_mask.insert(shard_.loss_mask.end(), document.loss_mask.begin(),
+                          document.loss_mask.end());
   shard_.doc_offsets.push_back(shard_.tokens.size());
   shard_.doc_source.push_back(static_cast<uint16_t>(document.source));
   shard_.doc_hash.push_back(document.hash);
   ++info_.documents;
   info_.tokens += length;
   // The first token of a document is nobody's target.
-  info_.target_tokens += info_.sft() ? std::count(document.loss_mask.begin() + 1, document.loss_mask.end(), 1)
-                                     : length - 1;
+  info_.target_tokens +=
+      info_.sft() ? std::count(document.loss_mask.begin() + 1, document.loss_mask.end(), 1)
+                  : length - 1;
   ++info_.length_histogram[static_cast<size_t>(std::bit_width(static_cast<uint64_t>(length)) - 1)];
   auto& source = info_.sources[static_cast<size_t>(document.source)];
   ++source.documents;
@@ -273,7 +289,8 @@ Status TokenStoreWriter::FlushShard() {
   file.documents = shard_.documents();
   file.tokens = static_cast<int64_t>(shard_.tokens.size());
   for (size_t d = 0; d + 1 < shard_.doc_offsets.size(); ++d)
-    file.max_document = std::max(file.max_document, static_cast<int64_t>(shard_.doc_offsets[d + 1] - shard_.doc_offsets[d]));
+    file.max_document = std::max(
+        file.max_document, static_cast<int64_t>(shard_.doc_offsets[d + 1] - shard_.doc_offsets[d]));
   info_.files.push_back(file);
   shard_ = ShardContent();
   return OkStatus();

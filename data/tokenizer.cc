@@ -172,8 +172,9 @@ std::unique_ptr<Tokenizer> MakeByteTokenizer() { return std::make_unique<ByteTok
 StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& path) {
   if (path == "bytes") return MakeByteTokenizer();
   if (!PathExists(path)) {
-    return MakeError(ExitCode::kNoInput, "TOK-MISSING",
-                     path + ": no such tokenizer; give a directory with tokenizer.model, or \"bytes\"");
+    return MakeError(
+        ExitCode::kNoInput, "TOK-MISSING",
+        path + ": no such tokenizer; give a directory with tokenizer.model, or \"bytes\"");
   }
   if (!IsDirectory(path)) {
     const size_t name = path.find_last_of('/') + 1;  // npos + 1 == 0

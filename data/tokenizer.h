@@ -4,15 +4,19 @@
 //   std::vector<int32_t> ids = tokenizer->Encode("two words");      // no bos, no eos
 //   std::string text = tokenizer->Decode(ids);                      // the same bytes again
 //
-// Added tokens (the ChatML markers, for example) are split off the text before the model sees it: leftmost first, the
-// longest of those that start at one place. Everything else goes through the model, piece by piece between markers.
+// Added tokens (the ChatML markers, for example) are split off the text before the model sees it:
+// leftmost first, the longest of those that start at one place. Everything else goes through the
+// model, piece by piece between markers.
 //
 // Two kinds:
-//   * SentencePiece: `tokenizer.model`, with `added_tokens.json` {"<|im_end|>": id, ...} beside it if there are any;
-//   * bytes: 256 byte values, then bos 256, eos 257, pad 258, <|im_start|> 259, <|im_end|> 260. The word "bytes" names it.
+//   * SentencePiece: `tokenizer.model`, with `added_tokens.json` {"<|im_end|>": id, ...} beside it
+//   if there are any;
+//   * bytes: 256 byte values, then bos 256, eos 257, pad 258, <|im_start|> 259, <|im_end|> 260. The
+//   word "bytes" names it.
 //
-// A tokenizer trained by TrainSentencePiece gives back every UTF-8 text exactly, with one exception of the SentencePiece
-// format: the character U+2581, which the format uses for the space, comes back as a space.
+// A tokenizer trained by TrainSentencePiece gives back every UTF-8 text exactly, with one exception
+// of the SentencePiece format: the character U+2581, which the format uses for the space, comes
+// back as a space.
 //
 // Errors: TOK-MISSING (66), TOK-FORMAT (65), TOK-TRAIN (65).
 #pragma once
@@ -37,7 +41,8 @@ class Tokenizer {
  public:
   struct Piece {
     int32_t id;
-    int64_t begin;  // byte of the text where the token starts; the bytes of one character may share it
+    int64_t
+        begin;  // byte of the text where the token starts; the bytes of one character may share it
   };
 
   Tokenizer(const Tokenizer&) = delete;
@@ -47,7 +52,8 @@ class Tokenizer {
   std::vector<int32_t> Encode(std::string_view text) const;
   std::vector<Piece> EncodeWithOffsets(std::string_view text) const;
 
-  // Added tokens are shown as their text; bos, eos and pad as nothing; unk as U+FFFD. Bytes that are no UTF-8 stay as they are.
+  // Added tokens are shown as their text; bos, eos and pad as nothing; unk as U+FFFD. Bytes that
+  // are no UTF-8 stay as they are.
   std::string Decode(std::span<const int32_t> ids) const;
   // The bytes one token adds to the text. For showing text while it is generated use StreamDecoder.
   virtual std::string TokenBytes(int32_t id) const = 0;
@@ -61,17 +67,19 @@ class Tokenizer {
   // The id of an added token, or of a piece of the model.
   virtual std::optional<int32_t> FindToken(const std::string& token) const;
 
-  // SHA-256 over the vocabulary in canonical form; equal fingerprints give equal ids for every text.
+  // SHA-256 over the vocabulary in canonical form; equal fingerprints give equal ids for every
+  // text.
   const std::string& fingerprint() const { return fingerprint_; }
   const std::string& name() const { return name_; }
 
-  // Writes the tokenizer's files (those it was read from, byte for byte) and, where they did not exist,
-  // tokenizer_config.json and special_tokens_map.json.
+  // Writes the tokenizer's files (those it was read from, byte for byte) and, where they did not
+  // exist, tokenizer_config.json and special_tokens_map.json.
   virtual Status SaveTo(const std::string& directory) const = 0;
 
  protected:
   Tokenizer() = default;
-  virtual void AppendPieces(std::string_view text, int64_t offset, std::vector<Piece>* out) const = 0;
+  virtual void AppendPieces(std::string_view text, int64_t offset,
+                            std::vector<Piece>* out) const = 0;
   virtual void AppendIds(std::string_view text, std::vector<int32_t>* out) const = 0;
   virtual bool adds_dummy_prefix() const { return false; }
   void SetAddedTokens(std::map<std::string, int32_t> added);
@@ -92,7 +100,8 @@ class Tokenizer {
   std::vector<std::pair<std::string, int32_t>> longest_first_;
 };
 
-// Turns ids into text while they arrive: gives only whole UTF-8 characters and keeps the rest for the next call.
+// Turns ids into text while they arrive: gives only whole UTF-8 characters and keeps the rest for
+// the next call.
 class StreamDecoder {
  public:
   explicit StreamDecoder(const Tokenizer* tokenizer) : tokenizer_(tokenizer) {}
@@ -110,16 +119,18 @@ StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& path);
 std::unique_ptr<Tokenizer> MakeByteTokenizer();
 
 struct TrainTokenizerOptions {
-  std::vector<std::string> inputs;  // UTF-8 text files
-  int64_t vocab_size = 0;           // added tokens included
-  std::string output;               // directory
-  std::vector<std::string> added_tokens = {kImEnd, kImStart};  // ids after the pieces, in this order
-  int64_t seed = 0;                 // chooses the lines when the inputs are larger than max_bytes
+  std::vector<std::string> inputs = {};  // UTF-8 text files
+  int64_t vocab_size = 0;                // added tokens included
+  std::string output = {};               // directory
+  std::vector<std::string> added_tokens = {kImEnd,
+                                           kImStart};  // ids after the pieces, in this order
+  int64_t seed = 0;  // chooses the lines when the inputs are larger than max_bytes
   int64_t max_bytes = int64_t{64} << 20;
   double character_coverage = 0.9999;
 };
 
-// Trains BPE with byte fallback: unk 0, bos 1, eos 2. The same inputs and options give the same files.
+// Trains BPE with byte fallback: unk 0, bos 1, eos 2. The same inputs and options give the same
+// files.
 Status TrainSentencePiece(const TrainTokenizerOptions& options);
 
 }  // namespace sala::data

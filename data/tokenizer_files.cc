@@ -30,9 +30,8 @@ Status WriteTokenizerConfigs(const Tokenizer& tokenizer, const std::string& dire
   nlohmann::json added = nlohmann::json::object();
   nlohmann::json additional = nlohmann::json::array();
   for (const auto& [text, id] : tokenizer.added_tokens()) {
-    added[std::to_string(id)] = {{"content", text},     {"lstrip", false},
-                                 {"normalized", false}, {"rstrip", false},
-                                 {"single_word", false}, {"special", true}};
+    added[std::to_string(id)] = {{"content", text}, {"lstrip", false},      {"normalized", false},
+                                 {"rstrip", false}, {"single_word", false}, {"special", true}};
     additional.push_back(text);
   }
   if (!additional.empty()) special["additional_special_tokens"] = additional;

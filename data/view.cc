@@ -16,14 +16,16 @@ struct Removed {
   int64_t other_split = 0, too_short = 0, too_long = 0, over_seq_len = 0;
 };
 
-std::string Describe(const Removed& removed, const ViewConfig& config, const PackRule& rule, Split split) {
+std::string Describe(const Removed& removed, const ViewConfig& config, const PackRule& rule,
+                     Split split) {
   return std::to_string(removed.other_split) +
          (split == Split::kTraining ? " held out for validation, " : " not held out, ") +
-         std::to_string(removed.too_short) + " shorter than min_tokens " + std::to_string(config.min_tokens) + ", " +
-         std::to_string(removed.too_long) + " not below max_tokens" +
-         (config.max_tokens ? " " + std::to_string(*config.max_tokens) : std::string(" (none)")) + ", " +
-         std::to_string(removed.over_seq_len) + " longer than seq_len " + std::to_string(rule.seq_len) +
-         " (long_documents: drop)";
+         std::to_string(removed.too_short) + " shorter than min_tokens " +
+         std::to_string(config.min_tokens) + ", " + std::to_string(removed.too_long) +
+         " not below max_tokens" +
+         (config.max_tokens ? " " + std::to_string(*config.max_tokens) : std::string(" (none)")) +
+         ", " + std::to_string(removed.over_seq_len) + " longer than seq_len " +
+         std::to_string(rule.seq_len) + " (long_documents: drop)";
 }
 
 }  // namespace
@@ -38,8 +40,9 @@ bool IsHeldOut(uint64_t doc_hash, int64_t seed, double fraction) {
   return (Xxh3(bytes) >> 32) < threshold;
 }
 
-StatusOr<std::unique_ptr<View>> View::Open(const ViewConfig& config, const DataConfig& data, Key key,
-                                           PackRule rule, Split split, std::shared_ptr<TokenStore> store) {
+StatusOr<std::unique_ptr<View>> View::Open(const ViewConfig& config, const DataConfig& data,
+                                           Key key, PackRule rule, Split split,
+                                           std::shared_ptr<TokenStore> store) {
   std::unique_ptr<View> view(new View());
   const DatasetInfo& info = store->info();
   if (rule.long_documents == LongDocuments::kAuto)
@@ -80,24 +83,27 @@ StatusOr<std::unique_ptr<View>> View::Open(const ViewConfig& config, const DataC
   if (view->samples_ == 0) {
     return MakeError(ExitCode::kData, "DS-EMPTY",
                      info.directory + ": view " + view->name() + " has no document left of " +
-                         std::to_string(info.documents) + ": " + Describe(removed, config, rule, split));
+                         std::to_string(info.documents) + ": " +
+                         Describe(removed, config, rule, split));
   }
   view->store_ = std::move(store);
   return view;
 }
 
 std::string View::StreamName(int64_t epoch, const char* purpose, const std::string& extra) const {
-  return "v1|" + std::to_string(key_.seed) + "|" + key_.stage + "|" + key_.view + "|" + std::to_string(epoch) + "|" +
-         purpose + "|" + extra;
+  return "v1|" + std::to_string(key_.seed) + "|" + key_.stage + "|" + key_.view + "|" +
+         std::to_string(epoch) + "|" + purpose + "|" + extra;
 }
 
 void View::PlanEpoch(int64_t epoch) {
   if (epoch_plan_.epoch == epoch) return;
   epoch_plan_.epoch = epoch;
-  epoch_plan_.files = PhiloxStream(StreamName(epoch, "shard_order", "")).Permutation(static_cast<int64_t>(kept_.size()));
+  epoch_plan_.files = PhiloxStream(StreamName(epoch, "shard_order", ""))
+                          .Permutation(static_cast<int64_t>(kept_.size()));
   epoch_plan_.first = {0};
   for (const int64_t file : epoch_plan_.files)
-    epoch_plan_.first.push_back(epoch_plan_.first.back() + file_samples_[static_cast<size_t>(file)]);
+    epoch_plan_.first.push_back(epoch_plan_.first.back() +
+                                file_samples_[static_cast<size_t>(file)]);
 }
 
 void View::PlanFile(int64_t epoch, int64_t file) {
@@ -106,10 +112,12 @@ void View::PlanFile(int64_t epoch, int64_t file) {
   plan.epoch = epoch;
   plan.file = file;
   char extra[32];
-  std::snprintf(extra, sizeof extra, "shard-%05lld", static_cast<long long>(shard_index_[static_cast<size_t>(file)]));
+  std::snprintf(extra, sizeof extra, "shard-%05lld",
+                static_cast<long long>(shard_index_[static_cast<size_t>(file)]));
   const auto& kept = kept_[static_cast<size_t>(file)];
   const auto& lengths = lengths_[static_cast<size_t>(file)];
-  const auto order = PhiloxStream(StreamName(epoch, "doc_order", extra)).Permutation(static_cast<int64_t>(kept.size()));
+  const auto order = PhiloxStream(StreamName(epoch, "doc_order", extra))
+                         .Permutation(static_cast<int64_t>(kept.size()));
   plan.documents.clear();
   std::vector<int64_t> ordered;
   for (const int64_t i : order) {
@@ -131,12 +139,15 @@ ViewSample View::Sample(int64_t k) {
   const auto place = std::upper_bound(first.begin(), first.end(), rank) - first.begin() - 1;
   const int64_t file = epoch_plan_.files[static_cast<size_t>(place)];
   PlanFile(epoch, file);
-  const int64_t sample = file_plan_.order[static_cast<size_t>(rank - first[static_cast<size_t>(place)])];
+  const int64_t sample =
+      file_plan_.order[static_cast<size_t>(rank - first[static_cast<size_t>(place)])];
   ViewSample out;
   const auto& packed = file_plan_.packed;
-  for (int64_t s = packed.first[static_cast<size_t>(sample)]; s < packed.first[static_cast<size_t>(sample) + 1]; ++s) {
+  for (int64_t s = packed.first[static_cast<size_t>(sample)];
+       s < packed.first[static_cast<size_t>(sample) + 1]; ++s) {
     const Segment& segment = packed.segments[static_cast<size_t>(s)];
-    out.runs.push_back({file, file_plan_.documents[static_cast<size_t>(segment.document)], segment.start, segment.length});
+    out.runs.push_back({file, file_plan_.documents[static_cast<size_t>(segment.document)],
+                        segment.start, segment.length});
   }
   return out;
 }

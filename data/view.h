@@ -1,8 +1,10 @@
-// One entry of a mixture: the documents of a dataset that pass the filters, their order in every epoch, and sample k of it.
+// One entry of a mixture: the documents of a dataset that pass the filters, their order in every
+// epoch, and sample k of it.
 //
-// Within an epoch: files in seeded order, so reading goes file by file; within a file documents in seeded order, then packed;
-// the samples of a file in seeded order. The number of samples of a file is the same in every epoch, so sample k is found
-// without walking: epoch k / N, rank k mod N, prefix sums over the epoch's file order.
+// Within an epoch: files in seeded order, so reading goes file by file; within a file documents in
+// seeded order, then packed; the samples of a file in seeded order. The number of samples of a file
+// is the same in every epoch, so sample k is found without walking: epoch k / N, rank k mod N,
+// prefix sums over the epoch's file order.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +19,8 @@
 
 namespace sala::data {
 
-// True iff the top 32 bits of XXH3-64 of (doc_hash, seed), 16 little-endian bytes, are below floor(fraction * 2^32).
+// True iff the top 32 bits of XXH3-64 of (doc_hash, seed), 16 little-endian bytes, are below
+// floor(fraction * 2^32).
 bool IsHeldOut(uint64_t doc_hash, int64_t seed, double fraction);
 
 enum class Split { kTraining, kHeldOut };
@@ -40,8 +43,9 @@ class View {
   };
 
   // DS-EMPTY (65) when no sample is left, with what each filter removed.
-  static StatusOr<std::unique_ptr<View>> Open(const ViewConfig& config, const DataConfig& data, Key key,
-                                              PackRule rule, Split split, std::shared_ptr<TokenStore> store);
+  static StatusOr<std::unique_ptr<View>> Open(const ViewConfig& config, const DataConfig& data,
+                                              Key key, PackRule rule, Split split,
+                                              std::shared_ptr<TokenStore> store);
 
   const std::string& name() const { return key_.view; }
   TokenStore& store() const { return *store_; }
@@ -53,19 +57,21 @@ class View {
 
   ViewSample Sample(int64_t k);
   // The documents of the view, by file.
-  const std::vector<int64_t>& documents_of_file(int64_t file) const { return kept_[static_cast<size_t>(file)]; }
+  const std::vector<int64_t>& documents_of_file(int64_t file) const {
+    return kept_[static_cast<size_t>(file)];
+  }
 
  private:
   struct FilePlan {  // one file in one epoch
     int64_t epoch = -1, file = -1;
     std::vector<int64_t> documents;  // in the order of the epoch
     PackedFile packed;
-    std::vector<int64_t> order;      // of samples
+    std::vector<int64_t> order;  // of samples
   };
   struct EpochPlan {
     int64_t epoch = -1;
-    std::vector<int64_t> files;      // in the order of the epoch
-    std::vector<int64_t> first;      // samples before each of them
+    std::vector<int64_t> files;  // in the order of the epoch
+    std::vector<int64_t> first;  // samples before each of them
   };
   View() = default;
   std::string StreamName(int64_t epoch, const char* purpose, const std::string& extra) const;

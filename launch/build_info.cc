@@ -28,7 +28,8 @@ std::string CpuDescription() {
       break;
     }
   }
-  std::string text = model + ", " + std::to_string(std::thread::hardware_concurrency()) + " logical CPUs,";
+  std::string text =
+      model + ", " + std::to_string(std::thread::hardware_concurrency()) + " logical CPUs,";
   for (const char* flag : {"avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16"}) {
     if (flags.count(flag) > 0) text += std::string(" ") + flag;
   }

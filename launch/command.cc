@@ -7,13 +7,16 @@
 
 namespace sala::launch {
 
-CLI::App* AddCommand(CLI::App& parent, const std::string& name, const std::string& description, const std::string& example) {
+CLI::App* AddCommand(CLI::App& parent, const std::string& name, const std::string& description,
+                     const std::string& example) {
   CLI::App* command = parent.add_subcommand(name, description);
   command->footer("Example:\n  " + example);
   return command;
 }
 
-void PrintError(const Status& status) { std::fprintf(stderr, "sala: error: %s\n", MessageOf(status).c_str()); }
+void PrintError(const Status& status) {
+  std::fprintf(stderr, "sala: error: %s\n", MessageOf(status).c_str());
+}
 
 std::string WithCommas(int64_t value) {
   std::string text = std::to_string(value);

@@ -1,9 +1,10 @@
-// How a subcommand is declared: each group adds its options to the command line and says what to run once all were parsed.
+// How a subcommand is declared: each group adds its options to the command line and says what to
+// run once all were parsed.
 //
 //   void AddExportCommand(CommandLine& line) {
 //     auto options = std::make_shared<Options>();
-//     CLI::App* command = AddCommand(line.app, "export", "write a model folder", "sala export --ckpt DIR --to OUT");
-//     command->add_option("--to", options->to, "new directory")->required();
+//     CLI::App* command = AddCommand(line.app, "export", "write a model folder", "sala export
+//     --ckpt DIR --to OUT"); command->add_option("--to", options->to, "new directory")->required();
 //     line.OnUse(command, [options] { return Run(*options); });
 //   }
 #pragma once
@@ -18,7 +19,8 @@
 namespace sala::launch {
 
 struct CommandLine {
-  CLI::App app{"Trains, converts and exports hybrids of sparse attention and linear attention.", "sala"};
+  CLI::App app{"Trains, converts and exports hybrids of sparse attention and linear attention.",
+               "sala"};
   std::function<Status()> action;  // of the subcommand that was named
   int argc = 0;
   char** argv = nullptr;
@@ -30,7 +32,8 @@ struct CommandLine {
 };
 
 // A subcommand whose --help ends with an example.
-CLI::App* AddCommand(CLI::App& parent, const std::string& name, const std::string& description, const std::string& example);
+CLI::App* AddCommand(CLI::App& parent, const std::string& name, const std::string& description,
+                     const std::string& example);
 
 void AddTrainCommand(CommandLine& line);
 void AddDataCommands(CommandLine& line);
@@ -43,8 +46,8 @@ void AddBenchCommands(CommandLine& line);
 // "sala: error: CODE: text" on stderr.
 void PrintError(const Status& status);
 
-std::string WithCommas(int64_t value);             // 1,234,567
-std::string ByteText(int64_t bytes);               // "1.5 GiB"
+std::string WithCommas(int64_t value);  // 1,234,567
+std::string ByteText(int64_t bytes);    // "1.5 GiB"
 std::string Format(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 }  // namespace sala::launch

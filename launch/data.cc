@@ -36,21 +36,25 @@ std::vector<data::IngestSource> Sources(const IngestCommand& command) {
     const bool named = equals != std::string::npos && input.find('/') > equals;
     const std::string name = named ? input.substr(0, equals) : command.options.name;
     const auto [it, added] = place.emplace(name, sources.size());
-    if (added) sources.push_back({.name = name, .license = command.license, .note = command.note, .inputs = {}});
+    if (added)
+      sources.push_back(
+          {.name = name, .license = command.license, .note = command.note, .inputs = {}});
     sources[it->second].inputs.push_back(named ? input.substr(equals + 1) : input);
   }
   return sources;
 }
 
 StatusOr<std::map<std::string, data::RecordRule>> Rules(const std::vector<std::string>& texts) {
-  const std::map<std::string, data::RecordRule> actions = {
-      {"error", data::RecordRule::kError}, {"skip", data::RecordRule::kSkip}, {"fix", data::RecordRule::kFix}};
+  const std::map<std::string, data::RecordRule> actions = {{"error", data::RecordRule::kError},
+                                                           {"skip", data::RecordRule::kSkip},
+                                                           {"fix", data::RecordRule::kFix}};
   std::map<std::string, data::RecordRule> rules;
   for (const std::string& text : texts) {
     const size_t equals = text.find('=');
     const auto action = actions.find(equals == std::string::npos ? "" : text.substr(equals + 1));
     if (action == actions.end()) {
-      return MakeError(ExitCode::kUsage, "USAGE", "--rule " + text + ": expected RULE=error, RULE=skip or RULE=fix");
+      return MakeError(ExitCode::kUsage, "USAGE",
+                       "--rule " + text + ": expected RULE=error, RULE=skip or RULE=fix");
     }
     rules[text.substr(0, equals)] = action->second;
   }
@@ -68,40 +72,59 @@ Status Ingest(IngestCommand command) {
   }
   options.add_bos = !command.no_bos;
   options.add_eos = !command.no_eos;
-  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer, data::LoadTokenizer(command.tokenizer));
+  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
+                        data::LoadTokenizer(command.tokenizer));
   SALA_ASSIGN_OR_RETURN(const data::IngestReport report, data::RunIngest(options, *tokenizer));
-  std::printf("%s: %s of %s records, %s tokens, %s to learn\n", options.output.c_str(), WithCommas(report.info.documents).c_str(),
-              WithCommas(report.records).c_str(), WithCommas(report.info.tokens).c_str(),
+  std::printf("%s: %s of %s records, %s tokens, %s to learn\n", options.output.c_str(),
+              WithCommas(report.info.documents).c_str(), WithCommas(report.records).c_str(),
+              WithCommas(report.info.tokens).c_str(),
               WithCommas(report.info.target_tokens).c_str());
-  for (const auto& [rule, count] : report.cases) std::printf("  %-16s %s\n", rule.c_str(), WithCommas(count).c_str());
+  for (const auto& [rule, count] : report.cases)
+    std::printf("  %-16s %s\n", rule.c_str(), WithCommas(count).c_str());
   return OkStatus();
 }
 
 void AddIngest(CommandLine& line, CLI::App& group) {
   auto options = std::make_shared<IngestCommand>();
-  CLI::App* command = AddCommand(group, "ingest", "text or chat files to a token store",
-                                 "sala data ingest --tokenizer bytes --input texts/ --name books --to corpora/books");
-  command->add_option("--input", options->inputs, ".txt and .jsonl files or directories of them; NAME=PATH names a source")->required();
+  CLI::App* command = AddCommand(
+      group, "ingest", "text or chat files to a token store",
+      "sala data ingest --tokenizer bytes --input texts/ --name books --to corpora/books");
+  command
+      ->add_option("--input", options->inputs,
+                   ".txt and .jsonl files or directories of them; NAME=PATH names a source")
+      ->required();
   command->add_option("--to", options->options.output, "directory to make")->required();
   command->add_option("--name", options->options.name, "of the dataset")->required();
-  command->add_option("--tokenizer", options->tokenizer, "directory, tokenizer.model or the word bytes")->required();
+  command
+      ->add_option("--tokenizer", options->tokenizer,
+                   "directory, tokenizer.model or the word bytes")
+      ->required();
   command->add_option("--license", options->license, "of the sources, recorded");
   command->add_option("--note", options->note, "on the sources, recorded");
-  command->add_option("--text-field", options->options.text_field, "of .jsonl records, dotted")->capture_default_str();
-  command->add_option("--messages-field", options->options.messages_field, "of chat records")->capture_default_str();
-  CLI::Option* blank = command->add_flag("--blank-lines", options->blank_lines, "a .txt file is cut at blank lines");
-  command->add_option("--separator", options->separator, "a .txt file is cut at lines that are exactly this")->excludes(blank);
+  command->add_option("--text-field", options->options.text_field, "of .jsonl records, dotted")
+      ->capture_default_str();
+  command->add_option("--messages-field", options->options.messages_field, "of chat records")
+      ->capture_default_str();
+  CLI::Option* blank =
+      command->add_flag("--blank-lines", options->blank_lines, "a .txt file is cut at blank lines");
+  command
+      ->add_option("--separator", options->separator,
+                   "a .txt file is cut at lines that are exactly this")
+      ->excludes(blank);
   command->add_flag("--dedup", options->options.dedup, "leave out exact copies");
-  command->add_option("--rule", options->rules, "RULE=error|skip|fix for a kind of bad record (docs/formats.md)");
-  command->add_option("--max-rejects", options->options.max_rejects, "malformed records that may be skipped");
-  command->add_option_function<std::string>(
-             "--chat-mask",
-             [options](const std::string& mask) {
-               options->options.chat_mask = mask == "last"  ? data::ChatMask::kLastAssistant
-                                            : mask == "all" ? data::ChatMask::kAllTokens
-                                                            : data::ChatMask::kAllAssistant;
-             },
-             "what is learned of a chat: every assistant turn, the last one, or all tokens")
+  command->add_option("--rule", options->rules,
+                      "RULE=error|skip|fix for a kind of bad record (docs/formats.md)");
+  command->add_option("--max-rejects", options->options.max_rejects,
+                      "malformed records that may be skipped");
+  command
+      ->add_option_function<std::string>(
+          "--chat-mask",
+          [options](const std::string& mask) {
+            options->options.chat_mask = mask == "last"  ? data::ChatMask::kLastAssistant
+                                         : mask == "all" ? data::ChatMask::kAllTokens
+                                                         : data::ChatMask::kAllAssistant;
+          },
+          "what is learned of a chat: every assistant turn, the last one, or all tokens")
       ->check(CLI::IsMember({"assistant", "last", "all"}));
   command->add_flag("--no-bos", options->no_bos, "no start token before a document");
   command->add_flag("--no-eos", options->no_eos, "no end token behind a document");
@@ -116,7 +139,8 @@ Status Show(const std::string& directory, int64_t document, const std::string& t
   if (!tokenizer_path.empty()) {
     SALA_ASSIGN_OR_RETURN(tokenizer, data::LoadTokenizer(tokenizer_path));
   }
-  SALA_ASSIGN_OR_RETURN(const std::string text, data::ShowDocument(directory, document, tokenizer.get()));
+  SALA_ASSIGN_OR_RETURN(const std::string text,
+                        data::ShowDocument(directory, document, tokenizer.get()));
   std::printf("%s\n", text.c_str());
   return OkStatus();
 }
@@ -128,24 +152,30 @@ Status PrintText(const StatusOr<std::string>& text) {
 
 void AddViews(CommandLine& line, CLI::App& group) {
   auto directory = std::make_shared<std::string>();
-  CLI::App* info = AddCommand(group, "info", "what a token store holds", "sala data info corpora/books");
+  CLI::App* info =
+      AddCommand(group, "info", "what a token store holds", "sala data info corpora/books");
   info->add_option("dataset", *directory, "directory of a token store")->required();
   line.OnUse(info, [directory] { return PrintText(data::DescribeDataset(*directory)); });
 
   auto full = std::make_shared<bool>(false);
-  CLI::App* verify = AddCommand(group, "verify", "whether a token store is whole", "sala data verify corpora/books --full");
+  CLI::App* verify = AddCommand(group, "verify", "whether a token store is whole",
+                                "sala data verify corpora/books --full");
   verify->add_option("dataset", *directory, "directory of a token store")->required();
   verify->add_flag("--full", *full, "also every checksum and every token");
-  line.OnUse(verify, [directory, full] { return PrintText(data::VerifyDataset(*directory, *full)); });
+  line.OnUse(verify,
+             [directory, full] { return PrintText(data::VerifyDataset(*directory, *full)); });
 
   auto document = std::make_shared<int64_t>(0);
   auto tokenizer = std::make_shared<std::string>();
   CLI::App* show = AddCommand(group, "show", "one document: ids, or text with --tokenizer",
                               "sala data show corpora/books --doc 3 --tokenizer bytes");
   show->add_option("dataset", *directory, "directory of a token store")->required();
-  show->add_option("--doc", *document, "number of the document, from 0")->check(CLI::NonNegativeNumber)->capture_default_str();
+  show->add_option("--doc", *document, "number of the document, from 0")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   show->add_option("--tokenizer", *tokenizer, "shows text instead of ids");
-  line.OnUse(show, [directory, document, tokenizer] { return Show(*directory, *document, *tokenizer); });
+  line.OnUse(show,
+             [directory, document, tokenizer] { return Show(*directory, *document, *tokenizer); });
 }
 
 struct SynthCommand {
@@ -156,7 +186,8 @@ struct SynthCommand {
 };
 
 Status Synth(SynthCommand command) {
-  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer, data::LoadTokenizer(command.tokenizer));
+  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
+                        data::LoadTokenizer(command.tokenizer));
   StatusOr<data::DatasetInfo> info{data::DatasetInfo()};
   if (command.task == "continuation") {
     command.continuation.dataset = command.recall.haystack_dataset;
@@ -170,38 +201,57 @@ Status Synth(SynthCommand command) {
     info = data::MaterialiseSynthetic(command.recall, *tokenizer);
   }
   SALA_RETURN_IF_ERROR(info.status());
-  std::printf("%s: %s documents, %s tokens, %s to learn\n", command.recall.output.c_str(), WithCommas(info->documents).c_str(),
-              WithCommas(info->tokens).c_str(), WithCommas(info->target_tokens).c_str());
+  std::printf("%s: %s documents, %s tokens, %s to learn\n", command.recall.output.c_str(),
+              WithCommas(info->documents).c_str(), WithCommas(info->tokens).c_str(),
+              WithCommas(info->target_tokens).c_str());
   return OkStatus();
 }
 
 void AddSynth(CommandLine& line, CLI::App& group) {
   auto options = std::make_shared<SynthCommand>();
   data::SyntheticOptions& recall = options->recall;
-  CLI::App* command = AddCommand(group, "synth", "recall tasks, or chats that continue a text, as a token store",
-                                 "sala data synth --task passkey --tokenizer bytes --documents 100 --length 512 --name pass --to corpora/pass");
+  CLI::App* command =
+      AddCommand(group, "synth", "recall tasks, or chats that continue a text, as a token store",
+                 "sala data synth --task passkey --tokenizer bytes --documents 100 --length 512 "
+                 "--name pass --to corpora/pass");
   command->add_option("--task", options->task, "passkey, niah_multikey, tracking or continuation")
       ->required()
       ->check(CLI::IsMember({"passkey", "niah_multikey", "tracking", "continuation"}));
-  command->add_option("--tokenizer", options->tokenizer, "directory, tokenizer.model or the word bytes")->required();
+  command
+      ->add_option("--tokenizer", options->tokenizer,
+                   "directory, tokenizer.model or the word bytes")
+      ->required();
   command->add_option("--to", recall.output, "directory to make")->required();
   command->add_option("--name", recall.name, "of the dataset")->required();
-  command->add_option("--documents", recall.documents, "how many (continuation: at most; 0: all)")->required()->check(CLI::NonNegativeNumber);
-  command->add_option("--length", recall.recall.length_tokens, "tokens of a document")->check(CLI::PositiveNumber)->capture_default_str();
-  command->add_option("--min-length", recall.min_length_tokens, "lengths from here to --length; 0: all the same")
+  command->add_option("--documents", recall.documents, "how many (continuation: at most; 0: all)")
+      ->required()
+      ->check(CLI::NonNegativeNumber);
+  command->add_option("--length", recall.recall.length_tokens, "tokens of a document")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command
+      ->add_option("--min-length", recall.min_length_tokens,
+                   "lengths from here to --length; 0: all the same")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  command->add_option("--keys", recall.recall.keys, "niah_multikey: keys; tracking: length of the chain")
+  command
+      ->add_option("--keys", recall.recall.keys,
+                   "niah_multikey: keys; tracking: length of the chain")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command->add_flag("--chat", recall.recall.chat, "as a chat; only the answer is learned");
   command->add_option("--seed", recall.recall.seed, "of the random draws")->capture_default_str();
-  command->add_option("--from", recall.haystack_dataset,
-                      "token store of text: what needles are hidden in (default: filler), or what is continued");
-  command->add_option("--prompt-tokens", options->continuation.prompt_tokens, "continuation: of the first part")
+  command->add_option(
+      "--from", recall.haystack_dataset,
+      "token store of text: what needles are hidden in (default: filler), or what is continued");
+  command
+      ->add_option("--prompt-tokens", options->continuation.prompt_tokens,
+                   "continuation: of the first part")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  command->add_option("--answer-tokens", options->continuation.answer_tokens, "continuation: of the answer")
+  command
+      ->add_option("--answer-tokens", options->continuation.answer_tokens,
+                   "continuation: of the answer")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   line.OnUse(command, [options] { return Synth(*options); });
@@ -210,7 +260,8 @@ void AddSynth(CommandLine& line, CLI::App& group) {
 }  // namespace
 
 void AddDataCommands(CommandLine& line) {
-  CLI::App* group = AddCommand(line.app, "data", "token stores: ingest, info, verify, show, synth", "sala data info corpora/books");
+  CLI::App* group = AddCommand(line.app, "data", "token stores: ingest, info, verify, show, synth",
+                               "sala data info corpora/books");
   group->require_subcommand(1);
   AddIngest(line, *group);
   AddViews(line, *group);

@@ -33,32 +33,39 @@ struct SparseKey {
   void Bind(ConfigBinder& b) { b.Field("sparse_attention", &sparse_attention); }
 };
 
-// auto: as the model was trained. A stage's configuration says so; an exported hybrid is one whose long stages used it.
+// auto: as the model was trained. A stage's configuration says so; an exported hybrid is one whose
+// long stages used it.
 StatusOr<bool> UseSparse(const GenerateOptions& options, const recipes::LoadedModel& loaded) {
   if (options.sparse != "auto") return options.sparse == "on";
   if (!loaded.checkpoint) return loaded.config.has_lightning();
   SALA_ASSIGN_OR_RETURN(const std::string yaml, loaded.checkpoint->ReadConfig());
-  SALA_ASSIGN_OR_RETURN(const ConfigDocument document, ConfigDocument::Parse(yaml, options.checkpoint + "/config.yaml"));
+  SALA_ASSIGN_OR_RETURN(const ConfigDocument document,
+                        ConfigDocument::Parse(yaml, options.checkpoint + "/config.yaml"));
   SparseKey key;
   static_cast<void>(BindConfig(document, &key));  // complains of all the other keys
   return key.sparse_attention;
 }
 
-StatusOr<std::vector<int32_t>> PromptIds(const GenerateOptions& options, const data::Tokenizer& tokenizer) {
+StatusOr<std::vector<int32_t>> PromptIds(const GenerateOptions& options,
+                                         const data::Tokenizer& tokenizer) {
   std::string text = options.prompt;
   if (options.chat) {
     SALA_RETURN_IF_ERROR(data::CheckChatTokens(data::ChatMl(), tokenizer));
-    SALA_ASSIGN_OR_RETURN(text, data::RenderPrompt(data::ChatMl(), {{.role = "user", .content = options.prompt}}));
+    SALA_ASSIGN_OR_RETURN(
+        text, data::RenderPrompt(data::ChatMl(), {{.role = "user", .content = options.prompt}}));
   }
   std::vector<int32_t> ids;
   if (tokenizer.bos_id() >= 0) ids.push_back(tokenizer.bos_id());
   const std::vector<int32_t> body = tokenizer.Encode(text);
   ids.insert(ids.end(), body.begin(), body.end());
-  if (ids.empty()) return MakeError(ExitCode::kUsage, "USAGE", "--prompt is empty and the tokenizer has no start token");
+  if (ids.empty())
+    return MakeError(ExitCode::kUsage, "USAGE",
+                     "--prompt is empty and the tokenizer has no start token");
   return ids;
 }
 
-std::vector<int32_t> StopTokens(const model::ModelConfig& config, const data::Tokenizer& tokenizer) {
+std::vector<int32_t> StopTokens(const model::ModelConfig& config,
+                                const data::Tokenizer& tokenizer) {
   std::vector<int32_t> stop = {static_cast<int32_t>(config.eos_token_id)};
   if (tokenizer.eos_id() >= 0) stop.push_back(tokenizer.eos_id());
   const auto im_end = tokenizer.added_tokens().find(data::kImEnd);
@@ -72,13 +79,16 @@ void Show(const std::string& text) {
 }
 
 Status GenerateText(GenerateOptions options) {
-  SALA_ASSIGN_OR_RETURN(const std::string path, recipes::TokenizerPathFor(options.checkpoint, options.tokenizer));
-  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer, data::LoadTokenizer(path));
+  SALA_ASSIGN_OR_RETURN(const std::string path,
+                        recipes::TokenizerPathFor(options.checkpoint, options.tokenizer));
+  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
+                        data::LoadTokenizer(path));
   SALA_ASSIGN_OR_RETURN(recipes::LoadedModel loaded, recipes::LoadModel(options.checkpoint));
   if (tokenizer->vocab_size() > loaded.config.vocab_size) {
     return MakeError(ExitCode::kData, "TOK-VOCAB",
-                     path + ": has " + std::to_string(tokenizer->vocab_size()) + " tokens, the model " +
-                         std::to_string(loaded.config.vocab_size) + "; name the tokenizer the model was trained with");
+                     path + ": has " + std::to_string(tokenizer->vocab_size()) +
+                         " tokens, the model " + std::to_string(loaded.config.vocab_size) +
+                         "; name the tokenizer the model was trained with");
   }
   SALA_ASSIGN_OR_RETURN(const bool sparse, UseSparse(options, loaded));
   SALA_ASSIGN_OR_RETURN(const std::vector<int32_t> prompt, PromptIds(options, *tokenizer));
@@ -102,26 +112,40 @@ Status GenerateText(GenerateOptions options) {
 
 void AddGenerateCommand(CommandLine& line) {
   auto options = std::make_shared<GenerateOptions>();
-  CLI::App* command = AddCommand(line.app, "generate", "continue a prompt with a trained model",
-                                 "sala generate --ckpt runs/tiny/checkpoints/step-000000100 --prompt 'Once upon a time'");
-  command->add_option("--ckpt", options->checkpoint, "checkpoint directory or exported folder")->required();
-  command->add_option("--prompt", options->prompt, "text to continue, or the question with --chat")->required();
+  CLI::App* command = AddCommand(
+      line.app, "generate", "continue a prompt with a trained model",
+      "sala generate --ckpt runs/tiny/checkpoints/step-000000100 --prompt 'Once upon a time'");
+  command->add_option("--ckpt", options->checkpoint, "checkpoint directory or exported folder")
+      ->required();
+  command->add_option("--prompt", options->prompt, "text to continue, or the question with --chat")
+      ->required();
   command->add_flag("--chat", options->chat, "the prompt is a user's turn of a chat (ChatML)");
-  command->add_option("--tokenizer", options->tokenizer, "default: the run's own, or the one in the folder");
-  command->add_option("--temperature", options->sampling.temperature, "0: always the most likely token")
+  command->add_option("--tokenizer", options->tokenizer,
+                      "default: the run's own, or the one in the folder");
+  command
+      ->add_option("--temperature", options->sampling.temperature,
+                   "0: always the most likely token")
       ->check(CLI::Range(0.0, 100.0))
       ->capture_default_str();
-  command->add_option("--top-p", options->sampling.top_p, "sample from the most likely tokens with this probability together")
+  command
+      ->add_option("--top-p", options->sampling.top_p,
+                   "sample from the most likely tokens with this probability together")
       ->check(CLI::Range(1e-6, 1.0))
       ->capture_default_str();
-  command->add_option("--max-new-tokens", options->sampling.max_new_tokens, "where to stop at the latest")
+  command
+      ->add_option("--max-new-tokens", options->sampling.max_new_tokens,
+                   "where to stop at the latest")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 30))
       ->capture_default_str();
-  command->add_option("--seed", options->sampling.seed, "of the random draws")->capture_default_str();
-  command->add_option("--sparse", options->sparse, "block-sparse attention for long prompts: auto (as trained), on, off")
+  command->add_option("--seed", options->sampling.seed, "of the random draws")
+      ->capture_default_str();
+  command
+      ->add_option("--sparse", options->sparse,
+                   "block-sparse attention for long prompts: auto (as trained), on, off")
       ->check(CLI::IsMember({"auto", "on", "off"}))
       ->capture_default_str();
-  command->add_option("--threads", options->threads, "compute threads; 0: all cores")->check(CLI::Range(0, 1024));
+  command->add_option("--threads", options->threads, "compute threads; 0: all cores")
+      ->check(CLI::Range(0, 1024));
   line.OnUse(command, [options] { return GenerateText(*options); });
 }
 

@@ -1,4 +1,5 @@
-// The program: parses the command line, runs one subcommand, turns its status into one line and an exit code.
+// The program: parses the command line, runs one subcommand, turns its status into one line and an
+// exit code.
 #include <cstdio>
 #include <exception>
 #include <string>
@@ -15,10 +16,12 @@ int Run(int argc, char** argv) {
   CommandLine line;
   line.argc = argc;
   line.argv = argv;
-  line.app.set_version_flag("--version", "sala " + sala::launch::Version() + " (" + sala::launch::Commit() + ", " +
+  line.app.set_version_flag("--version", "sala " + sala::launch::Version() + " (" +
+                                             sala::launch::Commit() + ", " +
                                              sala::launch::BuildType() + ")");
   line.app.require_subcommand(1);
-  line.app.footer("Each subcommand has --help with an example. Exit codes and error codes: docs/errors.md");
+  line.app.footer(
+      "Each subcommand has --help with an example. Exit codes and error codes: docs/errors.md");
   sala::launch::AddTrainCommand(line);
   sala::launch::AddDataCommands(line);
   sala::launch::AddTokenizerCommands(line);
@@ -29,7 +32,8 @@ int Run(int argc, char** argv) {
   try {
     line.app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) return line.app.exit(error);  // --help, --version
+    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success))
+      return line.app.exit(error);  // --help, --version
     std::fprintf(stderr, "sala: error: USAGE: %s; see `sala --help` or `sala COMMAND --help`\n",
                  FirstLine(error.what()).c_str());
     return static_cast<int>(sala::ExitCode::kUsage);
@@ -46,7 +50,8 @@ int main(int argc, char** argv) {
   try {
     return Run(argc, argv);
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "sala: error: INTERNAL: %s; this is a defect of the program\n", error.what());
+    std::fprintf(stderr, "sala: error: INTERNAL: %s; this is a defect of the program\n",
+                 error.what());
     return static_cast<int>(sala::ExitCode::kInternal);
   }
 }

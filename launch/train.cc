@@ -38,7 +38,8 @@ StatusOr<recipes::PipelineConfig> Load(const TrainOptions& options) {
 
 Status PrintConfig(const TrainOptions& options) {
   SALA_ASSIGN_OR_RETURN(const recipes::PipelineConfig config, Load(options));
-  for (const auto& [file, text] : recipes::EmitPipeline(config)) std::printf("# %s\n%s\n", file.c_str(), text.c_str());
+  for (const auto& [file, text] : recipes::EmitPipeline(config))
+    std::printf("# %s\n%s\n", file.c_str(), text.c_str());
   return OkStatus();
 }
 
@@ -48,17 +49,20 @@ Status TrainOn(parallel::Communicator& world, const TrainOptions& options) {
   return recipes::RunPipeline(world, *config);
 }
 
-// Ends the process when the other ranks do not end with it: they wait in a collective for this one and would wait for ever.
-// `_exit` because MPI belongs to the main thread, which is blocked; the launcher then ends the job with this exit code.
+// Ends the process when the other ranks do not end with it: they wait in a collective for this one
+// and would wait for ever.
+// `_exit` because MPI belongs to the main thread, which is blocked; the launcher then ends the job
+// with this exit code.
 class EndTogether {
  public:
   explicit EndTogether(const Status& status) {
-    timer_ = std::thread([this, exit_code = static_cast<int>(ExitCodeOf(status)), message = MessageOf(status)] {
-      std::unique_lock<std::mutex> lock(mutex_);
-      if (condition_.wait_for(lock, kPatience, [this] { return together_; })) return;
-      SALA_LOG(Error) << message;  // with rank and host
-      _exit(exit_code);
-    });
+    timer_ = std::thread(
+        [this, exit_code = static_cast<int>(ExitCodeOf(status)), message = MessageOf(status)] {
+          std::unique_lock<std::mutex> lock(mutex_);
+          if (condition_.wait_for(lock, kPatience, [this] { return together_; })) return;
+          SALA_LOG(Error) << message;  // with rank and host
+          _exit(exit_code);
+        });
   }
   EndTogether(const EndTogether&) = delete;
   EndTogether& operator=(const EndTogether&) = delete;
@@ -81,11 +85,14 @@ class EndTogether {
 };
 
 Status TrainAsRank(const TrainOptions& options, CommandLine& line) {
-  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<parallel::MpiSession> mpi, parallel::MpiSession::Start(&line.argc, &line.argv));
+  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<parallel::MpiSession> mpi,
+                        parallel::MpiSession::Start(&line.argc, &line.argv));
   SetLogIdentity(mpi->rank(), mpi->host());
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<parallel::Communicator> world, mpi->World());
-  // A communicator of its own, so that the barrier at the end cannot meet a collective of training on another rank.
-  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<parallel::Communicator> ending, world->Split(/*colour=*/0));
+  // A communicator of its own, so that the barrier at the end cannot meet a collective of training
+  // on another rank.
+  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<parallel::Communicator> ending,
+                        world->Split(/*colour=*/0));
   const Status status = TrainOn(*world, options);
   if (status.ok() || mpi->size() == 1) return status;
   const EndTogether end(status);
@@ -105,12 +112,18 @@ Status Train(const TrainOptions& options, CommandLine& line) {
 
 void AddTrainCommand(CommandLine& line) {
   auto options = std::make_shared<TrainOptions>();
-  CLI::App* command = AddCommand(line.app, "train", "run a pipeline or a stage; under mpirun or srun as one rank of many",
-                                 "mpirun -np 2 sala train configs/tiny/pipeline.yaml --run runs/tiny --set stable.batch.steps=20");
+  CLI::App* command = AddCommand(
+      line.app, "train", "run a pipeline or a stage; under mpirun or srun as one rank of many",
+      "mpirun -np 2 sala train configs/tiny/pipeline.yaml --run runs/tiny --set "
+      "stable.batch.steps=20");
   command->add_option("config", options->config, "pipeline or stage file")->required();
-  command->add_option("--set", options->sets, "KEY.KEY=VALUE over the file; in a pipeline STAGE.KEY=VALUE")->expected(1);
+  command
+      ->add_option("--set", options->sets,
+                   "KEY.KEY=VALUE over the file; in a pipeline STAGE.KEY=VALUE")
+      ->expected(1);
   command->add_option("--run", options->run, "run directory (run.dir)");
-  command->add_option("--resume", options->resume, "auto, never or a checkpoint directory (run.resume)");
+  command->add_option("--resume", options->resume,
+                      "auto, never or a checkpoint directory (run.resume)");
   command->add_flag("--print-config", options->print_config, "print everything resolved and end");
   line.OnUse(command, [options, &line] { return Train(*options, line); });
 }

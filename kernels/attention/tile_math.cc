@@ -1,6 +1,6 @@
 #include "kernels/attention/tile_math.h"
 
-#include <algorithm>
+#include <bit>
 #include <limits>
 
 #include "kernels/common/vector_math.h"
@@ -8,17 +8,17 @@
 namespace sala::kernels {
 namespace {
 
+// Floats in an order-preserving integer form (its own inverse). Compilers turn integer maxima into
+// vector code; those of floats they do not, for the sake of NaN and signed zeros.
+SALA_INLINE int32_t Ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
 SALA_INLINE float RowMax(const float* x, int64_t n) {
-  float lane[kLanes];
-  for (float& value : lane) value = -std::numeric_limits<float>::infinity();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t l = 0; l < kLanes; ++l) lane[l] = x[i + l] > lane[l] ? x[i + l] : lane[l];
+  int32_t best = Ordered(std::bit_cast<int32_t>(-std::numeric_limits<float>::infinity()));
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t key = Ordered(std::bit_cast<int32_t>(x[i]));
+    best = key > best ? key : best;
   }
-  for (; i < n; ++i) lane[i % kLanes] = x[i] > lane[i % kLanes] ? x[i] : lane[i % kLanes];
-  float best = lane[0];
-  for (int64_t l = 1; l < kLanes; ++l) best = lane[l] > best ? lane[l] : best;
-  return best;
+  return std::bit_cast<float>(Ordered(best));
 }
 
 SALA_INLINE int64_t Visible(const ScoreTile& tile, int64_t row) {
@@ -31,7 +31,7 @@ SALA_INLINE int64_t Visible(const ScoreTile& tile, int64_t row) {
 SALA_VECTORIZE
 void OnlineSoftmax(const ScoreTile& tile, float* max, float* sum, float* o, int64_t d) {
   for (int64_t r = 0; r < tile.rows; ++r) {
-    float* s = tile.scores + r * tile.stride;
+    float* __restrict s = tile.scores + r * tile.stride;
     const int64_t visible = Visible(tile, r);
     const float tile_max = RowMax(s, visible);
     const float new_max = tile_max > max[r] ? tile_max : max[r];
@@ -51,8 +51,8 @@ void OnlineSoftmax(const ScoreTile& tile, float* max, float* sum, float* o, int6
 SALA_VECTORIZE
 void SoftmaxBackward(const ScoreTile& tile, const float* lse, const float* delta, float* dp) {
   for (int64_t r = 0; r < tile.rows; ++r) {
-    float* s = tile.scores + r * tile.stride;
-    float* g = dp + r * tile.stride;
+    float* __restrict s = tile.scores + r * tile.stride;
+    float* __restrict g = dp + r * tile.stride;
     const int64_t visible = Visible(tile, r);
     const float row_lse = lse[r];
     const float row_delta = delta[r];

@@ -41,8 +41,4 @@ void LightningDecode(const Context& ctx, const ConstTensor& q, const ConstTensor
                      const ConstTensor& v, std::span<const float> slopes, float scale,
                      const Tensor& state, const Tensor& out);
 
-// One new token (generation): q, k, v, out [N, D]; state [N, D, D] is updated in place.
-void LightningDecode(const Context& ctx, const ConstTensor& q, const ConstTensor& k, const ConstTensor& v,
-                     std::span<const float> slopes, float scale, const Tensor& state, const Tensor& out);
-
 }  // namespace sala::kernels

@@ -17,7 +17,9 @@ class IngestTest : public ::testing::Test {
             .output = dir_ / ("out" + std::to_string(++runs_)),
             .name = "set"};
   }
-  StatusOr<IngestReport> Run(const IngestOptions& options) { return RunIngest(options, *tokenizer_); }
+  StatusOr<IngestReport> Run(const IngestOptions& options) {
+    return RunIngest(options, *tokenizer_);
+  }
 
   // The texts of the documents of the last run, bos and eos left out.
   std::vector<std::string> Texts() {
@@ -35,7 +37,9 @@ class IngestTest : public ::testing::Test {
     }
     return out;
   }
-  std::string LogText() { return ReadText(dir_ / ("out" + std::to_string(runs_)) + "/ingest.log.jsonl"); }
+  std::string LogText() {
+    return ReadText(dir_ / ("out" + std::to_string(runs_)) + "/ingest.log.jsonl");
+  }
 
   TempDir dir_;
   int runs_ = 0;
@@ -73,7 +77,8 @@ TEST_F(IngestTest, SplitAtBlankLinesAndAtSeparators) {
 
 TEST_F(IngestTest, JsonLinesWithADottedFieldAndShards) {
   std::string lines;
-  for (int i = 0; i < 30; ++i) lines += nlohmann::json({{"doc", {{"body", "text " + std::to_string(i)}}}}).dump() + "\n\n";
+  for (int i = 0; i < 30; ++i)
+    lines += nlohmann::json({{"doc", {{"body", "text " + std::to_string(i)}}}}).dump() + "\n\n";
   WriteText(dir_ / "a.jsonl", lines);
   IngestOptions options = Options({"a.jsonl"});
   options.text_field = "doc.body";
@@ -102,10 +107,14 @@ const std::vector<BadRecord>& BadRecords() {
   static const auto* records = new std::vector<BadRecord>{
       {"not_json", "{\"text\": ", "ING-JSON", "not JSON", RecordRule::kError},
       {"not_object", "[1, 2]", "ING-JSON", "found a JSON array", RecordRule::kError},
-      {"field_missing", "{\"body\": \"x\"}", "ING-FIELD", "the record has: body", RecordRule::kError},
-      {"wrong_type", "{\"text\": 5}", "ING-FIELD", "of type number, expected a string", RecordRule::kError},
-      {"invalid_utf8", "{\"text\": \"a\xff\"}", "ING-UTF8", "invalid UTF-8 on line 2, byte 11 of the record (0xff)", RecordRule::kError},
-      {"lone_surrogate", "{\"text\": \"a\\ud800b\"}", "ING-UTF8", "half of a surrogate pair at byte 11", RecordRule::kSkip},
+      {"field_missing", "{\"body\": \"x\"}", "ING-FIELD", "the record has: body",
+       RecordRule::kError},
+      {"wrong_type", "{\"text\": 5}", "ING-FIELD", "of type number, expected a string",
+       RecordRule::kError},
+      {"invalid_utf8", "{\"text\": \"a\xff\"}", "ING-UTF8",
+       "invalid UTF-8 on line 2, byte 11 of the record (0xff)", RecordRule::kError},
+      {"lone_surrogate", "{\"text\": \"a\\ud800b\"}", "ING-UTF8",
+       "half of a surrogate pair at byte 11", RecordRule::kSkip},
       {"nul", "{\"text\": \"a\\u0000b\"}", "ING-NUL", "NUL character at byte 1", RecordRule::kFix},
       {"empty", "{\"text\": \"\"}", "ING-EMPTY", "has no text", RecordRule::kSkip},
       {"duplicate", "{\"text\": \"ok\"}", "ING-DUP", "came before", RecordRule::kSkip},
@@ -119,7 +128,8 @@ TEST_F(IngestTest, EveryRuleAsErrorNamesFileLineAndByte) {
     IngestOptions options = Options({"a.jsonl"});
     options.dedup = true;
     options.rules[bad.rule] = RecordRule::kError;
-    ExpectError(Run(options).status(), bad.code, ExitCode::kData, {"a.jsonl:2 (byte 15)", bad.message});
+    ExpectError(Run(options).status(), bad.code, ExitCode::kData,
+                {"a.jsonl:2 (byte 15)", bad.message});
   }
 }
 
@@ -150,13 +160,16 @@ TEST_F(IngestTest, TheStandardActionOfEveryRule) {
     const auto report = Run(options);
     EXPECT_EQ(report.ok(), bad.standard != RecordRule::kError) << bad.rule;
     if (!report.ok()) continue;
-    EXPECT_EQ(nlohmann::json::parse(LogText())["action"], bad.standard == RecordRule::kSkip ? "skip" : "fix") << bad.rule;
+    EXPECT_EQ(nlohmann::json::parse(LogText())["action"],
+              bad.standard == RecordRule::kSkip ? "skip" : "fix")
+        << bad.rule;
   }
 }
 
 TEST_F(IngestTest, Repairs) {
   WriteText(dir_ / "a.jsonl",
-            "{\"text\": \"a\xff\"}\n{\"text\": \"b\\ud800\\\\ud800\"}\n{\"text\": \"c\\u0000d\"}\n{\"text\": \"\\ud83d\\ude00\"}\n");
+            "{\"text\": \"a\xff\"}\n{\"text\": \"b\\ud800\\\\ud800\"}\n{\"text\": "
+            "\"c\\u0000d\"}\n{\"text\": \"\\ud83d\\ude00\"}\n");
   IngestOptions options = Options({"a.jsonl"});
   options.rules = {{"invalid_utf8", RecordRule::kFix}, {"lone_surrogate", RecordRule::kFix}};
   Value(Run(options));
@@ -165,27 +178,34 @@ TEST_F(IngestTest, Repairs) {
 
 TEST_F(IngestTest, InvalidUtf8InATextFileNamesItsLine) {
   WriteText(dir_ / "a.txt", "fine\nfine too\nbad \xfe here\n");
-  ExpectError(Run(Options({"a.txt"})).status(), "ING-UTF8", ExitCode::kData, {"a.txt:1", "on line 3, byte 18"});
+  ExpectError(Run(Options({"a.txt"})).status(), "ING-UTF8", ExitCode::kData,
+              {"a.txt:1", "on line 3, byte 18"});
 }
 
 TEST_F(IngestTest, RulesThatCannotBe) {
   IngestOptions options = Options({});
   options.rules["emtpy"] = RecordRule::kSkip;
-  ExpectError(Run(options).status(), "ING-RULE", ExitCode::kConfig, {"emtpy", "did you mean empty"});
+  ExpectError(Run(options).status(), "ING-RULE", ExitCode::kConfig,
+              {"emtpy", "did you mean empty"});
   options.rules = {{"not_json", RecordRule::kFix}};
-  ExpectError(Run(options).status(), "ING-RULE", ExitCode::kConfig, {"not_json", "cannot be repaired"});
+  ExpectError(Run(options).status(), "ING-RULE", ExitCode::kConfig,
+              {"not_json", "cannot be repaired"});
 }
 
 TEST_F(IngestTest, InputsThatAreMissingEmptyOrOfAnotherKind) {
   ExpectError(Run(Options({"nothing"})).status(), "ING-INPUT", ExitCode::kNoInput, {"nothing"});
   std::filesystem::create_directories(dir_ / "empty");
-  ExpectError(Run(Options({"empty"})).status(), "ING-EMPTY", ExitCode::kData, {"0 records of 0 files"});
+  ExpectError(Run(Options({"empty"})).status(), "ING-EMPTY", ExitCode::kData,
+              {"0 records of 0 files"});
   WriteText(dir_ / "a.jsonl", "{\"text\": \"\"}\n");
-  ExpectError(Run(Options({"a.jsonl"})).status(), "ING-EMPTY", ExitCode::kData, {"1 records of 1 files", "empty 1"});
+  ExpectError(Run(Options({"a.jsonl"})).status(), "ING-EMPTY", ExitCode::kData,
+              {"1 records of 1 files", "empty 1"});
   WriteText(dir_ / "a.pdf", "x");
   ExpectError(Run(Options({"a.pdf"})).status(), "ING-FORMAT", ExitCode::kData, {"a.pdf", ".jsonl"});
-  WriteText(dir_ / "b.jsonl", "{\"text\": \"t\"}\n{\"messages\": [{\"role\": \"assistant\", \"content\": \"c\"}]}\n");
-  ExpectError(Run(Options({"b.jsonl"})).status(), "ING-KIND", ExitCode::kData, {"b.jsonl:2", "chat record among text"});
+  WriteText(dir_ / "b.jsonl",
+            "{\"text\": \"t\"}\n{\"messages\": [{\"role\": \"assistant\", \"content\": \"c\"}]}\n");
+  ExpectError(Run(Options({"b.jsonl"})).status(), "ING-KIND", ExitCode::kData,
+              {"b.jsonl:2", "chat record among text"});
 }
 
 TEST_F(IngestTest, NamesAndExistingOutputAreChecked) {
@@ -204,7 +224,8 @@ TEST_F(IngestTest, TooManyRejectsEndTheRun) {
   WriteText(dir_ / "a.jsonl", lines);
   IngestOptions options = Options({"a.jsonl"});
   options.rules["not_json"] = RecordRule::kSkip;
-  ExpectError(Run(options).status(), "ING-REJECTS", ExitCode::kData, {"5 malformed records of 10", "at most 0"});
+  ExpectError(Run(options).status(), "ING-REJECTS", ExitCode::kData,
+              {"5 malformed records of 10", "at most 0"});
   options = Options({"a.jsonl"});
   options.rules["not_json"] = RecordRule::kSkip;
   options.max_rejects = 5;
@@ -212,7 +233,8 @@ TEST_F(IngestTest, TooManyRejectsEndTheRun) {
 }
 
 std::string Chat(const std::string& answer_extra = "") {
-  return R"({"id":"q","messages":[{"role":"user","content":"Hello"},{"role":"assistant","content":"Hi.")" + answer_extra + "}]}\n";
+  return R"({"id":"q","messages":[{"role":"user","content":"Hello"},{"role":"assistant","content":"Hi.")" +
+         answer_extra + "}]}\n";
 }
 
 TEST_F(IngestTest, ChatBecomesTokensWithALossMask) {
@@ -222,7 +244,8 @@ TEST_F(IngestTest, ChatBecomesTokensWithALossMask) {
   EXPECT_TRUE(report.info.sft());
   EXPECT_EQ(report.info.target_tokens, 4);  // H i . <|im_end|>
   EXPECT_THAT(Value(ShowDocument(options.output, 0, tokenizer_.get())),
-              ::testing::HasSubstr("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n[[Hi.<|im_end|>]]\n"));
+              ::testing::HasSubstr(
+                  "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n[[Hi.<|im_end|>]]\n"));
 }
 
 TEST_F(IngestTest, ChatMaskModes) {
@@ -235,7 +258,8 @@ TEST_F(IngestTest, ChatMaskModes) {
 
 TEST_F(IngestTest, ChatRolesAreChecked) {
   WriteText(dir_ / "a.jsonl", Chat() + "{\"messages\":[{\"role\":\"robot\",\"content\":\"x\"}]}\n");
-  ExpectError(Run(Options({"a.jsonl"})).status(), "CHAT-ROLE", ExitCode::kData, {"a.jsonl:2", "robot"});
+  ExpectError(Run(Options({"a.jsonl"})).status(), "CHAT-ROLE", ExitCode::kData,
+              {"a.jsonl:2", "robot"});
   IngestOptions options = Options({"a.jsonl"});
   options.rules["chat"] = RecordRule::kSkip;
   options.max_rejects = 1;
@@ -252,11 +276,13 @@ TEST_F(IngestTest, RecordsWithNothingToLearn) {
   strict.rules["empty_target"] = RecordRule::kError;
   ExpectError(Run(strict).status(), "CHAT-NOMASK", ExitCode::kData, {"a.jsonl:1"});
   WriteText(dir_ / "b.jsonl", silent);
-  ExpectError(Run(Options({"b.jsonl"})).status(), "CHAT-NOMASK", ExitCode::kData, {"none of its 1 records"});
+  ExpectError(Run(Options({"b.jsonl"})).status(), "CHAT-NOMASK", ExitCode::kData,
+              {"none of its 1 records"});
   std::string many;
   for (int i = 0; i < 100; ++i) many += silent;
   WriteText(dir_ / "c.jsonl", many + Chat());
-  ExpectError(Run(Options({"c.jsonl"})).status(), "CHAT-NOMASK", ExitCode::kData, {"c.jsonl:100", "first 100 records of source src"});
+  ExpectError(Run(Options({"c.jsonl"})).status(), "CHAT-NOMASK", ExitCode::kData,
+              {"c.jsonl:100", "first 100 records of source src"});
 }
 
 }  // namespace

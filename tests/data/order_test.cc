@@ -20,7 +20,8 @@ std::vector<int64_t> Sequence(const std::vector<double>& weights, int64_t n) {
 
 TEST(Mixture, KnownSequences) {
   EXPECT_EQ(Sequence({3, 1, 1}, 10), (std::vector<int64_t>{0, 1, 0, 2, 0, 0, 1, 0, 2, 0}));
-  EXPECT_EQ(Sequence({0.7, 0.2, 0.1}, 15), (std::vector<int64_t>{0, 0, 1, 0, 2, 0, 0, 0, 1, 0, 0, 0, 1, 0, 2}));
+  EXPECT_EQ(Sequence({0.7, 0.2, 0.1}, 15),
+            (std::vector<int64_t>{0, 0, 1, 0, 2, 0, 0, 0, 1, 0, 0, 0, 1, 0, 2}));
 }
 
 TEST(Mixture, CountsStayWithinTheNumberOfViewsOfTheirShare) {
@@ -32,7 +33,10 @@ TEST(Mixture, CountsStayWithinTheNumberOfViewsOfTheirShare) {
     const auto& counts = mixture.CountsBefore(g);
     EXPECT_EQ(std::accumulate(counts.begin(), counts.end(), int64_t{0}), g);
     for (size_t i = 0; i < w.size(); ++i) {
-      ASSERT_LT(std::abs(static_cast<double>(counts[i]) - static_cast<double>(g) * static_cast<double>(w[i]) / total), 5.0) << g;
+      ASSERT_LT(std::abs(static_cast<double>(counts[i]) -
+                         static_cast<double>(g) * static_cast<double>(w[i]) / total),
+                5.0)
+          << g;
     }
   }
 }
@@ -50,7 +54,8 @@ TEST(Mixture, ChoiceIsAFunctionOfG) {
 }
 
 TEST(Mixture, WeightsMustBePositive) {
-  ExpectError(Mixture::Make({1, 0}).status(), "MIX-WEIGHT", ExitCode::kConfig, {"entry 1", "positive"});
+  ExpectError(Mixture::Make({1, 0}).status(), "MIX-WEIGHT", ExitCode::kConfig,
+              {"entry 1", "positive"});
   ExpectError(Mixture::Make({1, -2}).status(), "MIX-WEIGHT", ExitCode::kConfig, {"-2"});
   ExpectError(Mixture::Make({}).status(), "MIX-WEIGHT", ExitCode::kConfig, {"no entries"});
 }
@@ -68,9 +73,11 @@ std::vector<std::vector<std::string>> Names(const PackedFile& packed) {
   std::vector<std::vector<std::string>> out;
   for (int64_t s = 0; s < packed.samples(); ++s) {
     std::vector<std::string> names;
-    for (auto i = packed.first[static_cast<size_t>(s)]; i < packed.first[static_cast<size_t>(s) + 1]; ++i) {
+    for (auto i = packed.first[static_cast<size_t>(s)];
+         i < packed.first[static_cast<size_t>(s) + 1]; ++i) {
       const Segment& segment = packed.segments[static_cast<size_t>(i)];
-      names.push_back(std::to_string(segment.document) + "." + std::to_string(segment.start) + "+" + std::to_string(segment.length));
+      names.push_back(std::to_string(segment.document) + "." + std::to_string(segment.start) + "+" +
+                      std::to_string(segment.length));
     }
     out.push_back(names);
   }
@@ -82,13 +89,18 @@ const std::vector<int64_t> kLengths = {5, 40, 3, 16, 9, 7, 2, 11, 6};
 
 TEST(Packing, BestFitExample) {
   const PackRule rule{.packing = Packing::kBestFit, .seq_len = 16};
-  EXPECT_EQ(Names(Pack(kLengths, rule)),
-            (Bins{{"1.0+16"}, {"1.16+16"}, {"3.0+16"}, {"7.0+11", "0.0+5"}, {"4.0+9", "5.0+7"},
-                  {"1.32+8", "8.0+6", "6.0+2"}, {"2.0+3"}}));
+  EXPECT_EQ(Names(Pack(kLengths, rule)), (Bins{{"1.0+16"},
+                                               {"1.16+16"},
+                                               {"3.0+16"},
+                                               {"7.0+11", "0.0+5"},
+                                               {"4.0+9", "5.0+7"},
+                                               {"1.32+8", "8.0+6", "6.0+2"},
+                                               {"2.0+3"}}));
 }
 
 TEST(Packing, BestFitOfLongDocuments) {
-  PackRule rule{.packing = Packing::kBestFit, .long_documents = LongDocuments::kTruncate, .seq_len = 16};
+  PackRule rule{
+      .packing = Packing::kBestFit, .long_documents = LongDocuments::kTruncate, .seq_len = 16};
   EXPECT_EQ(Names(Pack({40, 3}, rule)), (Bins{{"0.0+16"}, {"1.0+3"}}));
   rule.long_documents = LongDocuments::kDrop;
   EXPECT_EQ(Names(Pack({40, 3}, rule)), (Bins{{"1.0+3"}}));
@@ -112,8 +124,8 @@ TEST(Packing, OnePerSample) {
   EXPECT_EQ(Names(Pack({5, 20}, rule)), (Bins{{"0.0+5"}, {"1.0+16"}, {"1.16+4"}}));
 }
 
-// Every token of every document lies in exactly one segment, no sample is overfull, and the number of samples does not
-// depend on the order of the documents.
+// Every token of every document lies in exactly one segment, no sample is overfull, and the number
+// of samples does not depend on the order of the documents.
 TEST(Packing, CoversEveryTokenOnceForAnyLengthsAndOrder) {
   PhiloxStream rng("test packing");
   for (int round = 0; round < 60; ++round) {
@@ -129,7 +141,8 @@ TEST(Packing, CoversEveryTokenOnceForAnyLengthsAndOrder) {
     std::map<std::pair<int64_t, int64_t>, int> seen;
     for (int64_t s = 0; s < packed.samples(); ++s) {
       int64_t used = 0;
-      for (auto i = packed.first[static_cast<size_t>(s)]; i < packed.first[static_cast<size_t>(s) + 1]; ++i) {
+      for (auto i = packed.first[static_cast<size_t>(s)];
+           i < packed.first[static_cast<size_t>(s) + 1]; ++i) {
         const Segment& segment = packed.segments[static_cast<size_t>(i)];
         used += segment.length;
         for (int64_t t = 0; t < segment.length; ++t) ++seen[{segment.document, segment.start + t}];
@@ -137,10 +150,12 @@ TEST(Packing, CoversEveryTokenOnceForAnyLengthsAndOrder) {
       ASSERT_GT(used, 0);
       ASSERT_LE(used, rule.seq_len);
     }
-    EXPECT_EQ(static_cast<int64_t>(seen.size()), std::accumulate(lengths.begin(), lengths.end(), int64_t{0}));
+    EXPECT_EQ(static_cast<int64_t>(seen.size()),
+              std::accumulate(lengths.begin(), lengths.end(), int64_t{0}));
     for (const auto& [token, count] : seen) ASSERT_EQ(count, 1);
     std::vector<int64_t> shuffled;
-    for (const int64_t i : rng.Permutation(static_cast<int64_t>(lengths.size()))) shuffled.push_back(lengths[static_cast<size_t>(i)]);
+    for (const int64_t i : rng.Permutation(static_cast<int64_t>(lengths.size())))
+      shuffled.push_back(lengths[static_cast<size_t>(i)]);
     EXPECT_EQ(CountSamples(shuffled, rule), packed.samples());
   }
 }

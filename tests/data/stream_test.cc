@@ -32,12 +32,14 @@ DataConfig Config(const std::vector<std::string>& datasets, Packing packing) {
   return config;
 }
 
-std::unique_ptr<SampleStream> Open(const DataConfig& config, int64_t seq_len = 16, const std::string& stage = "stable") {
+std::unique_ptr<SampleStream> Open(const DataConfig& config, int64_t seq_len = 16,
+                                   const std::string& stage = "stable") {
   const auto tokenizer = MakeByteTokenizer();
   return Value(SampleStream::Open(config, stage, seq_len, *tokenizer));
 }
 
-// Checks one sample against the store: tokens, positions, labels, boundaries, padding. Adds its targets to *targets.
+// Checks one sample against the store: tokens, positions, labels, boundaries, padding. Adds its
+// targets to *targets.
 void CheckSample(const PackedSample& sample, SampleStream& stream, int64_t seq_len,
                  std::map<std::array<int64_t, 3>, int>* targets) {
   const size_t slots = static_cast<size_t>(seq_len);
@@ -55,7 +57,8 @@ void CheckSample(const PackedSample& sample, SampleStream& stream, int64_t seq_l
     std::vector<int32_t> tokens(static_cast<size_t>(length));
     std::vector<uint8_t> mask(tokens.size(), 1);
     SALA_ASSERT_OK(file->CopyTokens(file->begin(meta.document), length, tokens.data()));
-    if (store.info().sft()) SALA_ASSERT_OK(file->CopyMask(file->begin(meta.document), length, mask.data()));
+    if (store.info().sft())
+      SALA_ASSERT_OK(file->CopyMask(file->begin(meta.document), length, mask.data()));
     ASSERT_EQ(sample.cu_seqlens[s + 1] - sample.cu_seqlens[s], meta.length);
     for (int64_t t = 0; t < meta.length; ++t) {
       const size_t slot = static_cast<size_t>(sample.cu_seqlens[s] + t);
@@ -101,15 +104,18 @@ TEST_P(SampleOrder, EveryTargetExactlyOncePerEpochAndEpochsAreOtherPermutations)
     for (const auto& [target, count] : targets) ASSERT_EQ(count, 1);
   }
   EXPECT_NE(crcs[0], crcs[1]);
-  if (GetParam().packing == Packing::kOnePerSample) {  // the others cut documents at other places in every epoch
+  if (GetParam().packing ==
+      Packing::kOnePerSample) {  // the others cut documents at other places in every epoch
     for (auto& epoch : crcs) std::sort(epoch.begin(), epoch.end());
     EXPECT_EQ(crcs[0], crcs[1]);
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(AllPackings, SampleOrder,
-                         ::testing::Values(OrderCase{Packing::kConcat, false}, OrderCase{Packing::kConcat, true},
-                                           OrderCase{Packing::kBestFit, false}, OrderCase{Packing::kBestFit, true},
+                         ::testing::Values(OrderCase{Packing::kConcat, false},
+                                           OrderCase{Packing::kConcat, true},
+                                           OrderCase{Packing::kBestFit, false},
+                                           OrderCase{Packing::kBestFit, true},
                                            OrderCase{Packing::kOnePerSample, false}));
 
 TEST(SampleStream, SamplesAreAFunctionOfG) {
@@ -120,17 +126,21 @@ TEST(SampleStream, SamplesAreAFunctionOfG) {
   auto serial = Open(config);
   std::vector<uint32_t> crcs;
   for (int64_t g = 0; g < 60; ++g) crcs.push_back(DataCrc(Value(serial->Get(g))));
-  for (const int64_t world : {2, 3, 8}) {  // what the ranks of a group deliver together is the serial list
+  for (const int64_t world :
+       {2, 3, 8}) {  // what the ranks of a group deliver together is the serial list
     for (int64_t rank = 0; rank < world; ++rank) {
       auto stream = Open(config);
-      for (int64_t g = rank; g < 60; g += world) ASSERT_EQ(DataCrc(Value(stream->Get(g))), crcs[static_cast<size_t>(g)]);
+      for (int64_t g = rank; g < 60; g += world)
+        ASSERT_EQ(DataCrc(Value(stream->Get(g))), crcs[static_cast<size_t>(g)]);
     }
   }
   auto backwards = Open(config);
-  for (int64_t g = 59; g >= 0; g -= 13) EXPECT_EQ(DataCrc(Value(backwards->Get(g))), crcs[static_cast<size_t>(g)]);
+  for (int64_t g = 59; g >= 0; g -= 13)
+    EXPECT_EQ(DataCrc(Value(backwards->Get(g))), crcs[static_cast<size_t>(g)]);
   auto other_stage = Open(config, 16, "decay");
   int64_t same = 0;
-  for (int64_t g = 0; g < 60; ++g) same += DataCrc(Value(other_stage->Get(g))) == crcs[static_cast<size_t>(g)] ? 1 : 0;
+  for (int64_t g = 0; g < 60; ++g)
+    same += DataCrc(Value(other_stage->Get(g))) == crcs[static_cast<size_t>(g)] ? 1 : 0;
   EXPECT_LT(same, 30);
 }
 
@@ -158,7 +168,8 @@ TEST(SampleStream, LengthRangesSplitADataset) {
   config.mixture[0].max_tokens = 20;
   config.mixture[1].min_tokens = 20;
   auto stream = Open(config, 64);
-  const int64_t shorter = std::count_if(lengths.begin(), lengths.end(), [](int64_t n) { return n < 20; });
+  const int64_t shorter =
+      std::count_if(lengths.begin(), lengths.end(), [](int64_t n) { return n < 20; });
   EXPECT_EQ(stream->views()[0]->documents(), shorter);
   EXPECT_EQ(stream->views()[1]->documents(), 100 - shorter);
   for (int64_t g = 0; g < 20; ++g) {
@@ -174,7 +185,8 @@ TEST(SampleStream, EpochLimits) {
   config.mixture[0].max_epochs = 2;
   auto stream = Open(config);
   SALA_ASSERT_OK(stream->CheckEpochs(6));
-  ExpectError(stream->CheckEpochs(7), "MIX-EPOCHS", ExitCode::kConfig, {"view view0", "7 samples", "max_epochs is 2"});
+  ExpectError(stream->CheckEpochs(7), "MIX-EPOCHS", ExitCode::kConfig,
+              {"view view0", "7 samples", "max_epochs is 2"});
   SALA_ASSERT_OK(stream->Get(5).status());
   ExpectError(stream->Get(6).status(), "MIX-EPOCHS", ExitCode::kConfig);
 }
@@ -189,17 +201,19 @@ TEST(SampleStream, EmptyViewsSayWhatEachFilterRemoved) {
   const auto tokenizer = MakeByteTokenizer();
   const auto status = SampleStream::Open(config, "sft", 16, *tokenizer).status();
   ExpectError(status, "DS-EMPTY", ExitCode::kData,
-              {"view0", "of 4", "0 held out", "2 shorter than min_tokens 5", "1 not below max_tokens 55", "1 longer than seq_len 16"});
+              {"view0", "of 4", "0 held out", "2 shorter than min_tokens 5",
+               "1 not below max_tokens 55", "1 longer than seq_len 16"});
 }
 
 TEST(SampleStream, TokenizerOfTheRunMustBeThatOfTheData) {
   TempDir dir;
   MakeStore(dir / "set", {10});
   WriteText(dir / "corpus.txt", SampleText(40));
-  SALA_ASSERT_OK(TrainSentencePiece({.inputs = {dir / "corpus.txt"}, .vocab_size = 320, .output = dir / "tok"}));
+  SALA_ASSERT_OK(TrainSentencePiece(
+      {.inputs = {dir / "corpus.txt"}, .vocab_size = 320, .output = dir / "tok"}));
   const auto other = Value(LoadTokenizer(dir / "tok"));
-  ExpectError(SampleStream::Open(Config({dir / "set"}, Packing::kConcat), "s", 16, *other).status(), "TOK-MISMATCH",
-              ExitCode::kData, {"bytes", "sentencepiece", "320"});
+  ExpectError(SampleStream::Open(Config({dir / "set"}, Packing::kConcat), "s", 16, *other).status(),
+              "TOK-MISMATCH", ExitCode::kData, {"bytes", "sentencepiece", "320"});
 }
 
 TEST(SampleStream, TwoViewsOfOneName) {
@@ -208,7 +222,8 @@ TEST(SampleStream, TwoViewsOfOneName) {
   DataConfig config = Config({dir / "set", dir / "set"}, Packing::kConcat);
   config.mixture[1].name = "view0";
   const auto tokenizer = MakeByteTokenizer();
-  ExpectError(SampleStream::Open(config, "s", 16, *tokenizer).status(), "CFG-CONFLICT", ExitCode::kConfig, {"view0"});
+  ExpectError(SampleStream::Open(config, "s", 16, *tokenizer).status(), "CFG-CONFLICT",
+              ExitCode::kConfig, {"view0"});
 }
 
 TEST(SampleCursor, CountsAddUpAndUnchangedDataIsAccepted) {
@@ -239,12 +254,16 @@ TEST(SampleCursor, ChangesAreNamedFieldByField) {
               {"seed was 1234, is 99", "views.1.min_tokens was 0, is 4"});
   changed = config;
   changed.mixture.pop_back();
-  ExpectError(Open(changed)->CheckCursor(cursor), "DATA-CHANGED", ExitCode::kConfig, {"views.1 was {", "is null"});
-  ExpectError(Open(config, 32)->CheckCursor(cursor), "DATA-CHANGED", ExitCode::kConfig, {"seq_len was 16, is 32"});
+  ExpectError(Open(changed)->CheckCursor(cursor), "DATA-CHANGED", ExitCode::kConfig,
+              {"views.1 was {", "is null"});
+  ExpectError(Open(config, 32)->CheckCursor(cursor), "DATA-CHANGED", ExitCode::kConfig,
+              {"seq_len was 16, is 32"});
   auto damaged = cursor;
   damaged["counts"]["view0"] = 7;
-  ExpectError(Open(config)->CheckCursor(damaged), "DATA-CHANGED", ExitCode::kConfig, {"cursor.counts.view0 was 7, is 20"});
-  ExpectError(Open(config)->CheckCursor(nlohmann::json::array()), "DATA-CHANGED", ExitCode::kConfig, {"no sample index"});
+  ExpectError(Open(config)->CheckCursor(damaged), "DATA-CHANGED", ExitCode::kConfig,
+              {"cursor.counts.view0 was 7, is 20"});
+  ExpectError(Open(config)->CheckCursor(nlohmann::json::array()), "DATA-CHANGED", ExitCode::kConfig,
+              {"no sample index"});
 }
 
 TEST(Validation, HeldOutDocumentsAreInNoTrainingView) {
@@ -274,7 +293,8 @@ TEST(Validation, HeldOutDocumentsAreInNoTrainingView) {
   for (const Document& d : held_out) EXPECT_EQ(trained.count(d), 0U);
   EXPECT_EQ(held_out.size() + trained.size(), 500U);
   EXPECT_EQ(set->documents(), static_cast<int64_t>(held_out.size()));
-  // 500 draws of probability 0.2: mean 100, standard deviation sqrt(500 * 0.2 * 0.8) = 9; five of them.
+  // 500 draws of probability 0.2: mean 100, standard deviation sqrt(500 * 0.2 * 0.8) = 9; five of
+  // them.
   EXPECT_NEAR(static_cast<double>(held_out.size()), 100.0, 45.0);
 }
 
@@ -287,7 +307,8 @@ TEST(Validation, FixedOrderAndLimit) {
   const auto first = Value(ValidationSet::Open(config, 32, *tokenizer));
   const auto second = Value(ValidationSet::Open(config, 32, *tokenizer));
   ASSERT_EQ(first->size(), 5);
-  for (int64_t i = 0; i < 5; ++i) EXPECT_EQ(DataCrc(Value(first->Get(i))), DataCrc(Value(second->Get(i))));
+  for (int64_t i = 0; i < 5; ++i)
+    EXPECT_EQ(DataCrc(Value(first->Get(i))), DataCrc(Value(second->Get(i))));
   config.validation.fraction = 0;
   EXPECT_EQ(Value(ValidationSet::Open(config, 32, *tokenizer))->size(), 0);
 }
@@ -295,7 +316,8 @@ TEST(Validation, FixedOrderAndLimit) {
 TEST(Validation, SplitFollowsTheHashRule) {
   EXPECT_FALSE(IsHeldOut(12345, 1, 0.0));
   EXPECT_TRUE(IsHeldOut(12345, 1, 1.0));
-  // The rule written out: 16 little-endian bytes of (hash, seed), top 32 bits against floor(fraction * 2^32).
+  // The rule written out: 16 little-endian bytes of (hash, seed), top 32 bits against
+  // floor(fraction * 2^32).
   const std::string bytes("\x39\x30\0\0\0\0\0\0\x01\0\0\0\0\0\0\0", 16);
   const double share = static_cast<double>(Xxh3(bytes) >> 32) / 4294967296.0;
   EXPECT_FALSE(IsHeldOut(12345, 1, share));
@@ -308,9 +330,11 @@ TEST(DataConfig, ReadsAndChecksYaml) {
     return document.ok() ? BindConfig(*document, config) : document.status();
   };
   DataConfig config;
-  SALA_ASSERT_OK(read("seed: 7\npacking: concat\nvalidation: {fraction: 0.01}\nmixture:\n"
-                      "  - {dataset: a, weight: 0.5, max_tokens: 4K}\n  - {dataset: a, name: long, min_tokens: 4096}\n",
-                      &config));
+  SALA_ASSERT_OK(
+      read("seed: 7\npacking: concat\nvalidation: {fraction: 0.01}\nmixture:\n"
+           "  - {dataset: a, weight: 0.5, max_tokens: 4K}\n  - {dataset: a, name: long, "
+           "min_tokens: 4096}\n",
+           &config));
   EXPECT_EQ(config.packing, Packing::kConcat);
   EXPECT_EQ(config.mixture[0].max_tokens, 4096);
   EXPECT_EQ(config.mixture[1].name, "long");
@@ -318,7 +342,8 @@ TEST(DataConfig, ReadsAndChecksYaml) {
   SALA_ASSERT_OK(read(EmitConfig(config), &again));
   EXPECT_EQ(EmitConfig(again), EmitConfig(config));
   DataConfig bad;
-  EXPECT_EQ(ExitCodeOf(read("mixture:\n  - {dataset: a, min_tokens: 10, max_tokens: 10}\n", &bad)), ExitCode::kConfig);
+  EXPECT_EQ(ExitCodeOf(read("mixture:\n  - {dataset: a, min_tokens: 10, max_tokens: 10}\n", &bad)),
+            ExitCode::kConfig);
   EXPECT_EQ(ErrorCodeOf(read("mixture:\n  - {dataset: a, wieght: 2}\n", &bad)), "CFG-KEY");
 }
 

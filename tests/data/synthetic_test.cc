@@ -15,7 +15,8 @@ class SyntheticTest : public ::testing::Test {
   static void SetUpTestSuite() {
     dir_ = new TempDir();
     WriteText(*dir_ / "corpus.txt", SampleText(80));
-    const auto status = TrainSentencePiece({.inputs = {*dir_ / "corpus.txt"}, .vocab_size = 500, .output = *dir_ / "tok"});
+    const auto status = TrainSentencePiece(
+        {.inputs = {*dir_ / "corpus.txt"}, .vocab_size = 500, .output = *dir_ / "tok"});
     ASSERT_TRUE(status.ok()) << MessageOf(status);
     tokenizer_ = Value(LoadTokenizer(*dir_ / "tok")).release();
   }
@@ -30,14 +31,17 @@ class SyntheticTest : public ::testing::Test {
 TempDir* SyntheticTest::dir_ = nullptr;
 Tokenizer* SyntheticTest::tokenizer_ = nullptr;
 
-constexpr RecallTask kTasks[] = {RecallTask::kPasskey, RecallTask::kMultiKey, RecallTask::kTracking};
+constexpr RecallTask kTasks[] = {RecallTask::kPasskey, RecallTask::kMultiKey,
+                                 RecallTask::kTracking};
 
 // A text dataset of a few long documents.
 void MakeTextStore(const std::string& directory, const Tokenizer& tokenizer, int documents) {
-  auto writer = Value(TokenStoreWriter::Create({.directory = directory, .name = "text"}, tokenizer));
+  auto writer =
+      Value(TokenStoreWriter::Create({.directory = directory, .name = "text"}, tokenizer));
   writer->AddSource("text", "CC0-1.0", "");
   for (int d = 0; d < documents; ++d) {
-    const std::string text = "Document " + std::to_string(d) + " begins here and goes on. " + SampleText(10 + d);
+    const std::string text =
+        "Document " + std::to_string(d) + " begins here and goes on. " + SampleText(10 + d);
     const auto ids = tokenizer.Encode(text);
     SALA_ASSERT_OK(writer->Add({.tokens = ids, .hash = Xxh3(text)}));
   }
@@ -54,7 +58,8 @@ TEST_F(SyntheticTest, ItemsFillTheLengthAndAnswersStartOnAToken) {
           const RecallItem item = Value(MakeRecallItem(options, haystack, *tokenizer_, index));
           const int64_t used = static_cast<int64_t>(item.prompt.size() + item.answer.size());
           EXPECT_LE(used, length);
-          // One more unit would not fit: a unit of the filler has at most 60 bytes, a token at least one.
+          // One more unit would not fit: a unit of the filler has at most 60 bytes, a token at
+          // least one.
           EXPECT_GT(used, length - 62) << NameOf(task);
           EXPECT_EQ(item.prompt.front(), tokenizer_->bos_id());
           std::vector<int32_t> all(item.prompt.begin() + 1, item.prompt.end());
@@ -72,18 +77,22 @@ TEST_F(SyntheticTest, TheAnswerFollowsFromTheContext) {
   std::set<std::string> answers;
   std::set<double> depths;
   for (int64_t index = 0; index < 40; ++index) {
-    const RecallItem key = Value(MakeRecallItem({.task = RecallTask::kPasskey, .length_tokens = 900}, haystack, *tokenizer_, index));
+    const RecallItem key = Value(MakeRecallItem(
+        {.task = RecallTask::kPasskey, .length_tokens = 900}, haystack, *tokenizer_, index));
     EXPECT_THAT(key.prompt_text, ::testing::HasSubstr("The pass key is" + key.answer_text + "."));
     answers.insert(key.answer_text);
     depths.insert(key.depth);
-    const RecallItem multi = Value(MakeRecallItem({.task = RecallTask::kMultiKey, .length_tokens = 900}, haystack, *tokenizer_, index));
+    const RecallItem multi = Value(MakeRecallItem(
+        {.task = RecallTask::kMultiKey, .length_tokens = 900}, haystack, *tokenizer_, index));
     const std::string lead = multi.prompt_text.substr(multi.prompt_text.find_last_of('\n') + 1);
     EXPECT_THAT(multi.prompt_text, ::testing::HasSubstr(lead + multi.answer_text + "."));
-    const RecallItem chain = Value(MakeRecallItem({.task = RecallTask::kTracking, .length_tokens = 900}, haystack, *tokenizer_, index));
+    const RecallItem chain = Value(MakeRecallItem(
+        {.task = RecallTask::kTracking, .length_tokens = 900}, haystack, *tokenizer_, index));
     std::string before;
     for (size_t at = 1; at < chain.answer_text.size(); at += 6) {  // five letters and a space each
       const std::string name = chain.answer_text.substr(at, 5);
-      const size_t line = chain.prompt_text.find("VAR " + name + " = " + (before.empty() ? "" : "VAR " + before + "."));
+      const size_t line = chain.prompt_text.find("VAR " + name + " = " +
+                                                 (before.empty() ? "" : "VAR " + before + "."));
       EXPECT_NE(line, std::string::npos) << name;
       before = name;
     }
@@ -109,10 +118,13 @@ TEST_F(SyntheticTest, ItemsAreDeterministicAndDiffer) {
 }
 
 TEST_F(SyntheticTest, LengthsThatAreTooShort) {
-  const auto status = MakeRecallItem({.length_tokens = 20}, Haystack::Filler(), *tokenizer_, 0).status();
+  const auto status =
+      MakeRecallItem({.length_tokens = 20}, Haystack::Filler(), *tokenizer_, 0).status();
   ExpectError(status, "EVAL-LENGTH", ExitCode::kConfig, {"passkey", "length 20"});
-  ExpectError(MakeRecallItem({.keys = 99}, Haystack::Filler(), *tokenizer_, 0).status(), "EVAL-TASK", ExitCode::kConfig, {"99"});
-  ExpectError(RecallTaskNamed("needles").status(), "EVAL-TASK", ExitCode::kConfig, {"needles", "tracking"});
+  ExpectError(MakeRecallItem({.keys = 99}, Haystack::Filler(), *tokenizer_, 0).status(),
+              "EVAL-TASK", ExitCode::kConfig, {"99"});
+  ExpectError(RecallTaskNamed("needles").status(), "EVAL-TASK", ExitCode::kConfig,
+              {"needles", "tracking"});
 }
 
 TEST_F(SyntheticTest, RunningTextAsHaystack) {
@@ -122,16 +134,21 @@ TEST_F(SyntheticTest, RunningTextAsHaystack) {
   EXPECT_GT(haystack.units().size(), 40U);
   const RecallItem item = Value(MakeRecallItem({.length_tokens = 700}, haystack, *tokenizer_, 0));
   EXPECT_THAT(item.prompt_text, ::testing::HasSubstr("river bank."));
-  ExpectError(MakeRecallItem({.length_tokens = 100000}, haystack, *tokenizer_, 0).status(), "EVAL-HAYSTACK", ExitCode::kConfig, {"larger dataset"});
-  ExpectError(Haystack::FromDataset(dir / "none", *tokenizer_).status(), "EVAL-HAYSTACK", ExitCode::kConfig, {"none"});
+  ExpectError(MakeRecallItem({.length_tokens = 100000}, haystack, *tokenizer_, 0).status(),
+              "EVAL-HAYSTACK", ExitCode::kConfig, {"larger dataset"});
+  ExpectError(Haystack::FromDataset(dir / "none", *tokenizer_).status(), "EVAL-HAYSTACK",
+              ExitCode::kConfig, {"none"});
   const Haystack::HeldOut nothing{.seed = 1, .fraction = 0};
-  ExpectError(Haystack::FromDataset(dir / "text", *tokenizer_, 1 << 20, &nothing).status(), "EVAL-HAYSTACK", ExitCode::kConfig, {"held out"});
+  ExpectError(Haystack::FromDataset(dir / "text", *tokenizer_, 1 << 20, &nothing).status(),
+              "EVAL-HAYSTACK", ExitCode::kConfig, {"held out"});
 }
 
 // A tokenizer that joins the space of the answer to the word before it.
 class GreedySpace : public Tokenizer {
  public:
-  std::string TokenBytes(int32_t id) const override { return std::string(1, static_cast<char>(id & 0xff)); }
+  std::string TokenBytes(int32_t id) const override {
+    return std::string(1, static_cast<char>(id & 0xff));
+  }
   int64_t vocab_size() const override { return 512; }
   int32_t bos_id() const override { return -1; }
   int32_t eos_id() const override { return -1; }
@@ -151,17 +168,19 @@ class GreedySpace : public Tokenizer {
 };
 
 TEST_F(SyntheticTest, AnswersInsideATokenAreRefused) {
-  ExpectError(MakeRecallItem({.length_tokens = 2000}, Haystack::Filler(), GreedySpace(), 0).status(), "EVAL-BOUNDARY",
-              ExitCode::kConfig, {"passkey", "does not start on a token"});
+  ExpectError(
+      MakeRecallItem({.length_tokens = 2000}, Haystack::Filler(), GreedySpace(), 0).status(),
+      "EVAL-BOUNDARY", ExitCode::kConfig, {"passkey", "does not start on a token"});
 }
 
 TEST_F(SyntheticTest, MaterialisedTextTrainsLikeAnyDataset) {
   TempDir dir;
-  const SyntheticOptions options{.recall = {.task = RecallTask::kPasskey, .length_tokens = 400},
-                                 .min_length_tokens = 200,
-                                 .documents = 12,
-                                 .output = dir / "set",
-                                 .name = "passkeys"};
+  SyntheticOptions options;
+  options.recall.length_tokens = 400;
+  options.min_length_tokens = 200;
+  options.documents = 12;
+  options.output = dir / "set";
+  options.name = "passkeys";
   const DatasetInfo info = Value(MaterialiseSynthetic(options, *tokenizer_));
   EXPECT_EQ(info.documents, 12);
   EXPECT_EQ(info.kind, "pretrain");
@@ -178,10 +197,13 @@ TEST_F(SyntheticTest, MaterialisedTextTrainsLikeAnyDataset) {
 
 TEST_F(SyntheticTest, MaterialisedChatLearnsTheAnswerOnly) {
   TempDir dir;
-  const SyntheticOptions options{.recall = {.task = RecallTask::kMultiKey, .length_tokens = 500, .chat = true},
-                                 .documents = 3,
-                                 .output = dir / "set",
-                                 .name = "needles"};
+  SyntheticOptions options;
+  options.recall.task = RecallTask::kMultiKey;
+  options.recall.length_tokens = 500;
+  options.recall.chat = true;
+  options.documents = 3;
+  options.output = dir / "set";
+  options.name = "needles";
   const DatasetInfo info = Value(MaterialiseSynthetic(options, *tokenizer_));
   EXPECT_TRUE(info.sft());
   EXPECT_LE(info.files[0].max_document, 500);
@@ -193,20 +215,28 @@ TEST_F(SyntheticTest, MaterialisedChatLearnsTheAnswerOnly) {
 TEST_F(SyntheticTest, ContinuationOfRealDocuments) {
   TempDir dir;
   MakeTextStore(dir / "text", *tokenizer_, 3);
-  const ContinuationOptions options{.dataset = dir / "text", .output = dir / "set", .name = "go-on", .prompt_tokens = 60, .answer_tokens = 40, .documents = 7};
+  const ContinuationOptions options{.dataset = dir / "text",
+                                    .output = dir / "set",
+                                    .name = "go-on",
+                                    .prompt_tokens = 60,
+                                    .answer_tokens = 40,
+                                    .documents = 7};
   const DatasetInfo info = Value(MaterialiseContinuation(options, *tokenizer_));
   EXPECT_EQ(info.documents, 7);
   const std::string shown = Value(ShowDocument(dir / "set", 0, tokenizer_));
-  EXPECT_THAT(shown, ::testing::HasSubstr("<|im_start|>user\nContinue this text:\nDocument 0 begins here"));
+  EXPECT_THAT(
+      shown, ::testing::HasSubstr("<|im_start|>user\nContinue this text:\nDocument 0 begins here"));
   const size_t begin = shown.find("[[") + 2;
   const std::string answer = shown.substr(begin, shown.find("<|im_end|>]]") - begin);
-  const std::string question = shown.substr(shown.find("text:\n") + 6, shown.find("<|im_end|>") - shown.find("text:\n") - 6);
+  const std::string question =
+      shown.substr(shown.find("text:\n") + 6, shown.find("<|im_end|>") - shown.find("text:\n") - 6);
   const std::string original = "Document 0 begins here and goes on. " + SampleText(10);
   EXPECT_EQ(original.substr(0, question.size() + answer.size()), question + answer);
   ContinuationOptions longer = options;
   longer.output = dir / "longer";
   longer.prompt_tokens = 1 << 20;
-  ExpectError(MaterialiseContinuation(longer, *tokenizer_).status(), "DS-EMPTY", ExitCode::kData, {"tokens with a space"});
+  ExpectError(MaterialiseContinuation(longer, *tokenizer_).status(), "DS-EMPTY", ExitCode::kData,
+              {"tokens with a space"});
 }
 
 }  // namespace

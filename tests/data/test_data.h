@@ -34,9 +34,9 @@ inline void ExpectError(const Status& status, const std::string& code, ExitCode 
   for (const std::string& part : parts) EXPECT_THAT(MessageOf(status), ::testing::HasSubstr(part));
 }
 
-#define SALA_ASSERT_OK(expr)                                              \
-  do {                                                                    \
-    const ::sala::Status sala_test_status = (expr);                       \
+#define SALA_ASSERT_OK(expr)                                                   \
+  do {                                                                         \
+    const ::sala::Status sala_test_status = (expr);                            \
     ASSERT_TRUE(sala_test_status.ok()) << ::sala::MessageOf(sala_test_status); \
   } while (false)
 
@@ -51,21 +51,26 @@ T Value(StatusOr<T> result) {
 inline std::string SampleText(int repeat) {
   std::string text;
   for (int i = 0; i < repeat; ++i) {
-    text += "The quick brown fox number " + std::to_string(i * 7919 % 1000) +
-            " jumps over the lazy dog near the river bank.\n\n"
-            "When the evening comes, people walk home along the quiet street, and the lamps are lit.\n"
-            "  if (value > limit) {\n\treturn value - limit;  // two spaces\n  }\n"
-            "Caf\xc3\xa9 na\xc3\xafve \xe6\x97\xa5\xe6\x9c\xac \xf0\x9f\x98\x80.\n";
+    text +=
+        "The quick brown fox number " + std::to_string(i * 7919 % 1000) +
+        " jumps over the lazy dog near the river bank.\n\n"
+        "When the evening comes, people walk home along the quiet street, and the lamps are lit.\n"
+        "  if (value > limit) {\n\treturn value - limit;  // two spaces\n  }\n"
+        "Caf\xc3\xa9 na\xc3\xafve \xe6\x97\xa5\xe6\x9c\xac \xf0\x9f\x98\x80.\n";
   }
   return text;
 }
 
-// Documents of the given lengths: token j of document d is (d * 31 + j) % 200, its first token d % 200.
-inline std::unique_ptr<TokenStore> MakeStore(const std::string& directory, const std::vector<int64_t>& lengths,
-                                             int64_t shard_tokens = int64_t{1} << 20, bool sft = false) {
+// Documents of the given lengths: token j of document d is (d * 31 + j) % 200, its first token d %
+// 200.
+inline std::unique_ptr<TokenStore> MakeStore(const std::string& directory,
+                                             const std::vector<int64_t>& lengths,
+                                             int64_t shard_tokens = int64_t{1} << 20,
+                                             bool sft = false) {
   const auto tokenizer = MakeByteTokenizer();
   auto writer = Value(TokenStoreWriter::Create(
-      {.directory = directory, .name = "made", .sft = sft, .shard_tokens = shard_tokens}, *tokenizer));
+      {.directory = directory, .name = "made", .sft = sft, .shard_tokens = shard_tokens},
+      *tokenizer));
   writer->AddSource("made", "CC0-1.0", "");
   for (size_t d = 0; d < lengths.size(); ++d) {
     std::vector<int32_t> tokens;
@@ -74,7 +79,8 @@ inline std::unique_ptr<TokenStore> MakeStore(const std::string& directory, const
       tokens.push_back(static_cast<int32_t>((static_cast<int64_t>(d) * 31 + j) % 200));
       if (sft) mask.push_back(j % 3 == 1 ? 1 : 0);
     }
-    const auto status = writer->Add({.tokens = tokens, .loss_mask = mask, .hash = Xxh3(std::to_string(d))});
+    const auto status =
+        writer->Add({.tokens = tokens, .loss_mask = mask, .hash = Xxh3(std::to_string(d))});
     EXPECT_TRUE(status.ok()) << MessageOf(status);
   }
   Value(writer->Finish({{"command", "test"}}));

@@ -37,8 +37,8 @@ TEST(TokenStore, GivesBackWhatWasWritten) {
   EXPECT_EQ(info.documents, 5);
   EXPECT_EQ(info.tokens, 73);
   EXPECT_EQ(info.token_dtype, "u16");
-  EXPECT_EQ(info.length_histogram[3], 1);  // 9
-  EXPECT_EQ(info.length_histogram[5], 1);  // 40
+  EXPECT_EQ(info.length_histogram[3], 1);             // 9
+  EXPECT_EQ(info.length_histogram[5], 1);             // 40
   EXPECT_EQ(info.target_tokens, 2 + 13 + 1 + 5 + 3);  // j % 3 == 1 of each length
   EXPECT_EQ(info.sources[0].license, "CC0-1.0");
   EXPECT_EQ(info.pad_id, 258);
@@ -68,7 +68,9 @@ TEST(TokenStore, WideTokensForLargeVocabularies) {
   content.doc_offsets = {0, 3};
   content.doc_source = {0};
   content.doc_hash = {1};
-  SALA_ASSERT_OK(WriteShard(dir / "wide.h5", content, {.kind = "pretrain", .tokenizer_fingerprint = "f", .vocab_size = 73448}));
+  SALA_ASSERT_OK(
+      WriteShard(dir / "wide.h5", content,
+                 {.kind = "pretrain", .tokenizer_fingerprint = "f", .vocab_size = 73448}));
   const ShardLayout layout = Value(ReadShardLayout(dir / "wide.h5"));
   EXPECT_EQ(layout.arrays.at("tokens").item_bytes, 4);
   EXPECT_EQ(layout.header.tokens, 3);
@@ -99,9 +101,11 @@ class TokenStoreFaults : public ::testing::Test {
 TEST_F(TokenStoreFaults, FlippedBitInTokens) {
   const ShardLayout layout = Value(ReadShardLayout(shard()));
   FlipByte(shard(), layout.arrays.at("tokens").offset + 20);
-  ExpectError(ReadAll(), "DS-CRC", ExitCode::kData, {"tokens-00000.h5", "/tokens block 0", "expected"});
+  ExpectError(ReadAll(), "DS-CRC", ExitCode::kData,
+              {"tokens-00000.h5", "/tokens block 0", "expected"});
   SALA_ASSERT_OK(VerifyDataset(dir_ / "set", /*full=*/false).status());
-  ExpectError(VerifyDataset(dir_ / "set", /*full=*/true).status(), "DS-CRC", ExitCode::kData, {"/tokens block 0"});
+  ExpectError(VerifyDataset(dir_ / "set", /*full=*/true).status(), "DS-CRC", ExitCode::kData,
+              {"/tokens block 0"});
 }
 
 TEST_F(TokenStoreFaults, FlippedBitInOffsetsAndHashes) {
@@ -125,13 +129,15 @@ TEST_F(TokenStoreFaults, FlippedBitOutsideTheArraysIsFoundByFullVerify) {
 TEST_F(TokenStoreFaults, Truncated) {
   const std::string bytes = ReadText(shard());
   WriteText(shard(), bytes.substr(0, bytes.size() - 100));
-  ExpectError(ReadAll(), "DS-SIZE", ExitCode::kData, {std::to_string(bytes.size()), std::to_string(bytes.size() - 100)});
+  ExpectError(ReadAll(), "DS-SIZE", ExitCode::kData,
+              {std::to_string(bytes.size()), std::to_string(bytes.size() - 100)});
 }
 
 TEST_F(TokenStoreFaults, MissingFileAndMissingDataset) {
   std::filesystem::remove(shard());
   EXPECT_EQ(ExitCodeOf(ReadAll()), ExitCode::kNoInput);
-  ExpectError(TokenStore::Open(dir_ / "nothing").status(), "DS-MISSING", ExitCode::kNoInput, {"dataset.json"});
+  ExpectError(TokenStore::Open(dir_ / "nothing").status(), "DS-MISSING", ExitCode::kNoInput,
+              {"dataset.json"});
 }
 
 TEST_F(TokenStoreFaults, ShardOfAnotherFormat) {
@@ -173,7 +179,8 @@ TEST(TokenStoreShard, IdsAboveTheVocabularyAreFound) {
   auto store = Value(TokenStore::Open(dir / "set"));
   TokenFile* file = Value(store->File(0));
   int32_t token = 0;
-  ExpectError(file->CopyTokens(0, 1, &token), "DS-RANGE", ExitCode::kData, {"token 2 has id 300", "vocab_size 261"});
+  ExpectError(file->CopyTokens(0, 1, &token), "DS-RANGE", ExitCode::kData,
+              {"token 2 has id 300", "vocab_size 261"});
 }
 
 TEST(TokenStoreShard, OffsetsThatDoNotRise) {
@@ -185,11 +192,14 @@ TEST(TokenStoreShard, OffsetsThatDoNotRise) {
   content.doc_hash = {1, 2};
   const ShardHeader header = Value(ReadShardLayout(dir / "set/tokens-00000.h5")).header;
   const std::vector<std::pair<std::vector<uint64_t>, std::string>> bad = {
-      {{0, 0, 8}, "does not rise at document 0"}, {{1, 4, 8}, "starts with 1"}, {{0, 4, 7}, "ends with 7"}};
+      {{0, 0, 8}, "does not rise at document 0"},
+      {{1, 4, 8}, "starts with 1"},
+      {{0, 4, 7}, "ends with 7"}};
   for (const auto& [offsets, message] : bad) {
     content.doc_offsets = offsets;
     SALA_ASSERT_OK(WriteShard(dir / "set/tokens-00000.h5", content, header));
-    ExpectError(Value(TokenStore::Open(dir / "set"))->File(0).status(), "DS-OFFSETS", ExitCode::kData, {message});
+    ExpectError(Value(TokenStore::Open(dir / "set"))->File(0).status(), "DS-OFFSETS",
+                ExitCode::kData, {message});
   }
 }
 
@@ -199,11 +209,15 @@ TEST(TokenStoreCommands, InfoVerifyShow) {
   const std::string info = Value(DescribeDataset(dir / "set"));
   EXPECT_THAT(info, ::testing::HasSubstr("made (sft)"));
   EXPECT_THAT(info, ::testing::HasSubstr("licence CC0-1.0"));
-  EXPECT_THAT(Value(VerifyDataset(dir / "set", true)), ::testing::HasSubstr("2 documents and 12 tokens"));
-  EXPECT_THAT(Value(ShowDocument(dir / "set", 0, nullptr)), ::testing::HasSubstr("\n0 1* 2 3 4*\n"));
+  EXPECT_THAT(Value(VerifyDataset(dir / "set", true)),
+              ::testing::HasSubstr("2 documents and 12 tokens"));
+  EXPECT_THAT(Value(ShowDocument(dir / "set", 0, nullptr)),
+              ::testing::HasSubstr("\n0 1* 2 3 4*\n"));
   const auto tokenizer = MakeByteTokenizer();
-  EXPECT_THAT(Value(ShowDocument(dir / "set", 1, tokenizer.get())), ::testing::HasSubstr("[[ ]]!"));  // 32 is a space
-  ExpectError(ShowDocument(dir / "set", 2, nullptr).status(), "DS-DOCUMENT", ExitCode::kUsage, {"0 to 1"});
+  EXPECT_THAT(Value(ShowDocument(dir / "set", 1, tokenizer.get())),
+              ::testing::HasSubstr("[[ ]]!"));  // 32 is a space
+  ExpectError(ShowDocument(dir / "set", 2, nullptr).status(), "DS-DOCUMENT", ExitCode::kUsage,
+              {"0 to 1"});
 }
 
 }  // namespace

@@ -13,7 +13,8 @@ constexpr int64_t kVocab = 400;
 
 void Train(const TempDir& dir, const std::string& name, int64_t vocab = kVocab) {
   WriteText(dir / "corpus.txt", SampleText(60));
-  SALA_ASSERT_OK(TrainSentencePiece({.inputs = {dir / "corpus.txt"}, .vocab_size = vocab, .output = dir / name}));
+  SALA_ASSERT_OK(TrainSentencePiece(
+      {.inputs = {dir / "corpus.txt"}, .vocab_size = vocab, .output = dir / name}));
 }
 
 class SentencePieceTokenizerTest : public ::testing::Test {
@@ -47,16 +48,31 @@ TEST_F(SentencePieceTokenizerTest, IdsOfTheSpecialTokens) {
 }
 
 TEST_F(SentencePieceTokenizerTest, TextComesBackExactly) {
-  const std::vector<std::string> texts = {
-      "", " ", "   ", "\n", "\n\n\n", "\t\tx", " leading and trailing ", "a\r\nb", SampleText(2),
-      "tabs\tand  double  spaces\n\n\nblank lines\n", "\xf0\x9f\x98\x80\xf0\x9f\x91\x8d\xf0\x9f\x8f\xbd", "\xd0\x9f\xd1\x80\xd0\xb8\xd0\xb2\xd0\xb5\xd1\x82",
-      "\xef\xbb\xbfmark", "\xe2\x80\x8bzero width", "e\xcc\x81 not composed", std::string(3000, 'x'), "<s></s><unk>"};
-  for (const std::string& text : texts) EXPECT_EQ(tokenizer_->Decode(tokenizer_->Encode(text)), text);
+  const std::vector<std::string> texts = {"",
+                                          " ",
+                                          "   ",
+                                          "\n",
+                                          "\n\n\n",
+                                          "\t\tx",
+                                          " leading and trailing ",
+                                          "a\r\nb",
+                                          SampleText(2),
+                                          "tabs\tand  double  spaces\n\n\nblank lines\n",
+                                          "\xf0\x9f\x98\x80\xf0\x9f\x91\x8d\xf0\x9f\x8f\xbd",
+                                          "\xd0\x9f\xd1\x80\xd0\xb8\xd0\xb2\xd0\xb5\xd1\x82",
+                                          "\xef\xbb\xbfmark",
+                                          "\xe2\x80\x8bzero width",
+                                          "e\xcc\x81 not composed",
+                                          std::string(3000, 'x'),
+                                          "<s></s><unk>"};
+  for (const std::string& text : texts)
+    EXPECT_EQ(tokenizer_->Decode(tokenizer_->Encode(text)), text);
 }
 
 TEST_F(SentencePieceTokenizerTest, LearnsMoreThanBytes) {
   const std::string text = SampleText(1);
-  // Bytes alone would give one token a byte; 400 pieces on repetitive text have to do clearly better.
+  // Bytes alone would give one token a byte; 400 pieces on repetitive text have to do clearly
+  // better.
   EXPECT_LT(tokenizer_->Encode(text).size(), text.size() * 2 / 3);
 }
 
@@ -81,7 +97,8 @@ TEST_F(SentencePieceTokenizerTest, OffsetsPointAtTheFirstByteOfEachToken) {
   for (const auto& piece : pieces) {
     ids.push_back(piece.id);
     EXPECT_LE(piece.begin, static_cast<int64_t>(rebuilt.size()));
-    // The bytes of one character share its start; every other token starts where the text before it ends.
+    // The bytes of one character share its start; every other token starts where the text before it
+    // ends.
     if (static_cast<size_t>(piece.begin) != rebuilt.size()) {
       EXPECT_EQ(static_cast<uint8_t>(text[rebuilt.size()]) & 0xc0, 0x80) << piece.begin;
     }
@@ -115,7 +132,8 @@ TEST_F(SentencePieceTokenizerTest, FingerprintFollowsTheVocabulary) {
   Train(other, "smaller", kVocab - 10);
   EXPECT_NE(Value(LoadTokenizer(other / "smaller"))->fingerprint(), tokenizer_->fingerprint());
   SALA_ASSERT_OK(tokenizer_->SaveTo(other / "more"));
-  const nlohmann::json added = {{kImEnd, kVocab - 2}, {kImStart, kVocab - 1}, {"<|tool_call|>", kVocab}};
+  const nlohmann::json added = {
+      {kImEnd, kVocab - 2}, {kImStart, kVocab - 1}, {"<|tool_call|>", kVocab}};
   WriteText(other / "more/added_tokens.json", added.dump());
   const auto more = Value(LoadTokenizer(other / "more"));
   EXPECT_EQ(more->vocab_size(), kVocab + 1);
@@ -136,25 +154,31 @@ TEST_F(SentencePieceTokenizerTest, SavedFilesLoadAgainAndSayWhatIsTrue) {
 
 TEST(TokenizerErrors, MissingAndBrokenFiles) {
   TempDir dir;
-  ExpectError(LoadTokenizer(dir / "none").status(), "TOK-MISSING", ExitCode::kNoInput, {"none", "tokenizer.model"});
-  ExpectError(LoadTokenizer(dir.path()).status(), "TOK-MISSING", ExitCode::kNoInput, {"has no tokenizer.model"});
+  ExpectError(LoadTokenizer(dir / "none").status(), "TOK-MISSING", ExitCode::kNoInput,
+              {"none", "tokenizer.model"});
+  ExpectError(LoadTokenizer(dir.path()).status(), "TOK-MISSING", ExitCode::kNoInput,
+              {"has no tokenizer.model"});
   WriteText(dir / "tokenizer.model", "this is no model");
-  ExpectError(LoadTokenizer(dir.path()).status(), "TOK-FORMAT", ExitCode::kData, {"tokenizer.model", "16 bytes"});
+  ExpectError(LoadTokenizer(dir.path()).status(), "TOK-FORMAT", ExitCode::kData,
+              {"tokenizer.model", "16 bytes"});
 }
 
 TEST(TokenizerErrors, AddedTokensNeedTheIdsAfterThePieces) {
   TempDir dir;
   Train(dir, "tok");
   WriteText(dir / "tok/added_tokens.json", R"({"<|im_end|>": 7})");
-  ExpectError(LoadTokenizer(dir / "tok").status(), "TOK-FORMAT", ExitCode::kData, {"<|im_end|>", "has id 7", "398"});
+  ExpectError(LoadTokenizer(dir / "tok").status(), "TOK-FORMAT", ExitCode::kData,
+              {"<|im_end|>", "has id 7", "398"});
   WriteText(dir / "tok/added_tokens.json", "[1");
-  ExpectError(LoadTokenizer(dir / "tok").status(), "TOK-FORMAT", ExitCode::kData, {"not a JSON object"});
+  ExpectError(LoadTokenizer(dir / "tok").status(), "TOK-FORMAT", ExitCode::kData,
+              {"not a JSON object"});
 }
 
 TEST(TokenizerErrors, VocabularyTheTextCannotFill) {
   TempDir dir;
   WriteText(dir / "corpus.txt", "a few words only\n");
-  const TrainTokenizerOptions options{.inputs = {dir / "corpus.txt"}, .vocab_size = 5000, .output = dir / "tok"};
+  const TrainTokenizerOptions options{
+      .inputs = {dir / "corpus.txt"}, .vocab_size = 5000, .output = dir / "tok"};
   ExpectError(TrainSentencePiece(options), "TOK-TRAIN", ExitCode::kData, {"5000"});
   TrainTokenizerOptions tiny = options;
   tiny.vocab_size = 100;
@@ -178,7 +202,10 @@ TEST(Utf8, FindsTheFirstBadByte) {
   EXPECT_EQ(FindInvalidUtf8("\xe2\x82\xac\xff"), 3);
   EXPECT_EQ(FindInvalidUtf8("ab\xed\xa0\x80"), 2);  // a surrogate
   EXPECT_EQ(FindInvalidUtf8("\xc0\xaf"), 0);        // overlong
-  EXPECT_EQ(ReplaceInvalidUtf8("a\xff" "b"), "a\xef\xbf\xbd" "b");
+  EXPECT_EQ(ReplaceInvalidUtf8("a\xff"
+                               "b"),
+            "a\xef\xbf\xbd"
+            "b");
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 """Checks what the compiler does not: that the tree keeps the rules of docs/architecture.md.
 
     python3 tests/structure/structure.py [--root DIR] [CHECK ...]
+    python3 tests/structure/structure.py --codes          # every error code of the sources and where it is raised
 
 Prints one line per violation, "file:line: text", and exits 1 when there is any. The checks are the functions in CHECKS;
 structure_test.py plants a violation of each rule in a small tree and asks for exactly that line.
@@ -272,12 +273,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_root = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
     parser.add_argument("--root", default=os.path.normpath(default_root))
+    parser.add_argument("--codes", action="store_true", help="list the error codes of the sources instead")
     parser.add_argument("checks", nargs="*", metavar="CHECK", help="of " + ", ".join(CHECKS) + "; default: all")
     options = parser.parse_args()
     unknown = [name for name in options.checks if name not in CHECKS]
     if unknown:
         parser.error(f"no check {unknown[0]}; there are {', '.join(CHECKS)}")
     tree = Tree(options.root)
+    if options.codes:
+        for code, name, number in sorted(error_codes(tree, rooms_of(tree))):
+            print(f"{code} {name}:{number}")
+        return 0
     violations = 0
     for name in options.checks or CHECKS:
         for line in CHECKS[name](tree):

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -177,6 +178,37 @@ inline void ExpectMatchesReference(const AttentionCase& c,
   ExpectClose(c.dq, grad.dq, [&](size_t i) { return limit.dq[i]; });
   ExpectClose(c.dk, grad.dk, [&](size_t i) { return limit.dk[i]; });
   ExpectClose(c.dv, grad.dv, [&](size_t i) { return limit.dv[i]; });
+}
+
+// Which tokens lie in a document.
+inline std::vector<bool> Used(int64_t tokens, const std::vector<DocumentRange>& documents) {
+  std::vector<bool> used(static_cast<size_t>(tokens));
+  for (const DocumentRange& document : documents) {
+    for (int64_t t = document.begin; t < document.end; ++t) used[static_cast<size_t>(t)] = true;
+  }
+  return used;
+}
+
+// NaN in the inputs of all other tokens.
+inline void PoisonUnused(AttentionCase& c, const std::vector<bool>& used) {
+  for (Matrix* x : {&c.q, &c.k, &c.v, &c.dout}) {
+    for (int64_t t = 0; t < c.t; ++t) {
+      for (int64_t i = 0; i < x->columns() && !used[static_cast<size_t>(t)]; ++i) {
+        x->at(t, i) = std::numeric_limits<float>::quiet_NaN();
+      }
+    }
+  }
+}
+
+// Used tokens have finite results, the others still hold the NaN from before.
+inline void ExpectOnlyUsedWritten(const AttentionCase& c, const std::vector<bool>& used) {
+  for (const Matrix* x : c.Results()) {
+    for (int64_t t = 0; t < c.t; ++t) {
+      for (int64_t i = 0; i < x->columns(); ++i) {
+        ASSERT_EQ(std::isnan(x->at(t, i)), !used[static_cast<size_t>(t)]) << t << ", " << i;
+      }
+    }
+  }
 }
 
 // Documents of the given lengths one after the other, `gap` unused tokens before each.

@@ -92,27 +92,11 @@ TEST(Attention, TokensOutsideTheDocumentsAreNeitherReadNorWritten) {
   AttentionCase inside(tokens, {4, 2, 16});
   inside.Dense(kernel.ctx(), documents);
   AttentionCase poisoned(tokens, {4, 2, 16});
-  std::vector<bool> used(static_cast<size_t>(tokens));
-  for (const DocumentRange& document : documents) {
-    for (int64_t t = document.begin; t < document.end; ++t) used[static_cast<size_t>(t)] = true;
-  }
-  for (int64_t t = 0; t < tokens; ++t) {
-    if (used[static_cast<size_t>(t)]) continue;
-    for (Matrix* x : {&poisoned.q, &poisoned.k, &poisoned.v, &poisoned.dout}) {
-      for (int64_t c = 0; c < x->columns(); ++c) {
-        x->at(t, c) = std::numeric_limits<float>::quiet_NaN();
-      }
-    }
-  }
+  const std::vector<bool> used = Used(tokens, documents);
+  PoisonUnused(poisoned, used);
   poisoned.Dense(kernel.ctx(), documents);
   ExpectSameResults(inside, poisoned);
-  for (const Matrix* x : poisoned.Results()) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t c = 0; c < x->columns(); ++c) {
-        ASSERT_EQ(std::isnan(x->at(t, c)), !used[static_cast<size_t>(t)]) << t << ", " << c;
-      }
-    }
-  }
+  ExpectOnlyUsedWritten(poisoned, used);
 }
 
 TEST(Attention, ChangingOneTokenReachesOnlyItsDocumentAndLaterTokens) {
