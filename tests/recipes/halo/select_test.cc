@@ -57,7 +57,8 @@ TEST(SelectionRule, DifferenceSharesLayersWithTheRatio) {
   // Numbers of common layers as recomputed from the published scores (docs/math/halo.md 4).
   const std::map<std::string, size_t> common = {
       {"Qwen3-1.7B", 5}, {"Qwen3-4B", 9}, {"Qwen3-8B", 5}};
-  for (const auto& [name, model] : PublishedScores().items()) {
+  const nlohmann::json models = PublishedScores();
+  for (const auto& [name, model] : models.items()) {
     const auto k = model.at("k").get<int64_t>();
     const std::vector<int64_t> a = Chosen(Selector::kHalo, ScoresOf(model), {}, k);
     const std::vector<int64_t> b = Chosen(Selector::kDifference, ScoresOf(model), {}, k);
@@ -68,7 +69,8 @@ TEST(SelectionRule, DifferenceSharesLayersWithTheRatio) {
 }
 
 TEST(SelectionRule, ForcedLayersAreKeptAndCounted) {
-  const nlohmann::json model = PublishedScores().at("Qwen3-1.7B");
+  const nlohmann::json models = PublishedScores();
+  const nlohmann::json& model = models.at("Qwen3-1.7B");
   // Order by score: 3, 8, 2, 9, 21, 25, 6, ...; two places are taken by decision.
   EXPECT_THAT(Chosen(Selector::kHalo, ScoresOf(model), {0, 27}, 7),
               ElementsAre(0, 2, 3, 8, 9, 21, 27));
