@@ -55,7 +55,7 @@ struct StepLoopConfig {
   CheckpointConfig checkpoint;
   std::string config_yaml;
   nlohmann::json parent;
-  nlohmann::json extra_trainer;  // stage state saved along ("halo": {...})
+  nlohmann::json extra_trainer = nlohmann::json::object();  // stage state saved along ("halo": {...})
   bool final_phase = true;       // the last save of this loop is the stage's result
 };
 

@@ -3,8 +3,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <filesystem>
+#include <algorithm>
 #include <fstream>
+#include <map>
 #include <set>
 
 #include "nlohmann/json.hpp"
@@ -15,8 +16,7 @@ namespace {
 using ::testing::ElementsAre;
 
 nlohmann::json PublishedScores() {
-  const auto path = std::filesystem::path(__FILE__).parent_path() / "halo_layer_scores.json";
-  std::ifstream file(path);
+  std::ifstream file(SALA_TEST_DATA "/halo/halo_layer_scores.json");
   return nlohmann::json::parse(file).at("models");
 }
 
