@@ -1,5 +1,6 @@
 // Stages that train on next tokens: base, stable, short decay, long decay, SFT. They differ in configuration only; SFT data
 // brings its loss mask with it.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -62,7 +63,12 @@ StatusOr<LoadedModel> StartingModel(Session& session, const StageInput& input) {
   if (!input.init_path.empty()) return LoadModel(input.init_path);
   LoadedModel fresh;
   fresh.config = *input.config->model;
-  if (fresh.config.vocab_size == 0) fresh.config.vocab_size = session.tokenizer().vocab_size();
+  const data::Tokenizer& tokenizer = session.tokenizer();
+  if (fresh.config.vocab_size == 0) fresh.config.vocab_size = tokenizer.vocab_size();
+  // The special tokens of new weights are the tokenizer's; configuration cannot know better.
+  fresh.config.bos_token_id = std::max(0, tokenizer.bos_id());
+  fresh.config.eos_token_id = std::max(0, tokenizer.eos_id());
+  fresh.config.pad_token_id = std::max(0, tokenizer.pad_id());
   SALA_RETURN_IF_ERROR(fresh.config.Resolve());
   fresh.params = model::ParameterStore(model::ParameterSpecs(fresh.config));
   model::InitialiseParameters(fresh.config, input.config->seed, fresh.params);

@@ -282,7 +282,7 @@ Status StepLoop::Save(bool final_step) {
   request.trainer = {{"progress", progress_.ToJson()},
                      {"cursor", stream_.Cursor(progress_.step * config_.batch.global_batch_sequences())},
                      {"schedule_step", progress_.step}};
-  request.trainer.update(config_.extra_trainer);
+  if (config_.extra_trainer.is_object()) request.trainer.update(config_.extra_trainer);
   request.config_yaml = config_.config_yaml;
   request.parent = config_.parent;
   request.policy = config_.checkpoint;
