@@ -45,9 +45,9 @@ void ModelConfig::Bind(ConfigBinder& b) {
   b.Field("scale_depth", &scale_depth, {.min = 0});
   b.Field("dim_model_base", &dim_model_base, {.min = 1});
   b.Field("initializer_range", &initializer_range, {.min = 0});
-  b.Field("bos_token_id", &bos_token_id, {.min = 0});
-  b.Field("eos_token_id", &eos_token_id, {.min = 0});
-  b.Field("pad_token_id", &pad_token_id, {.min = 0});
+  b.Field("bos_token_id", &bos_token_id, {.min = -1});
+  b.Field("eos_token_id", &eos_token_id, {.min = -1});
+  b.Field("pad_token_id", &pad_token_id, {.min = -1});
 }
 
 Status ModelConfig::Resolve() {

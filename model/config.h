@@ -58,9 +58,10 @@ struct ModelConfig {
   double dim_model_base = 256;
   double initializer_range = 0.1;
 
-  int64_t bos_token_id = 1;
-  int64_t eos_token_id = 2;
-  int64_t pad_token_id = 2;
+  // -1: the tokenizer's (a new model takes them from it).
+  int64_t bos_token_id = -1;
+  int64_t eos_token_id = -1;
+  int64_t pad_token_id = -1;
 
   void Bind(ConfigBinder& b);
 

@@ -65,10 +65,12 @@ StatusOr<LoadedModel> StartingModel(Session& session, const StageInput& input) {
   fresh.config = *input.config->model;
   const data::Tokenizer& tokenizer = session.tokenizer();
   if (fresh.config.vocab_size == 0) fresh.config.vocab_size = tokenizer.vocab_size();
-  // The special tokens of new weights are the tokenizer's; configuration cannot know better.
-  fresh.config.bos_token_id = std::max(0, tokenizer.bos_id());
-  fresh.config.eos_token_id = std::max(0, tokenizer.eos_id());
-  fresh.config.pad_token_id = std::max(0, tokenizer.pad_id());
+  const auto from_tokenizer = [](int64_t* id, int32_t own) {
+    if (*id < 0) *id = own;
+  };
+  from_tokenizer(&fresh.config.bos_token_id, tokenizer.bos_id());
+  from_tokenizer(&fresh.config.eos_token_id, tokenizer.eos_id());
+  from_tokenizer(&fresh.config.pad_token_id, tokenizer.pad_id());
   SALA_RETURN_IF_ERROR(fresh.config.Resolve());
   fresh.params = model::ParameterStore(model::ParameterSpecs(fresh.config));
   model::InitialiseParameters(fresh.config, input.config->seed, fresh.params);
