@@ -219,9 +219,11 @@ Status HaloStage::Align() {
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), held_out.status()));
   AlignTask task(*teacher_model_, mixers_, halo_.align_loss, held_out->get());
   SALA_RETURN_IF_ERROR(RunPhase("align", halo_.align, task).status());
+  // A resumed phase has not measured the start.
+  const bool both = task.first_errors() != task.last_errors();
   for (size_t layer = 0; is_root() && layer < task.last_errors().size(); ++layer) {
     SALA_LOG(Info) << "align: layer " << layer << ": held-out error / variance of the target "
-                   << Text("%.4f", task.first_errors()[layer]) << " -> "
+                   << (both ? Text("%.4f", task.first_errors()[layer]) + " -> " : "")
                    << Text("%.4f", task.last_errors()[layer]);
   }
   return OkStatus();

@@ -104,7 +104,9 @@ StageConfig HaloStageConfig(const std::string& corpus) {
   optimizer.weight_decay = 0;
   optimizer.matrix_lr_multiplier = 1;
   halo.align = {.batch = Batches(120), .schedule = Cosine(3e-3), .optimizer = optimizer};
-  halo.distil = {.batch = Batches(120), .schedule = Cosine(3e-3), .optimizer = optimizer};
+  // As many updates as the trials that the margins come from (halo.md 12.1); 120 leave the
+  // student 5.6 % above the teacher.
+  halo.distil = {.batch = Batches(300), .schedule = Cosine(3e-3), .optimizer = optimizer};
   halo.trainable = HaloTrainable::kAll;
   halo.nope_at = HaloMoment::kDistil;
   halo.softmax_gate_at = HaloMoment::kDistil;
@@ -247,7 +249,7 @@ TEST_F(HaloStageTest, KilledInAnyPhaseAndResumedGivesTheSameBits) {
   ExpectSameResult("distil");
 
   // After the last update, before the result was saved.
-  KilledAfter("end", "distil", 120);
+  KilledAfter("end", "distil", 300);
   Run("end");
   ExpectSameResult("end");
 }
