@@ -5,7 +5,9 @@
 
 namespace sala::model {
 
-const char* NameOf(MixerType type) { return type == MixerType::kSoftmax ? "minicpm4" : "lightning-attn"; }
+const char* NameOf(MixerType type) {
+  return type == MixerType::kSoftmax ? "minicpm4" : "lightning-attn";
+}
 
 void SparseConfig::Bind(ConfigBinder& b) {
   b.Field("kernel_size", &kernel_size, {.min = 1});
@@ -51,18 +53,22 @@ void ModelConfig::Bind(ConfigBinder& b) {
 }
 
 Status ModelConfig::Resolve() {
-  const auto error = [](const std::string& text) { return MakeError(ExitCode::kConfig, "CFG-MODEL", text); };
+  const auto error = [](const std::string& text) {
+    return MakeError(ExitCode::kConfig, "CFG-MODEL", text);
+  };
   if (vocab_size < 1) return error("model.vocab_size is not known: set it, or name a tokenizer");
   if (num_attention_heads % num_key_value_heads != 0) {
     return error("model.num_attention_heads " + std::to_string(num_attention_heads) +
-                 " is not a multiple of model.num_key_value_heads " + std::to_string(num_key_value_heads));
+                 " is not a multiple of model.num_key_value_heads " +
+                 std::to_string(num_key_value_heads));
   }
   if (lightning_nh == 0) lightning_nh = num_attention_heads;
   if (lightning_head_dim == 0) lightning_head_dim = head_dim;
   if ((attn_use_rope && head_dim % 2 != 0) || (lightning_use_rope && lightning_head_dim % 2 != 0)) {
     return error("head_dim and lightning_head_dim must be even for the rotary embedding");
   }
-  if (mixer_types.empty()) mixer_types.assign(static_cast<size_t>(num_hidden_layers), NameOf(MixerType::kSoftmax));
+  if (mixer_types.empty())
+    mixer_types.assign(static_cast<size_t>(num_hidden_layers), NameOf(MixerType::kSoftmax));
   if (static_cast<int64_t>(mixer_types.size()) != num_hidden_layers) {
     return error("model.mixer_types has " + std::to_string(mixer_types.size()) + " entries for " +
                  std::to_string(num_hidden_layers) + " layers; give one per layer");
@@ -71,7 +77,8 @@ Status ModelConfig::Resolve() {
     std::string& name = mixer_types[i];
     if (name == "lightning" || name == "lightning_attn") name = NameOf(MixerType::kLightning);
     if (name != NameOf(MixerType::kSoftmax) && name != NameOf(MixerType::kLightning)) {
-      return error("model.mixer_types[" + std::to_string(i) + "] is '" + name + "'; use minicpm4 or lightning-attn");
+      return error("model.mixer_types[" + std::to_string(i) + "] is '" + name +
+                   "'; use minicpm4 or lightning-attn");
     }
   }
   if (const std::string problem = kernels::SparseConfigProblem(sparse); !problem.empty()) {
@@ -81,14 +88,18 @@ Status ModelConfig::Resolve() {
 }
 
 MixerType ModelConfig::mixer(int64_t layer) const {
-  return mixer_types[static_cast<size_t>(layer)] == NameOf(MixerType::kLightning) ? MixerType::kLightning
-                                                                                  : MixerType::kSoftmax;
+  return mixer_types[static_cast<size_t>(layer)] == NameOf(MixerType::kLightning)
+             ? MixerType::kLightning
+             : MixerType::kSoftmax;
 }
 
 bool ModelConfig::has_lightning() const {
-  return std::find(mixer_types.begin(), mixer_types.end(), NameOf(MixerType::kLightning)) != mixer_types.end();
+  return std::find(mixer_types.begin(), mixer_types.end(), NameOf(MixerType::kLightning)) !=
+         mixer_types.end();
 }
 
-double ModelConfig::residual_scale() const { return scale_depth / std::sqrt(static_cast<double>(num_hidden_layers)); }
+double ModelConfig::residual_scale() const {
+  return scale_depth / std::sqrt(static_cast<double>(num_hidden_layers));
+}
 
 }  // namespace sala::model

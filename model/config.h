@@ -1,4 +1,5 @@
-// What a model computes. Field names follow the exported config.json where it has them (docs/formats.md).
+// What a model computes. Field names follow the exported config.json where it has them
+// (docs/formats.md).
 #pragma once
 
 #include <cstdint>
@@ -35,7 +36,8 @@ struct ModelConfig {
   int64_t max_position_embeddings = 524288;
   bool tie_word_embeddings = false;
 
-  // Softmax layers. A full-attention teacher has rotary embedding and no gate; the released hybrid the reverse.
+  // Softmax layers. A full-attention teacher has rotary embedding and no gate; the released hybrid
+  // the reverse.
   bool attn_use_rope = true;
   bool attn_qk_norm = false;
   bool attn_use_output_gate = false;
@@ -65,13 +67,16 @@ struct ModelConfig {
 
   void Bind(ConfigBinder& b);
 
-  // Fills derived zeros (lightning_nh, mixer_types, ...) and checks that the shapes fit: CFG-MODEL (78).
+  // Fills derived zeros (lightning_nh, mixer_types, ...) and checks that the shapes fit: CFG-MODEL
+  // (78).
   Status Resolve();
 
   MixerType mixer(int64_t layer) const;
   bool has_lightning() const;
   double residual_scale() const;  // scale_depth / sqrt(layers)
-  double width_multiplier() const { return static_cast<double>(hidden_size) / dim_model_base; }  // m of muP
+  double width_multiplier() const {
+    return static_cast<double>(hidden_size) / dim_model_base;
+  }  // m of muP
   int64_t attention_width() const { return num_attention_heads * head_dim; }
   int64_t kv_width() const { return num_key_value_heads * head_dim; }
   int64_t lightning_width() const { return lightning_nh * lightning_head_dim; }

@@ -6,7 +6,8 @@
 
 namespace sala::model {
 
-int32_t SampleToken(const std::vector<float>& logits, double temperature, double top_p, PhiloxStream& rng) {
+int32_t SampleToken(const std::vector<float>& logits, double temperature, double top_p,
+                    PhiloxStream& rng) {
   const auto best = std::max_element(logits.begin(), logits.end());
   if (temperature <= 0) return static_cast<int32_t>(best - logits.begin());
 
@@ -18,12 +19,14 @@ int32_t SampleToken(const std::vector<float>& logits, double temperature, double
   std::vector<double> weight(logits.size());
   double total = 0;
   for (size_t i = 0; i < order.size(); ++i) {
-    weight[i] = std::exp((static_cast<double>(logits[static_cast<size_t>(order[i])]) - *best) / temperature);
+    weight[i] = std::exp((static_cast<double>(logits[static_cast<size_t>(order[i])]) - *best) /
+                         temperature);
     total += weight[i];
   }
   size_t kept = 0;
   double kept_weight = 0;
-  while (kept < order.size() && (kept == 0 || kept_weight < top_p * total)) kept_weight += weight[kept++];
+  while (kept < order.size() && (kept == 0 || kept_weight < top_p * total))
+    kept_weight += weight[kept++];
 
   double draw = rng.NextDouble() * kept_weight;
   for (size_t i = 0; i < kept; ++i) {
@@ -33,8 +36,9 @@ int32_t SampleToken(const std::vector<float>& logits, double temperature, double
   return order[kept - 1];
 }
 
-std::vector<int32_t> Generate(const Context& ctx, Arena& arena, const Model& model, const std::vector<int32_t>& prompt,
-                              const RunOptions& run, const SamplingOptions& sampling,
+std::vector<int32_t> Generate(const Context& ctx, Arena& arena, const Model& model,
+                              const std::vector<int32_t>& prompt, const RunOptions& run,
+                              const SamplingOptions& sampling,
                               const std::function<void(int32_t)>& on_token) {
   PhiloxStream rng("v1|" + std::to_string(sampling.seed) + "|generate||0|sample|");
   Cache cache;
@@ -42,7 +46,9 @@ std::vector<int32_t> Generate(const Context& ctx, Arena& arena, const Model& mod
   std::vector<int32_t> tokens;
   while (static_cast<int64_t>(tokens.size()) < sampling.max_new_tokens) {
     const int32_t token = SampleToken(logits, sampling.temperature, sampling.top_p, rng);
-    if (std::find(sampling.stop_tokens.begin(), sampling.stop_tokens.end(), token) != sampling.stop_tokens.end()) break;
+    if (std::find(sampling.stop_tokens.begin(), sampling.stop_tokens.end(), token) !=
+        sampling.stop_tokens.end())
+      break;
     tokens.push_back(token);
     if (on_token) on_token(token);
     if (static_cast<int64_t>(tokens.size()) < sampling.max_new_tokens) {

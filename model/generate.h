@@ -12,18 +12,21 @@ namespace sala::model {
 
 struct SamplingOptions {
   double temperature = 0;  // 0: greedy, ties to the lowest id
-  double top_p = 1;        // nucleus: the smallest set of most likely tokens with at least this probability
+  double top_p =
+      1;  // nucleus: the smallest set of most likely tokens with at least this probability
   int64_t max_new_tokens = 128;
   int64_t seed = 0;
   std::vector<int32_t> stop_tokens;
 };
 
 // One token from the logits [V].
-int32_t SampleToken(const std::vector<float>& logits, double temperature, double top_p, PhiloxStream& rng);
+int32_t SampleToken(const std::vector<float>& logits, double temperature, double top_p,
+                    PhiloxStream& rng);
 
 // Continues the prompt; `on_token` is called for each new token (stop tokens excluded).
-std::vector<int32_t> Generate(const Context& ctx, Arena& arena, const Model& model, const std::vector<int32_t>& prompt,
-                              const RunOptions& run, const SamplingOptions& sampling,
+std::vector<int32_t> Generate(const Context& ctx, Arena& arena, const Model& model,
+                              const std::vector<int32_t>& prompt, const RunOptions& run,
+                              const SamplingOptions& sampling,
                               const std::function<void(int32_t)>& on_token = nullptr);
 
 }  // namespace sala::model

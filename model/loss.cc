@@ -4,9 +4,9 @@
 
 namespace sala::model {
 
-kernels::CrossEntropyResult CrossEntropyStep(const Context& ctx, Arena& arena, const Model& model, const Batch& batch,
-                                             const RunOptions& options, float grad_scale,
-                                             const ModelTensors& gradients) {
+kernels::CrossEntropyResult CrossEntropyStep(const Context& ctx, Arena& arena, const Model& model,
+                                             const Batch& batch, const RunOptions& options,
+                                             float grad_scale, const ModelTensors& gradients) {
   const ArenaScope scope(arena);
   const ForwardState state = model.Forward(ctx, arena, batch, options);
   const Tensor dhidden = arena.New(DType::kF32, {batch.size(), model.config().hidden_size});
@@ -17,8 +17,9 @@ kernels::CrossEntropyResult CrossEntropyStep(const Context& ctx, Arena& arena, c
   return result;
 }
 
-kernels::CrossEntropyResult EvaluateCrossEntropy(const Context& ctx, Arena& arena, const Model& model,
-                                                 const Batch& batch, const RunOptions& options,
+kernels::CrossEntropyResult EvaluateCrossEntropy(const Context& ctx, Arena& arena,
+                                                 const Model& model, const Batch& batch,
+                                                 const RunOptions& options,
                                                  const Tensor& token_loss) {
   const ArenaScope scope(arena);
   const Tensor hidden = model.ForwardOnly(ctx, arena, batch, options);
@@ -26,16 +27,19 @@ kernels::CrossEntropyResult EvaluateCrossEntropy(const Context& ctx, Arena& aren
                                {.logit_scale = model.logit_scale()}, token_loss, {}, {});
 }
 
-DistillationResult DistillationStep(const Context& ctx, Arena& arena, const Model& teacher, const Model& student,
-                                    const Batch& batch, const DistillationOptions& options,
+DistillationResult DistillationStep(const Context& ctx, Arena& arena, const Model& teacher,
+                                    const Model& student, const Batch& batch,
+                                    const DistillationOptions& options,
                                     const ModelTensors& gradients) {
-  SALA_CHECK(teacher.config().vocab_size == student.config().vocab_size) << "teacher and student share a vocabulary";
+  SALA_CHECK(teacher.config().vocab_size == student.config().vocab_size)
+      << "teacher and student share a vocabulary";
   const ArenaScope scope(arena);
   DistillationResult result;
   const Tensor teacher_hidden = teacher.ForwardOnly(ctx, arena, batch, options.teacher);
   const ForwardState state = student.Forward(ctx, arena, batch, options.student);
   const Tensor dhidden = arena.New(DType::kF32, {batch.size(), student.config().hidden_size});
-  result.kl = kernels::KlDivergence(ctx, teacher_hidden, teacher.tensors().head, state.hidden, student.tensors().head,
+  result.kl = kernels::KlDivergence(ctx, teacher_hidden, teacher.tensors().head, state.hidden,
+                                    student.tensors().head,
                                     {.teacher_logit_scale = teacher.logit_scale(),
                                      .student_logit_scale = student.logit_scale(),
                                      .temperature = options.temperature,
@@ -43,9 +47,10 @@ DistillationResult DistillationStep(const Context& ctx, Arena& arena, const Mode
                                     dhidden, gradients.head);
   if (options.ce_grad_scale > 0) {
     const Tensor dce = arena.New(DType::kF32, {batch.size(), student.config().hidden_size});
-    result.ce = kernels::CrossEntropy(ctx, state.hidden, student.tensors().head, batch.labels_view(),
-                                      {.logit_scale = student.logit_scale(), .grad_scale = options.ce_grad_scale}, {},
-                                      dce, gradients.head);
+    result.ce = kernels::CrossEntropy(
+        ctx, state.hidden, student.tensors().head, batch.labels_view(),
+        {.logit_scale = student.logit_scale(), .grad_scale = options.ce_grad_scale}, {}, dce,
+        gradients.head);
     auto* sum = dhidden.Data<float>();
     const auto* term = dce.Data<float>();
     for (int64_t i = 0; i < dhidden.numel(); ++i) sum[i] += term[i];
@@ -54,15 +59,16 @@ DistillationResult DistillationStep(const Context& ctx, Arena& arena, const Mode
   return result;
 }
 
-kernels::KlDivergenceResult EvaluateKl(const Context& ctx, Arena& arena, const Model& teacher, const Model& student,
-                                       const Batch& batch, const RunOptions& options) {
+kernels::KlDivergenceResult EvaluateKl(const Context& ctx, Arena& arena, const Model& teacher,
+                                       const Model& student, const Batch& batch,
+                                       const RunOptions& options) {
   const ArenaScope scope(arena);
   const Tensor teacher_hidden = teacher.ForwardOnly(ctx, arena, batch, options);
   const Tensor student_hidden = student.ForwardOnly(ctx, arena, batch, options);
-  return kernels::KlDivergence(ctx, teacher_hidden, teacher.tensors().head, student_hidden, student.tensors().head,
-                               {.teacher_logit_scale = teacher.logit_scale(),
-                                .student_logit_scale = student.logit_scale()},
-                               {}, {});
+  return kernels::KlDivergence(
+      ctx, teacher_hidden, teacher.tensors().head, student_hidden, student.tensors().head,
+      {.teacher_logit_scale = teacher.logit_scale(), .student_logit_scale = student.logit_scale()},
+      {}, {});
 }
 
 }  // namespace sala::model

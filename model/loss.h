@@ -8,13 +8,14 @@
 namespace sala::model {
 
 // Adds the gradient of grad_scale * (sum of cross entropy over the batch's targets) to `gradients`.
-kernels::CrossEntropyResult CrossEntropyStep(const Context& ctx, Arena& arena, const Model& model, const Batch& batch,
-                                             const RunOptions& options, float grad_scale,
-                                             const ModelTensors& gradients);
+kernels::CrossEntropyResult CrossEntropyStep(const Context& ctx, Arena& arena, const Model& model,
+                                             const Batch& batch, const RunOptions& options,
+                                             float grad_scale, const ModelTensors& gradients);
 
 // The loss without gradients; token_loss, if not empty, is f32 [T].
-kernels::CrossEntropyResult EvaluateCrossEntropy(const Context& ctx, Arena& arena, const Model& model,
-                                                 const Batch& batch, const RunOptions& options,
+kernels::CrossEntropyResult EvaluateCrossEntropy(const Context& ctx, Arena& arena,
+                                                 const Model& model, const Batch& batch,
+                                                 const RunOptions& options,
                                                  const Tensor& token_loss = {});
 
 struct DistillationResult {
@@ -25,18 +26,21 @@ struct DistillationResult {
 struct DistillationOptions {
   RunOptions student;
   RunOptions teacher;
-  float kl_grad_scale = 1.0F;   // 1 / tokens of the global batch
-  float ce_grad_scale = 0.0F;   // ce_weight / targets of the global batch; 0: no cross entropy term
+  float kl_grad_scale = 1.0F;  // 1 / tokens of the global batch
+  float ce_grad_scale = 0.0F;  // ce_weight / targets of the global batch; 0: no cross entropy term
   float temperature = 1.0F;
 };
 
-// KL(teacher || student) over every token of the batch (halo.md 6). Gradients of the student accumulate.
-DistillationResult DistillationStep(const Context& ctx, Arena& arena, const Model& teacher, const Model& student,
-                                    const Batch& batch, const DistillationOptions& options,
+// KL(teacher || student) over every token of the batch (halo.md 6). Gradients of the student
+// accumulate.
+DistillationResult DistillationStep(const Context& ctx, Arena& arena, const Model& teacher,
+                                    const Model& student, const Batch& batch,
+                                    const DistillationOptions& options,
                                     const ModelTensors& gradients);
 
 // KL without gradients.
-kernels::KlDivergenceResult EvaluateKl(const Context& ctx, Arena& arena, const Model& teacher, const Model& student,
-                                       const Batch& batch, const RunOptions& options);
+kernels::KlDivergenceResult EvaluateKl(const Context& ctx, Arena& arena, const Model& teacher,
+                                       const Model& student, const Batch& batch,
+                                       const RunOptions& options);
 
 }  // namespace sala::model

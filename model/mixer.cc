@@ -42,8 +42,8 @@ Tensor Project(const Context& ctx, Arena& arena, const ConstTensor& x, const Con
 }
 
 // Norm and rotation of queries or keys; the input itself where the configuration has neither.
-Tensor NormAndRotate(const Context& ctx, Arena& arena, const Geometry& g, const Tensor& raw, int64_t heads,
-                     const ConstTensor& norm, Tensor* rstd) {
+Tensor NormAndRotate(const Context& ctx, Arena& arena, const Geometry& g, const Tensor& raw,
+                     int64_t heads, const ConstTensor& norm, Tensor* rstd) {
   if (norm.empty() && g.cos.empty()) return raw;
   Tensor y = arena.New(DType::kF32, {raw.dim(0), heads * g.head_dim});
   if (!norm.empty()) *rstd = arena.New(DType::kF32, {raw.dim(0), heads});
@@ -52,10 +52,11 @@ Tensor NormAndRotate(const Context& ctx, Arena& arena, const Geometry& g, const 
   return y;
 }
 
-void NormAndRotateBackward(const Context& ctx, const Geometry& g, const Tensor& dy, const ConstTensor& raw, int64_t heads,
-                           const ConstTensor& norm, const ConstTensor& rstd, const Tensor& dx, const Tensor& dnorm) {
-  kernels::QkNormRopeBackward(ctx, dy.AsHeads(heads, g.head_dim), raw.AsHeads(heads, g.head_dim), norm, rstd, g.cos,
-                              g.sin, dx.AsHeads(heads, g.head_dim), dnorm);
+void NormAndRotateBackward(const Context& ctx, const Geometry& g, const Tensor& dy,
+                           const ConstTensor& raw, int64_t heads, const ConstTensor& norm,
+                           const ConstTensor& rstd, const Tensor& dx, const Tensor& dnorm) {
+  kernels::QkNormRopeBackward(ctx, dy.AsHeads(heads, g.head_dim), raw.AsHeads(heads, g.head_dim),
+                              norm, rstd, g.cos, g.sin, dx.AsHeads(heads, g.head_dim), dnorm);
 }
 
 void SoftmaxForward(const Context& ctx, Arena& arena, const ModelConfig& config, const Geometry& g,
@@ -70,34 +71,37 @@ void SoftmaxForward(const Context& ctx, Arena& arena, const ModelConfig& config,
     kernels::AttentionForward(ctx, q, k, v, tables.dense_documents, g.scale, o, s.lse);
   }
   if (!tables.sparse_documents.empty()) {
-    s.blocks = arena.New(DType::kI32, {t, g.kv_heads, std::max<int64_t>(1, config.sparse.free_blocks())});
+    s.blocks =
+        arena.New(DType::kI32, {t, g.kv_heads, std::max<int64_t>(1, config.sparse.free_blocks())});
     kernels::SelectBlocks(ctx, q, k, tables.sparse_documents, config.sparse, g.scale, s.blocks);
-    kernels::SparseAttentionForward(ctx, q, k, v, tables.sparse_documents, config.sparse, g.scale, s.blocks, o, s.lse);
+    kernels::SparseAttentionForward(ctx, q, k, v, tables.sparse_documents, config.sparse, g.scale,
+                                    s.blocks, o, s.lse);
   }
 }
 
-void SoftmaxBackward(const Context& ctx, const ModelConfig& config, const Geometry& g, const BatchTables& tables,
-                     const MixerState& s, const ConstTensor& dout, const Tensor& dq, const Tensor& dk,
-                     const Tensor& dv) {
+void SoftmaxBackward(const Context& ctx, const ModelConfig& config, const Geometry& g,
+                     const BatchTables& tables, const MixerState& s, const ConstTensor& dout,
+                     const Tensor& dq, const Tensor& dk, const Tensor& dv) {
   const auto heads = [&](const ConstTensor& x) { return x.AsHeads(g.heads, g.head_dim); };
   const auto kv_heads = [&](const ConstTensor& x) { return x.AsHeads(g.kv_heads, g.head_dim); };
   const Tensor dq_heads = dq.AsHeads(g.heads, g.head_dim);
   const Tensor dk_heads = dk.AsHeads(g.kv_heads, g.head_dim);
   const Tensor dv_heads = dv.AsHeads(g.kv_heads, g.head_dim);
   if (!tables.dense_documents.empty()) {
-    kernels::AttentionBackward(ctx, heads(s.q), kv_heads(s.k), kv_heads(s.v), heads(s.o), s.lse, heads(dout),
-                               tables.dense_documents, g.scale, dq_heads, dk_heads, dv_heads);
+    kernels::AttentionBackward(ctx, heads(s.q), kv_heads(s.k), kv_heads(s.v), heads(s.o), s.lse,
+                               heads(dout), tables.dense_documents, g.scale, dq_heads, dk_heads,
+                               dv_heads);
   }
   if (!tables.sparse_documents.empty()) {
-    kernels::SparseAttentionBackward(ctx, heads(s.q), kv_heads(s.k), kv_heads(s.v), heads(s.o), s.lse, heads(dout),
-                                     tables.sparse_documents, config.sparse, g.scale, s.blocks, dq_heads, dk_heads,
-                                     dv_heads);
+    kernels::SparseAttentionBackward(ctx, heads(s.q), kv_heads(s.k), kv_heads(s.v), heads(s.o),
+                                     s.lse, heads(dout), tables.sparse_documents, config.sparse,
+                                     g.scale, s.blocks, dq_heads, dk_heads, dv_heads);
   }
 }
 
 // Gate and output norm, then the output projection.
-void Finish(const Context& ctx, Arena& arena, const Geometry& g, const MixerTensors& weights, MixerState& s,
-            const MixerOutput& output) {
+void Finish(const Context& ctx, Arena& arena, const Geometry& g, const MixerTensors& weights,
+            MixerState& s, const MixerOutput& output) {
   s.u = s.o;
   if (!weights.gate.empty()) s.z = Project(ctx, arena, s.x, weights.gate);
   if (!weights.gate.empty() || !weights.o_norm.empty()) {
@@ -105,12 +109,14 @@ void Finish(const Context& ctx, Arena& arena, const Geometry& g, const MixerTens
     s.o_rstd = arena.New(DType::kF32, {s.o.dim(0)});
     kernels::OutputGateForward(ctx, s.o, weights.o_norm, s.z, g.eps, s.u, s.o_rstd);
   }
-  kernels::GemmNT(ctx, s.u, weights.o_proj, output.y, {.alpha = output.alpha, .write = output.write});
+  kernels::GemmNT(ctx, s.u, weights.o_proj, output.y,
+                  {.alpha = output.alpha, .write = output.write});
 }
 
 // dx (+)= dprojection W; dW += dprojection^T x.
-void ProjectBackward(const Context& ctx, const ConstTensor& dy, const ConstTensor& x, const ConstTensor& weight,
-                     const Tensor& dx, Write write, const Tensor& dweight) {
+void ProjectBackward(const Context& ctx, const ConstTensor& dy, const ConstTensor& x,
+                     const ConstTensor& weight, const Tensor& dx, Write write,
+                     const Tensor& dweight) {
   if (!dx.empty()) kernels::GemmNN(ctx, dy, weight, dx, {.write = write});
   if (!dweight.empty()) kernels::GemmTN(ctx, dy, x, dweight, {.write = Write::kAccumulate});
 }
@@ -122,8 +128,9 @@ void Append(std::vector<float>& to, const Tensor& from) {
   to.insert(to.end(), data, data + from.numel());
 }
 
-MixerState ProjectInputs(const Context& ctx, Arena& arena, const Geometry& g, const MixerTensors& weights,
-                         const RunOptions& options, const ConstTensor& positions, const ConstTensor& x) {
+MixerState ProjectInputs(const Context& ctx, Arena& arena, const Geometry& g,
+                         const MixerTensors& weights, const RunOptions& options,
+                         const ConstTensor& positions, const ConstTensor& x) {
   MixerState s;
   s.x = x;
   s.q_raw = Project(ctx, arena, x, weights.q_proj);
@@ -132,7 +139,8 @@ MixerState ProjectInputs(const Context& ctx, Arena& arena, const Geometry& g, co
   s.q = NormAndRotate(ctx, arena, g, s.q_raw, g.heads, weights.q_norm, &s.q_rstd);
   s.k = NormAndRotate(ctx, arena, g, s.k_raw, g.kv_heads, weights.k_norm, &s.k_rstd);
   if (g.softmax && options.logit_scale_base > 0) {
-    kernels::LogitScaleForward(ctx, positions, options.logit_scale_base, s.q.AsHeads(g.heads, g.head_dim));
+    kernels::LogitScaleForward(ctx, positions, options.logit_scale_base,
+                               s.q.AsHeads(g.heads, g.head_dim));
   }
   s.o = arena.New(DType::kF32, {x.dim(0), g.heads * g.head_dim});
   return s;
@@ -158,8 +166,9 @@ MixerState MixerForward(const Context& ctx, Arena& arena, const ModelConfig& con
       cache->state.assign(static_cast<size_t>(g.heads * g.head_dim * g.head_dim), 0.0F);
       state = Tensor(cache->state.data(), {g.heads, g.head_dim, g.head_dim});
     }
-    kernels::LightningForward(ctx, s.q.AsHeads(g.heads, g.head_dim), s.k.AsHeads(g.heads, g.head_dim),
-                              s.v.AsHeads(g.heads, g.head_dim), batch.cu_seqlens, Slopes(g), g.scale, {},
+    kernels::LightningForward(ctx, s.q.AsHeads(g.heads, g.head_dim),
+                              s.k.AsHeads(g.heads, g.head_dim), s.v.AsHeads(g.heads, g.head_dim),
+                              batch.cu_seqlens, Slopes(g), g.scale, {},
                               s.o.AsHeads(g.heads, g.head_dim), state);
   }
   Finish(ctx, arena, g, weights, s, output);
@@ -167,8 +176,9 @@ MixerState MixerForward(const Context& ctx, Arena& arena, const ModelConfig& con
 }
 
 void MixerBackward(const Context& ctx, Arena& arena, const ModelConfig& config, MixerType type,
-                   const MixerTensors& weights, const Batch& batch, const BatchTables& tables, const MixerState& s,
-                   float alpha, const ConstTensor& dy, const Tensor& dx, const MixerTensors& gradients) {
+                   const MixerTensors& weights, const Batch& batch, const BatchTables& tables,
+                   const MixerState& s, float alpha, const ConstTensor& dy, const Tensor& dx,
+                   const MixerTensors& gradients) {
   const Geometry g(config, type, tables);
   const ArenaScope scope(arena);
   const int64_t t = s.x.dim(0);
@@ -184,7 +194,8 @@ void MixerBackward(const Context& ctx, Arena& arena, const ModelConfig& config, 
   if (!weights.gate.empty() || !weights.o_norm.empty()) {
     dout = like(s.o);
     if (!s.z.empty()) dz = like(s.z);
-    kernels::OutputGateBackward(ctx, du, s.o, weights.o_norm, s.z, s.o_rstd, dout, dz, gradients.o_norm);
+    kernels::OutputGateBackward(ctx, du, s.o, weights.o_norm, s.z, s.o_rstd, dout, dz,
+                                gradients.o_norm);
   }
 
   const Tensor dq = like(s.q);
@@ -194,8 +205,9 @@ void MixerBackward(const Context& ctx, Arena& arena, const ModelConfig& config, 
     SoftmaxBackward(ctx, config, g, tables, s, dout, dq, dk, dv);
   } else {
     const auto heads = [&](const auto& x) { return x.AsHeads(g.heads, g.head_dim); };
-    kernels::LightningBackward(ctx, heads(s.q), heads(s.k), heads(s.v), heads(dout), batch.cu_seqlens, Slopes(g), g.scale,
-                               {}, {}, heads(dq), heads(dk), heads(dv), {});
+    kernels::LightningBackward(ctx, heads(s.q), heads(s.k), heads(s.v), heads(dout),
+                               batch.cu_seqlens, Slopes(g), g.scale, {}, {}, heads(dq), heads(dk),
+                               heads(dv), {});
   }
 
   Tensor dq_raw = dq;
@@ -203,21 +215,27 @@ void MixerBackward(const Context& ctx, Arena& arena, const ModelConfig& config, 
   if (s.q.raw() != s.q_raw.raw()) {
     dq_raw = like(s.q);
     dk_raw = like(s.k);
-    NormAndRotateBackward(ctx, g, dq, s.q_raw, g.heads, weights.q_norm, s.q_rstd, dq_raw, gradients.q_norm);
-    NormAndRotateBackward(ctx, g, dk, s.k_raw, g.kv_heads, weights.k_norm, s.k_rstd, dk_raw, gradients.k_norm);
+    NormAndRotateBackward(ctx, g, dq, s.q_raw, g.heads, weights.q_norm, s.q_rstd, dq_raw,
+                          gradients.q_norm);
+    NormAndRotateBackward(ctx, g, dk, s.k_raw, g.kv_heads, weights.k_norm, s.k_rstd, dk_raw,
+                          gradients.k_norm);
   }
   ProjectBackward(ctx, dq_raw, s.x, weights.q_proj, dx, Write::kOverwrite, gradients.q_proj);
   ProjectBackward(ctx, dk_raw, s.x, weights.k_proj, dx, Write::kAccumulate, gradients.k_proj);
   ProjectBackward(ctx, dv, s.x, weights.v_proj, dx, Write::kAccumulate, gradients.v_proj);
-  if (!dz.empty()) ProjectBackward(ctx, dz, s.x, weights.gate, dx, Write::kAccumulate, gradients.gate);
+  if (!dz.empty())
+    ProjectBackward(ctx, dz, s.x, weights.gate, dx, Write::kAccumulate, gradients.gate);
 }
 
 void MixerDecode(const Context& ctx, Arena& arena, const ModelConfig& config, MixerType type,
                  const MixerTensors& weights, const BatchTables& tables, const RunOptions& options,
-                 const ConstTensor& positions, const ConstTensor& x, const MixerOutput& output, LayerCache* cache) {
+                 const ConstTensor& positions, const ConstTensor& x, const MixerOutput& output,
+                 LayerCache* cache) {
   const Geometry g(config, type, tables);
   MixerState s = ProjectInputs(ctx, arena, g, weights, options, positions, x);
-  const auto one = [&](const Tensor& row, int64_t heads) { return row.Reshape({heads, g.head_dim}); };
+  const auto one = [&](const Tensor& row, int64_t heads) {
+    return row.Reshape({heads, g.head_dim});
+  };
   if (g.softmax) {
     Append(cache->k, s.k);
     Append(cache->v, s.v);
@@ -225,13 +243,15 @@ void MixerDecode(const Context& ctx, Arena& arena, const ModelConfig& config, Mi
     const ConstTensor keys(cache->k.data(), {n, g.kv_heads, g.head_dim});
     const ConstTensor values(cache->v.data(), {n, g.kv_heads, g.head_dim});
     if (options.sparse_attention && n >= config.sparse.dense_len) {
-      kernels::SparseAttentionDecode(ctx, one(s.q, g.heads), keys, values, config.sparse, g.scale, one(s.o, g.heads));
+      kernels::SparseAttentionDecode(ctx, one(s.q, g.heads), keys, values, config.sparse, g.scale,
+                                     one(s.o, g.heads));
     } else {
       kernels::AttentionDecode(ctx, one(s.q, g.heads), keys, values, g.scale, one(s.o, g.heads));
     }
   } else {
-    kernels::LightningDecode(ctx, one(s.q, g.heads), one(s.k, g.heads), one(s.v, g.heads), Slopes(g), g.scale,
-                             Tensor(cache->state.data(), {g.heads, g.head_dim, g.head_dim}), one(s.o, g.heads));
+    kernels::LightningDecode(
+        ctx, one(s.q, g.heads), one(s.k, g.heads), one(s.v, g.heads), Slopes(g), g.scale,
+        Tensor(cache->state.data(), {g.heads, g.head_dim, g.head_dim}), one(s.o, g.heads));
   }
   Finish(ctx, arena, g, weights, s, output);
 }

@@ -1,4 +1,5 @@
-// The two mixers: softmax attention (dense or InfLLM-V2 sparse per document) and Lightning linear attention.
+// The two mixers: softmax attention (dense or InfLLM-V2 sparse per document) and Lightning linear
+// attention.
 //   y = residual_factor * Mixer(x) [+ y]
 #pragma once
 
@@ -7,27 +8,30 @@
 namespace sala::model {
 
 struct MixerOutput {
-  Tensor y;                                            // [T, H]
-  float alpha = 1.0F;                                  // factor on the mixer's output
+  Tensor y;            // [T, H]
+  float alpha = 1.0F;  // factor on the mixer's output
   kernels::Write write = kernels::Write::kOverwrite;
 };
 
-// x [T, H] is kept by reference in the state. `cache`, when given, receives keys and values or the final state of the
-// batch's single document.
+// x [T, H] is kept by reference in the state. `cache`, when given, receives keys and values or the
+// final state of the batch's single document.
 MixerState MixerForward(const Context& ctx, Arena& arena, const ModelConfig& config, MixerType type,
                         const MixerTensors& weights, const Batch& batch, const BatchTables& tables,
                         const RunOptions& options, const ConstTensor& x, const MixerOutput& output,
                         LayerCache* cache = nullptr);
 
-// dy [T, H] is the gradient of y (alpha is applied here). dx [T, H] is overwritten; empty: not wanted. Gradients of weights
-// accumulate.
+// dy [T, H] is the gradient of y (alpha is applied here). dx [T, H] is overwritten; empty: not
+// wanted. Gradients of weights accumulate.
 void MixerBackward(const Context& ctx, Arena& arena, const ModelConfig& config, MixerType type,
-                   const MixerTensors& weights, const Batch& batch, const BatchTables& tables, const MixerState& state,
-                   float alpha, const ConstTensor& dy, const Tensor& dx, const MixerTensors& gradients);
+                   const MixerTensors& weights, const Batch& batch, const BatchTables& tables,
+                   const MixerState& state, float alpha, const ConstTensor& dy, const Tensor& dx,
+                   const MixerTensors& gradients);
 
-// One token of generation: x [1, H] -> y [1, H] accumulates alpha * output; the cache grows by the token.
+// One token of generation: x [1, H] -> y [1, H] accumulates alpha * output; the cache grows by the
+// token.
 void MixerDecode(const Context& ctx, Arena& arena, const ModelConfig& config, MixerType type,
                  const MixerTensors& weights, const BatchTables& tables, const RunOptions& options,
-                 const ConstTensor& positions, const ConstTensor& x, const MixerOutput& output, LayerCache* cache);
+                 const ConstTensor& positions, const ConstTensor& x, const MixerOutput& output,
+                 LayerCache* cache);
 
 }  // namespace sala::model

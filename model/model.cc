@@ -18,7 +18,9 @@ namespace {
 
 using kernels::Write;
 
-Tensor NewLike(Arena& arena, const ConstTensor& x) { return arena.New(DType::kF32, {x.dim(0), x.dim(1)}); }
+Tensor NewLike(Arena& arena, const ConstTensor& x) {
+  return arena.New(DType::kF32, {x.dim(0), x.dim(1)});
+}
 
 void Copy(const ConstTensor& from, const Tensor& to) {
   std::memcpy(to.raw(), from.raw(), static_cast<size_t>(from.numel()) * SizeOf(from.dtype()));
@@ -42,7 +44,8 @@ class Binder {
 
 }  // namespace
 
-MixerTensors BindMixer(const ModelConfig& config, int64_t layer, MixerType type, ParameterStore& store,
+MixerTensors BindMixer(const ModelConfig& config, int64_t layer, MixerType type,
+                       ParameterStore& store,
                        const std::function<bool(const ParameterSpec&)>& wanted) {
   const Binder get(store, wanted);
   const std::string prefix = "model.layers." + std::to_string(layer) + ".self_attn.";
@@ -105,12 +108,14 @@ Model Model::WithMixer(int64_t layer, MixerType type, const MixerTensors& mixer)
   return changed;
 }
 
-BatchTables Model::MakeTables(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options) const {
+BatchTables Model::MakeTables(const Context& ctx, Arena& arena, const Batch& batch,
+                              const RunOptions& options) const {
   BatchTables tables;
   const auto table = [&](int64_t head_dim, Tensor* cos, Tensor* sin) {
     *cos = arena.New(DType::kF32, {batch.size(), head_dim / 2});
     *sin = arena.New(DType::kF32, {batch.size(), head_dim / 2});
-    kernels::RopeTable(ctx, batch.positions_view(), head_dim, static_cast<float>(config_.rope_theta), *cos, *sin);
+    kernels::RopeTable(ctx, batch.positions_view(), head_dim,
+                       static_cast<float>(config_.rope_theta), *cos, *sin);
   };
   if (config_.attn_use_rope) table(config_.head_dim, &tables.attention_cos, &tables.attention_sin);
   if (config_.lightning_use_rope && config_.has_lightning()) {
@@ -124,8 +129,9 @@ BatchTables Model::MakeTables(const Context& ctx, Arena& arena, const Batch& bat
 }
 
 // out = x + r * mixer(norm(x)); out += r * mlp(norm(out)). `out` may not be the state's x.
-void Model::LayerForward(const Context& ctx, Arena& arena, const Batch& batch, const BatchTables& tables,
-                         const RunOptions& options, int64_t layer, LayerState& s, const Tensor& out) const {
+void Model::LayerForward(const Context& ctx, Arena& arena, const Batch& batch,
+                         const BatchTables& tables, const RunOptions& options, int64_t layer,
+                         LayerState& s, const Tensor& out) const {
   const LayerTensors& w = tensors_.layers[static_cast<size_t>(layer)];
   const auto eps = static_cast<float>(config_.rms_norm_eps);
   const auto r = static_cast<float>(config_.residual_scale());
@@ -136,8 +142,8 @@ void Model::LayerForward(const Context& ctx, Arena& arena, const Batch& batch, c
   kernels::RmsNormForward(ctx, s.x, w.input_norm, eps, s.n1, s.rstd1);
   s.mid = NewLike(arena, s.x);
   Copy(s.x, s.mid);
-  s.mixer = MixerForward(ctx, arena, config_, config_.mixer(layer), w.mixer, batch, tables, options, s.n1,
-                         {.y = s.mid, .alpha = r, .write = Write::kAccumulate});
+  s.mixer = MixerForward(ctx, arena, config_, config_.mixer(layer), w.mixer, batch, tables, options,
+                         s.n1, {.y = s.mid, .alpha = r, .write = Write::kAccumulate});
 
   s.n2 = NewLike(arena, s.x);
   s.rstd2 = arena.New(DType::kF32, {t});
@@ -153,8 +159,9 @@ void Model::LayerForward(const Context& ctx, Arena& arena, const Batch& batch, c
 }
 
 // dx [T, H] holds the gradient of the layer's output on entry and of its input on return.
-void Model::LayerBackward(const Context& ctx, Arena& arena, const Batch& batch, const BatchTables& tables, int64_t layer,
-                          const LayerState& s, const LayerTensors& gradients, const Tensor& dx) const {
+void Model::LayerBackward(const Context& ctx, Arena& arena, const Batch& batch,
+                          const BatchTables& tables, int64_t layer, const LayerState& s,
+                          const LayerTensors& gradients, const Tensor& dx) const {
   const LayerTensors& w = tensors_.layers[static_cast<size_t>(layer)];
   const auto r = static_cast<float>(config_.residual_scale());
   const ArenaScope scope(arena);
@@ -173,19 +180,25 @@ void Model::LayerBackward(const Context& ctx, Arena& arena, const Batch& batch, 
   if (!gradients.gate_proj.empty()) {
     kernels::GemmTN(ctx, dgate, s.n2, gradients.gate_proj, {.write = Write::kAccumulate});
   }
-  if (!gradients.up_proj.empty()) kernels::GemmTN(ctx, dup, s.n2, gradients.up_proj, {.write = Write::kAccumulate});
-  kernels::RmsNormBackward(ctx, dn, s.mid, w.post_norm, s.rstd2, dx, Write::kAccumulate, gradients.post_norm);
+  if (!gradients.up_proj.empty())
+    kernels::GemmTN(ctx, dup, s.n2, gradients.up_proj, {.write = Write::kAccumulate});
+  kernels::RmsNormBackward(ctx, dn, s.mid, w.post_norm, s.rstd2, dx, Write::kAccumulate,
+                           gradients.post_norm);
 
-  MixerBackward(ctx, arena, config_, config_.mixer(layer), w.mixer, batch, tables, s.mixer, r, dx, dn, gradients.mixer);
-  kernels::RmsNormBackward(ctx, dn, s.x, w.input_norm, s.rstd1, dx, Write::kAccumulate, gradients.input_norm);
+  MixerBackward(ctx, arena, config_, config_.mixer(layer), w.mixer, batch, tables, s.mixer, r, dx,
+                dn, gradients.mixer);
+  kernels::RmsNormBackward(ctx, dn, s.x, w.input_norm, s.rstd1, dx, Write::kAccumulate,
+                           gradients.input_norm);
 }
 
-ForwardState Model::Forward(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options) const {
+ForwardState Model::Forward(const Context& ctx, Arena& arena, const Batch& batch,
+                            const RunOptions& options) const {
   ForwardState state;
   const int64_t t = batch.size();
   state.tables = MakeTables(ctx, arena, batch, options);
   Tensor x = arena.New(DType::kF32, {t, config_.hidden_size});
-  kernels::EmbeddingForward(ctx, batch.tokens_view(), tensors_.embedding, static_cast<float>(config_.scale_emb), x);
+  kernels::EmbeddingForward(ctx, batch.tokens_view(), tensors_.embedding,
+                            static_cast<float>(config_.scale_emb), x);
   for (int64_t l = 0; l < config_.num_hidden_layers; ++l) {
     Tensor out = NewLike(arena, x);
     LayerState layer;
@@ -204,20 +217,24 @@ ForwardState Model::Forward(const Context& ctx, Arena& arena, const Batch& batch
   state.last = x;
   state.rstd = arena.New(DType::kF32, {t});
   state.hidden = NewLike(arena, x);
-  kernels::RmsNormForward(ctx, x, tensors_.norm, static_cast<float>(config_.rms_norm_eps), state.hidden, state.rstd);
+  kernels::RmsNormForward(ctx, x, tensors_.norm, static_cast<float>(config_.rms_norm_eps),
+                          state.hidden, state.rstd);
   return state;
 }
 
-void Model::Backward(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options,
-                     const ForwardState& state, const ConstTensor& dhidden, const ModelTensors& gradients) const {
+void Model::Backward(const Context& ctx, Arena& arena, const Batch& batch,
+                     const RunOptions& options, const ForwardState& state,
+                     const ConstTensor& dhidden, const ModelTensors& gradients) const {
   const ArenaScope scope(arena);
   const Tensor dx = NewLike(arena, dhidden);
-  kernels::RmsNormBackward(ctx, dhidden, state.last, tensors_.norm, state.rstd, dx, Write::kOverwrite, gradients.norm);
+  kernels::RmsNormBackward(ctx, dhidden, state.last, tensors_.norm, state.rstd, dx,
+                           Write::kOverwrite, gradients.norm);
   for (int64_t l = config_.num_hidden_layers - 1; l >= 0; --l) {
     const LayerTensors& layer_gradients = gradients.layers[static_cast<size_t>(l)];
     const LayerState& kept = state.layers[static_cast<size_t>(l)];
     if (options.recompute) {
-      // The same code on the same input: the recomputed activations, block choices included, have the bits of the first run.
+      // The same code on the same input: the recomputed activations, block choices included, have
+      // the bits of the first run.
       const ArenaScope layer_scope(arena);
       LayerState again;
       again.x = kept.x;
@@ -234,15 +251,17 @@ void Model::Backward(const Context& ctx, Arena& arena, const Batch& batch, const
   }
 }
 
-Tensor Model::ForwardOnly(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options,
-                          int64_t first_layer, Tensor x, const LayerHook& hook,
+Tensor Model::ForwardOnly(const Context& ctx, Arena& arena, const Batch& batch,
+                          const RunOptions& options, int64_t first_layer, Tensor x,
+                          const LayerHook& hook,
                           const std::function<void(int64_t, const ConstTensor&)>& on_input) const {
   const int64_t t = batch.size();
   const Tensor hidden = arena.New(DType::kF32, {t, config_.hidden_size});
   if (x.empty()) {
     SALA_CHECK(first_layer == 0) << "starting at layer " << first_layer << " needs its input";
     x = NewLike(arena, hidden);
-    kernels::EmbeddingForward(ctx, batch.tokens_view(), tensors_.embedding, static_cast<float>(config_.scale_emb), x);
+    kernels::EmbeddingForward(ctx, batch.tokens_view(), tensors_.embedding,
+                              static_cast<float>(config_.scale_emb), x);
   }
   const ArenaScope scope(arena);
   const BatchTables tables = MakeTables(ctx, arena, batch, options);
@@ -254,7 +273,8 @@ Tensor Model::ForwardOnly(const Context& ctx, Arena& arena, const Batch& batch, 
     layer.x = x;
     LayerForward(ctx, arena, batch, tables, options, l, layer, out);
     if (hook) {
-      // The residual form above adds the mixer's output without keeping it; alignment wants it alone.
+      // The residual form above adds the mixer's output without keeping it; alignment wants it
+      // alone.
       const Tensor y = NewLike(arena, x);
       kernels::GemmNT(ctx, layer.mixer.u, tensors_.layers[static_cast<size_t>(l)].mixer.o_proj, y);
       hook(l, layer.n1, y);
@@ -262,12 +282,14 @@ Tensor Model::ForwardOnly(const Context& ctx, Arena& arena, const Batch& batch, 
     Copy(out, x);
   }
   const Tensor rstd = arena.New(DType::kF32, {t});
-  kernels::RmsNormForward(ctx, x, tensors_.norm, static_cast<float>(config_.rms_norm_eps), hidden, rstd);
+  kernels::RmsNormForward(ctx, x, tensors_.norm, static_cast<float>(config_.rms_norm_eps), hidden,
+                          rstd);
   return hidden;
 }
 
-void Model::RunLayers(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options,
-                      int64_t first_layer, int64_t end_layer, const Tensor& x) const {
+void Model::RunLayers(const Context& ctx, Arena& arena, const Batch& batch,
+                      const RunOptions& options, int64_t first_layer, int64_t end_layer,
+                      const Tensor& x) const {
   const ArenaScope scope(arena);
   const BatchTables tables = MakeTables(ctx, arena, batch, options);
   const Tensor out = NewLike(arena, x);
@@ -280,15 +302,17 @@ void Model::RunLayers(const Context& ctx, Arena& arena, const Batch& batch, cons
   }
 }
 
-std::vector<float> Model::Logits(const Context& ctx, Arena& arena, const ConstTensor& hidden_row) const {
+std::vector<float> Model::Logits(const Context& ctx, Arena& arena,
+                                 const ConstTensor& hidden_row) const {
   std::vector<float> logits(static_cast<size_t>(config_.vocab_size));
   kernels::GemmNT(ctx, hidden_row, tensors_.head, Tensor(logits.data(), {1, config_.vocab_size}),
                   {.alpha = logit_scale()});
   return logits;
 }
 
-std::vector<float> Model::Prefill(const Context& ctx, Arena& arena, const std::vector<int32_t>& tokens,
-                                  const RunOptions& options, Cache* cache) const {
+std::vector<float> Model::Prefill(const Context& ctx, Arena& arena,
+                                  const std::vector<int32_t>& tokens, const RunOptions& options,
+                                  Cache* cache) const {
   SALA_CHECK(!tokens.empty()) << "a prompt needs at least one token";
   const Batch batch = SingleDocument(tokens);
   const ArenaScope scope(arena);
@@ -297,15 +321,19 @@ std::vector<float> Model::Prefill(const Context& ctx, Arena& arena, const std::v
   cache->length = batch.size();
   cache->layers.assign(static_cast<size_t>(config_.num_hidden_layers), LayerCache{});
   Tensor x = arena.New(DType::kF32, {batch.size(), config_.hidden_size});
-  kernels::EmbeddingForward(ctx, batch.tokens_view(), tensors_.embedding, static_cast<float>(config_.scale_emb), x);
+  kernels::EmbeddingForward(ctx, batch.tokens_view(), tensors_.embedding,
+                            static_cast<float>(config_.scale_emb), x);
   const Tensor n = NewLike(arena, x);
   const Tensor rstd = arena.New(DType::kF32, {batch.size()});
   for (int64_t l = 0; l < config_.num_hidden_layers; ++l) {
     const ArenaScope layer_scope(arena);
-    kernels::RmsNormForward(ctx, x, tensors_.layers[static_cast<size_t>(l)].input_norm, eps, n, rstd);
-    MixerForward(ctx, arena, config_, config_.mixer(l), tensors_.layers[static_cast<size_t>(l)].mixer, batch, tables,
-                 options, n,
-                 {.y = x, .alpha = static_cast<float>(config_.residual_scale()), .write = Write::kAccumulate},
+    kernels::RmsNormForward(ctx, x, tensors_.layers[static_cast<size_t>(l)].input_norm, eps, n,
+                            rstd);
+    MixerForward(ctx, arena, config_, config_.mixer(l),
+                 tensors_.layers[static_cast<size_t>(l)].mixer, batch, tables, options, n,
+                 {.y = x,
+                  .alpha = static_cast<float>(config_.residual_scale()),
+                  .write = Write::kAccumulate},
                  &cache->layers[static_cast<size_t>(l)]);
     MlpForward(ctx, arena, l, x);
   }
@@ -325,12 +353,13 @@ void Model::MlpForward(const Context& ctx, Arena& arena, int64_t layer, const Te
   kernels::GemmNT(ctx, n, w.gate_proj, gate);
   kernels::GemmNT(ctx, n, w.up_proj, up);
   kernels::SwiGluForward(ctx, gate, up, gate);
-  kernels::GemmNT(ctx, gate, w.down_proj, x,
-                  {.alpha = static_cast<float>(config_.residual_scale()), .write = Write::kAccumulate});
+  kernels::GemmNT(
+      ctx, gate, w.down_proj, x,
+      {.alpha = static_cast<float>(config_.residual_scale()), .write = Write::kAccumulate});
 }
 
-std::vector<float> Model::Decode(const Context& ctx, Arena& arena, int32_t token, const RunOptions& options,
-                                 Cache* cache) const {
+std::vector<float> Model::Decode(const Context& ctx, Arena& arena, int32_t token,
+                                 const RunOptions& options, Cache* cache) const {
   Batch batch = SingleDocument({token});
   batch.positions[0] = static_cast<int32_t>(cache->length);
   ++cache->length;
@@ -340,13 +369,18 @@ std::vector<float> Model::Decode(const Context& ctx, Arena& arena, int32_t token
   const Tensor x = arena.New(DType::kF32, {1, config_.hidden_size});
   const Tensor n = NewLike(arena, x);
   const Tensor rstd = arena.New(DType::kF32, {1});
-  kernels::EmbeddingForward(ctx, batch.tokens_view(), tensors_.embedding, static_cast<float>(config_.scale_emb), x);
+  kernels::EmbeddingForward(ctx, batch.tokens_view(), tensors_.embedding,
+                            static_cast<float>(config_.scale_emb), x);
   for (int64_t l = 0; l < config_.num_hidden_layers; ++l) {
     const ArenaScope layer_scope(arena);
-    kernels::RmsNormForward(ctx, x, tensors_.layers[static_cast<size_t>(l)].input_norm, eps, n, rstd);
-    MixerDecode(ctx, arena, config_, config_.mixer(l), tensors_.layers[static_cast<size_t>(l)].mixer, tables, options,
+    kernels::RmsNormForward(ctx, x, tensors_.layers[static_cast<size_t>(l)].input_norm, eps, n,
+                            rstd);
+    MixerDecode(ctx, arena, config_, config_.mixer(l),
+                tensors_.layers[static_cast<size_t>(l)].mixer, tables, options,
                 batch.positions_view(), n,
-                {.y = x, .alpha = static_cast<float>(config_.residual_scale()), .write = Write::kAccumulate},
+                {.y = x,
+                 .alpha = static_cast<float>(config_.residual_scale()),
+                 .write = Write::kAccumulate},
                 &cache->layers[static_cast<size_t>(l)]);
     MlpForward(ctx, arena, l, x);
   }

@@ -1,15 +1,18 @@
-// The model: embedding, layers of mixer + MLP, final norm, head. One class serves the full-attention teacher and the hybrid;
-// the configuration says which layer has which mixer.
+// The model: embedding, layers of mixer + MLP, final norm, head. One class serves the
+// full-attention teacher and the hybrid; the configuration says which layer has which mixer.
 //
 //   ParameterStore params(ParameterSpecs(config));
 //   Model model(config, params);
 //   ArenaScope scope(arena);
-//   ForwardState state = model.Forward(ctx, arena, batch, options);           // state.hidden [T, H]
+//   ForwardState state = model.Forward(ctx, arena, batch, options);           // state.hidden [T,
+//   H]
 //   ... a loss writes dhidden and the head's gradient ...
-//   model.Backward(ctx, arena, batch, options, state, dhidden, gradients);    // gradients accumulate
+//   model.Backward(ctx, arena, batch, options, state, dhidden, gradients);    // gradients
+//   accumulate
 //
-// Gradients of parameters accumulate, gradients of activations overwrite, except the residual stream's, which accumulates.
-// Everything is computed on packed tokens [T, ...]; nothing crosses the documents of the batch.
+// Gradients of parameters accumulate, gradients of activations overwrite, except the residual
+// stream's, which accumulates. Everything is computed on packed tokens [T, ...]; nothing crosses
+// the documents of the batch.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +27,8 @@
 
 namespace sala::model {
 
-// Views of the tensors of one mixer: parameters, or (in Gradients) their gradients. Empty where the configuration has none,
-// or where a gradient is not wanted (frozen).
+// Views of the tensors of one mixer: parameters, or (in Gradients) their gradients. Empty where the
+// configuration has none, or where a gradient is not wanted (frozen).
 struct MixerTensors {
   Tensor q_proj, k_proj, v_proj, o_proj;
   Tensor gate;            // o_gate of softmax, z_proj of linear layers
@@ -46,10 +49,12 @@ struct ModelTensors {
   Tensor head;  // the embedding when tied
 };
 
-// Views into a store laid out by ParameterSpecs(config). `wanted` (by tensor name) leaves views empty: frozen parameters.
+// Views into a store laid out by ParameterSpecs(config). `wanted` (by tensor name) leaves views
+// empty: frozen parameters.
 ModelTensors BindTensors(const ModelConfig& config, ParameterStore& store,
                          const std::function<bool(const ParameterSpec&)>& wanted = nullptr);
-MixerTensors BindMixer(const ModelConfig& config, int64_t layer, MixerType type, ParameterStore& store,
+MixerTensors BindMixer(const ModelConfig& config, int64_t layer, MixerType type,
+                       ParameterStore& store,
                        const std::function<bool(const ParameterSpec&)>& wanted = nullptr);
 
 // Packed tokens of one micro-batch. The vectors own the data the views below refer to.
@@ -70,9 +75,11 @@ struct Batch {
 Batch SingleDocument(const std::vector<int32_t>& tokens);
 
 struct RunOptions {
-  bool sparse_attention = false;  // documents of sparse_config.dense_len tokens and more use block selection
-  bool recompute = true;          // keep only each layer's input and run the layer again in the backward pass
-  double logit_scale_base = 0;    // HyPE's a (inference only); 0: off
+  bool sparse_attention =
+      false;  // documents of sparse_config.dense_len tokens and more use block selection
+  bool recompute =
+      true;  // keep only each layer's input and run the layer again in the backward pass
+  double logit_scale_base = 0;  // HyPE's a (inference only); 0: off
 };
 
 // Tables every layer shares, made once per batch.
@@ -84,18 +91,18 @@ struct BatchTables {
 
 // What the forward pass of a mixer keeps for its backward pass; all in the arena.
 struct MixerState {
-  ConstTensor x;                      // [T, H], the normalised input
-  Tensor q_raw, k_raw, v;             // projections
-  Tensor q, k;                        // after norm and rotation (the raw ones where there is neither)
-  Tensor q_rstd, k_rstd;              // [T, N], [T, K]
-  Tensor o, lse, blocks;              // attention output; lse and blocks in softmax layers
-  Tensor z, o_rstd, u;                // gate logits, output norm, what enters o_proj
+  ConstTensor x;           // [T, H], the normalised input
+  Tensor q_raw, k_raw, v;  // projections
+  Tensor q, k;             // after norm and rotation (the raw ones where there is neither)
+  Tensor q_rstd, k_rstd;   // [T, N], [T, K]
+  Tensor o, lse, blocks;   // attention output; lse and blocks in softmax layers
+  Tensor z, o_rstd, u;     // gate logits, output norm, what enters o_proj
 };
 
 struct LayerState {
-  Tensor x;                                // [T, H] the layer's input, always kept
-  Tensor n1, rstd1, mid, n2, rstd2;        // empty when the layer is recomputed
-  Tensor gate, up, h;                      // MLP
+  Tensor x;                          // [T, H] the layer's input, always kept
+  Tensor n1, rstd1, mid, n2, rstd2;  // empty when the layer is recomputed
+  Tensor gate, up, h;                // MLP
   MixerState mixer;
 };
 
@@ -109,60 +116,72 @@ struct ForwardState {
 
 // Keys, values and recurrent state of one sequence, for generation.
 struct LayerCache {
-  std::vector<float> k, v;    // softmax: [n, K, D] each
-  std::vector<float> state;   // linear: [N, D, D]
+  std::vector<float> k, v;   // softmax: [n, K, D] each
+  std::vector<float> state;  // linear: [N, D, D]
 };
 struct Cache {
   int64_t length = 0;
   std::vector<LayerCache> layers;
 };
 
-// Called for each layer with the normalised input [T, H] and the mixer's output [T, H] before the residual factor.
-using LayerHook = std::function<void(int64_t layer, const ConstTensor& normed, const ConstTensor& mixer_out)>;
+// Called for each layer with the normalised input [T, H] and the mixer's output [T, H] before the
+// residual factor.
+using LayerHook =
+    std::function<void(int64_t layer, const ConstTensor& normed, const ConstTensor& mixer_out)>;
 
 class Model {
  public:
   Model(ModelConfig config, ParameterStore& store);
-  Model(ModelConfig config, ModelTensors tensors) : config_(std::move(config)), tensors_(std::move(tensors)) {}
+  Model(ModelConfig config, ModelTensors tensors)
+      : config_(std::move(config)), tensors_(std::move(tensors)) {}
 
   const ModelConfig& config() const { return config_; }
   const ModelTensors& tensors() const { return tensors_; }
   // 1 / m: what multiplies hidden . head^T.
   float logit_scale() const { return static_cast<float>(1.0 / config_.width_multiplier()); }
 
-  // The same model with layer `layer` replaced by another mixer (HALO's M(i)); shares all other tensors.
+  // The same model with layer `layer` replaced by another mixer (HALO's M(i)); shares all other
+  // tensors.
   Model WithMixer(int64_t layer, MixerType type, const MixerTensors& mixer) const;
 
   // State lives in the arena until the caller's scope ends.
-  ForwardState Forward(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options) const;
+  ForwardState Forward(const Context& ctx, Arena& arena, const Batch& batch,
+                       const RunOptions& options) const;
 
-  // dhidden [T, H]: gradient of state.hidden. `gradients` has the views of BindTensors; empty views are frozen.
+  // dhidden [T, H]: gradient of state.hidden. `gradients` has the views of BindTensors; empty views
+  // are frozen.
   void Backward(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options,
-                const ForwardState& state, const ConstTensor& dhidden, const ModelTensors& gradients) const;
+                const ForwardState& state, const ConstTensor& dhidden,
+                const ModelTensors& gradients) const;
 
-  // Forward without state, layer by layer from `first_layer` on the residual stream x [T, H] (in place); an empty x and
-  // first_layer = 0 start from the embedding. Returns the hidden states after the final norm. Memory of one layer at a time.
-  Tensor ForwardOnly(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options,
-                     int64_t first_layer = 0, Tensor x = {}, const LayerHook& hook = nullptr,
-                     const std::function<void(int64_t layer, const ConstTensor& x)>& on_input = nullptr) const;
+  // Forward without state, layer by layer from `first_layer` on the residual stream x [T, H] (in
+  // place); an empty x and first_layer = 0 start from the embedding. Returns the hidden states
+  // after the final norm. Memory of one layer at a time.
+  Tensor ForwardOnly(
+      const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options,
+      int64_t first_layer = 0, Tensor x = {}, const LayerHook& hook = nullptr,
+      const std::function<void(int64_t layer, const ConstTensor& x)>& on_input = nullptr) const;
 
   // Layers [first_layer, end_layer) on the residual stream x [T, H], in place.
-  void RunLayers(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options, int64_t first_layer,
-                 int64_t end_layer, const Tensor& x) const;
+  void RunLayers(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options,
+                 int64_t first_layer, int64_t end_layer, const Tensor& x) const;
 
   // Runs a prompt (one document) and fills the cache; returns the logits [V] of the last token.
   std::vector<float> Prefill(const Context& ctx, Arena& arena, const std::vector<int32_t>& tokens,
                              const RunOptions& options, Cache* cache) const;
   // One more token; returns the logits [V] after it.
-  std::vector<float> Decode(const Context& ctx, Arena& arena, int32_t token, const RunOptions& options,
-                            Cache* cache) const;
+  std::vector<float> Decode(const Context& ctx, Arena& arena, int32_t token,
+                            const RunOptions& options, Cache* cache) const;
 
  private:
-  BatchTables MakeTables(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options) const;
+  BatchTables MakeTables(const Context& ctx, Arena& arena, const Batch& batch,
+                         const RunOptions& options) const;
   void LayerForward(const Context& ctx, Arena& arena, const Batch& batch, const BatchTables& tables,
-                    const RunOptions& options, int64_t layer, LayerState& state, const Tensor& out) const;
-  void LayerBackward(const Context& ctx, Arena& arena, const Batch& batch, const BatchTables& tables, int64_t layer,
-                     const LayerState& state, const LayerTensors& gradients, const Tensor& dx) const;
+                    const RunOptions& options, int64_t layer, LayerState& state,
+                    const Tensor& out) const;
+  void LayerBackward(const Context& ctx, Arena& arena, const Batch& batch,
+                     const BatchTables& tables, int64_t layer, const LayerState& state,
+                     const LayerTensors& gradients, const Tensor& dx) const;
   void MlpForward(const Context& ctx, Arena& arena, int64_t layer, const Tensor& x) const;
   std::vector<float> Logits(const Context& ctx, Arena& arena, const ConstTensor& hidden_row) const;
 

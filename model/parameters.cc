@@ -34,8 +34,10 @@ std::vector<ParameterSpec> MixerSpecs(const ModelConfig& config, int64_t layer, 
   specs.push_back(Matrix(prefix + "k_proj.weight", kv_width, hidden));
   specs.push_back(Matrix(prefix + "v_proj.weight", kv_width, hidden));
   specs.push_back(Matrix(prefix + "o_proj.weight", hidden, width));
-  if (softmax && config.attn_use_output_gate) specs.push_back(Matrix(prefix + "o_gate.weight", width, hidden));
-  if (!softmax && config.use_output_gate) specs.push_back(Matrix(prefix + "z_proj.weight", width, hidden));
+  if (softmax && config.attn_use_output_gate)
+    specs.push_back(Matrix(prefix + "o_gate.weight", width, hidden));
+  if (!softmax && config.use_output_gate)
+    specs.push_back(Matrix(prefix + "z_proj.weight", width, hidden));
   if (softmax ? config.attn_qk_norm : config.qk_norm) {
     specs.push_back(Vector(prefix + "q_norm.weight", head_dim));
     specs.push_back(Vector(prefix + "k_norm.weight", head_dim));
@@ -63,11 +65,15 @@ std::vector<ParameterSpec> ParameterSpecs(const ModelConfig& config) {
   for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
     const std::string prefix = "model.layers." + std::to_string(layer) + ".";
     specs.push_back(Vector(prefix + "input_layernorm.weight", config.hidden_size));
-    for (ParameterSpec& spec : MixerSpecs(config, layer, config.mixer(layer))) specs.push_back(std::move(spec));
+    for (ParameterSpec& spec : MixerSpecs(config, layer, config.mixer(layer)))
+      specs.push_back(std::move(spec));
     specs.push_back(Vector(prefix + "post_attention_layernorm.weight", config.hidden_size));
-    specs.push_back(Matrix(prefix + "mlp.gate_proj.weight", config.intermediate_size, config.hidden_size));
-    specs.push_back(Matrix(prefix + "mlp.up_proj.weight", config.intermediate_size, config.hidden_size));
-    specs.push_back(Matrix(prefix + "mlp.down_proj.weight", config.hidden_size, config.intermediate_size));
+    specs.push_back(
+        Matrix(prefix + "mlp.gate_proj.weight", config.intermediate_size, config.hidden_size));
+    specs.push_back(
+        Matrix(prefix + "mlp.up_proj.weight", config.intermediate_size, config.hidden_size));
+    specs.push_back(
+        Matrix(prefix + "mlp.down_proj.weight", config.hidden_size, config.intermediate_size));
   }
   specs.push_back(Vector("model.norm.weight", config.hidden_size));
   if (!config.tie_word_embeddings) {
@@ -82,7 +88,8 @@ std::vector<ParameterSpec> ParameterSpecs(const ModelConfig& config) {
 ParameterStore::ParameterStore(std::vector<ParameterSpec> specs) : specs_(std::move(specs)) {
   data_.assign(static_cast<size_t>(LayOut(specs_)), 0.0F);
   for (size_t i = 0; i < specs_.size(); ++i) {
-    SALA_CHECK(index_.emplace(specs_[i].name, i).second) << "parameter " << specs_[i].name << " appears twice";
+    SALA_CHECK(index_.emplace(specs_[i].name, i).second)
+        << "parameter " << specs_[i].name << " appears twice";
   }
 }
 
@@ -101,31 +108,40 @@ const ParameterSpec& ParameterStore::Spec(const std::string& name) const {
 Tensor ParameterStore::Get(const std::string& name) {
   const ParameterSpec& spec = Spec(name);
   float* data = data_.data() + spec.offset;
-  return spec.shape.size() == 1 ? Tensor(data, {spec.shape[0]}) : Tensor(data, {spec.shape[0], spec.shape[1]});
+  return spec.shape.size() == 1 ? Tensor(data, {spec.shape[0]})
+                                : Tensor(data, {spec.shape[0], spec.shape[1]});
 }
 
 ConstTensor ParameterStore::Get(const std::string& name) const {
   const ParameterSpec& spec = Spec(name);
   const float* data = data_.data() + spec.offset;
-  return spec.shape.size() == 1 ? ConstTensor(data, {spec.shape[0]}) : ConstTensor(data, {spec.shape[0], spec.shape[1]});
+  return spec.shape.size() == 1 ? ConstTensor(data, {spec.shape[0]})
+                                : ConstTensor(data, {spec.shape[0], spec.shape[1]});
 }
 
-void InitialiseNormal(int64_t seed, const std::string& name, double standard_deviation, const Tensor& tensor) {
+void InitialiseNormal(int64_t seed, const std::string& name, double standard_deviation,
+                      const Tensor& tensor) {
   PhiloxStream rng("v1|" + std::to_string(seed) + "|init||0|parameter|" + name);
   auto* data = tensor.Data<float>();
-  for (int64_t i = 0; i < tensor.numel(); ++i) data[i] = static_cast<float>(standard_deviation * rng.NextNormal());
+  for (int64_t i = 0; i < tensor.numel(); ++i)
+    data[i] = static_cast<float>(standard_deviation * rng.NextNormal());
 }
 
 void InitialiseParameters(const ModelConfig& config, int64_t seed, ParameterStore& store) {
   for (const ParameterSpec& spec : store.specs()) {
     const Tensor tensor = store.Get(spec.name);
     switch (spec.kind) {
-      case ParameterKind::kVector: std::fill_n(tensor.Data<float>(), spec.numel, 1.0F); break;
+      case ParameterKind::kVector:
+        std::fill_n(tensor.Data<float>(), spec.numel, 1.0F);
+        break;
       case ParameterKind::kMatrix:
-        InitialiseNormal(seed, spec.name, config.initializer_range / std::sqrt(config.width_multiplier()), tensor);
+        InitialiseNormal(seed, spec.name,
+                         config.initializer_range / std::sqrt(config.width_multiplier()), tensor);
         break;
       case ParameterKind::kEmbedding:
-      case ParameterKind::kHead: InitialiseNormal(seed, spec.name, config.initializer_range, tensor); break;
+      case ParameterKind::kHead:
+        InitialiseNormal(seed, spec.name, config.initializer_range, tensor);
+        break;
     }
   }
 }

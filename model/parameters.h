@@ -1,8 +1,9 @@
-// Named parameters in one flat float32 buffer, and the same layout again for gradients and optimizer moments.
+// Named parameters in one flat float32 buffer, and the same layout again for gradients and
+// optimizer moments.
 //
-// Names are those of the exported model ("model.layers.0.self_attn.q_proj.weight"), weights are [out, in]. Every tensor starts
-// at a multiple of 16 elements; the gap elements stay zero. A flat layout makes communication few and large and lets the
-// optimizer state be cut anywhere.
+// Names are those of the exported model ("model.layers.0.self_attn.q_proj.weight"), weights are
+// [out, in]. Every tensor starts at a multiple of 16 elements; the gap elements stay zero. A flat
+// layout makes communication few and large and lets the optimizer state be cut anywhere.
 #pragma once
 
 #include <cstdint>
@@ -62,11 +63,13 @@ class ParameterStore {
   std::vector<float> data_;
 };
 
-// Normal draws with the muP standard deviations (matrices initializer_range / sqrt(m), embedding and head
-// initializer_range; training.md), norm weights 1. Draws depend on (seed, tensor name) only.
+// Normal draws with the muP standard deviations (matrices initializer_range / sqrt(m), embedding
+// and head initializer_range; training.md), norm weights 1. Draws depend on (seed, tensor name)
+// only.
 void InitialiseParameters(const ModelConfig& config, int64_t seed, ParameterStore& store);
 
 // One tensor: normal with this standard deviation.
-void InitialiseNormal(int64_t seed, const std::string& name, double standard_deviation, const Tensor& tensor);
+void InitialiseNormal(int64_t seed, const std::string& name, double standard_deviation,
+                      const Tensor& tensor);
 
 }  // namespace sala::model

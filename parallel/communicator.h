@@ -1,9 +1,10 @@
-// Communication between ranks. One interface, several implementations: `self` (one rank), `mpi` (CPU buffers); a CUDA build
-// adds `nccl` behind the same interface.
+// Communication between ranks. One interface, several implementations: `self` (one rank), `mpi`
+// (CPU buffers); a CUDA build adds `nccl` behind the same interface.
 //
-// Every call is collective: all ranks of the communicator call it in the same order with matching sizes. Sums of floating
-// point numbers are added in rank order, so they have the same bits in every run and on every rank.
-// Failures of the library below end in COMM-FAILED (exit 71) with operation, rank and host.
+// Every call is collective: all ranks of the communicator call it in the same order with matching
+// sizes. Sums of floating point numbers are added in rank order, so they have the same bits in
+// every run and on every rank. Failures of the library below end in COMM-FAILED (exit 71) with
+// operation, rank and host.
 #pragma once
 
 #include <cstdint>
@@ -33,12 +34,15 @@ class Communicator {
   virtual Status AllReduce(std::span<double> values, Reduce op) = 0;
   virtual Status AllReduce(std::span<int64_t> values, Reduce op) = 0;
 
-  // `send` [sum of counts] holds every rank's contribution to all segments; `recv` [counts[rank]] becomes the sum over ranks,
-  // in rank order, of segment `rank`. May not overlap.
-  virtual Status ReduceScatterSum(std::span<const float> send, std::span<const int64_t> counts, std::span<float> recv) = 0;
+  // `send` [sum of counts] holds every rank's contribution to all segments; `recv` [counts[rank]]
+  // becomes the sum over ranks, in rank order, of segment `rank`. May not overlap.
+  virtual Status ReduceScatterSum(std::span<const float> send, std::span<const int64_t> counts,
+                                  std::span<float> recv) = 0;
 
-  // `recv` [sum of counts] becomes all ranks' segments in rank order; `send` [counts[rank]] may be this rank's place in recv.
-  virtual Status AllGather(std::span<const float> send, std::span<const int64_t> counts, std::span<float> recv) = 0;
+  // `recv` [sum of counts] becomes all ranks' segments in rank order; `send` [counts[rank]] may be
+  // this rank's place in recv.
+  virtual Status AllGather(std::span<const float> send, std::span<const int64_t> counts,
+                           std::span<float> recv) = 0;
 
   virtual Status Broadcast(std::span<char> bytes, int root) = 0;
 
@@ -52,8 +56,9 @@ class Communicator {
 // One rank that talks to itself.
 std::unique_ptr<Communicator> MakeSelfCommunicator();
 
-// The same error on every rank: if any rank passes an error, all return an error (their own, or the lowest failing rank's
-// text with its exit code). Lets a fault of one rank end the run in order instead of leaving the others waiting.
+// The same error on every rank: if any rank passes an error, all return an error (their own, or the
+// lowest failing rank's text with its exit code). Lets a fault of one rank end the run in order
+// instead of leaving the others waiting.
 Status AgreeOnStatus(Communicator& comm, const Status& mine);
 
 }  // namespace sala::parallel

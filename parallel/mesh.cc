@@ -13,16 +13,19 @@ void MeshConfig::Bind(ConfigBinder& b) {
 }
 
 StatusOr<std::unique_ptr<Mesh>> Mesh::Create(Communicator& world, const MeshConfig& config) {
-  const auto error = [](const std::string& text) { return MakeError(ExitCode::kConfig, "CFG-MESH", text); };
+  const auto error = [](const std::string& text) {
+    return MakeError(ExitCode::kConfig, "CFG-MESH", text);
+  };
   if (config.cp != 1 || config.tp != 1) {
-    return error("parallel.cp is " + std::to_string(config.cp) + " and parallel.tp is " + std::to_string(config.tp) +
-                 "; this version splits data only: set both to 1");
+    return error("parallel.cp is " + std::to_string(config.cp) + " and parallel.tp is " +
+                 std::to_string(config.tp) + "; this version splits data only: set both to 1");
   }
   MeshConfig resolved = config;
   if (resolved.dp == 0) resolved.dp = world.size();
   if (resolved.dp != world.size()) {
-    return error("parallel.dp is " + std::to_string(config.dp) + " but the job has " + std::to_string(world.size()) +
-                 " ranks; start mpirun -np " + std::to_string(config.dp) + " or set parallel.dp to 0 (all ranks)");
+    return error("parallel.dp is " + std::to_string(config.dp) + " but the job has " +
+                 std::to_string(world.size()) + " ranks; start mpirun -np " +
+                 std::to_string(config.dp) + " or set parallel.dp to 0 (all ranks)");
   }
   std::unique_ptr<Mesh> mesh(new Mesh(world, resolved));
   SALA_ASSIGN_OR_RETURN(mesh->dp_group_, world.Split(0));
@@ -32,7 +35,8 @@ StatusOr<std::unique_ptr<Mesh>> Mesh::Create(Communicator& world, const MeshConf
 FlatPartition FlatPartition::Even(int64_t n, int ranks, int64_t alignment) {
   FlatPartition partition;
   const int64_t units = (n + alignment - 1) / alignment;
-  for (int64_t r = 0; r <= ranks; ++r) partition.begin.push_back(std::min(n, units * r / ranks * alignment));
+  for (int64_t r = 0; r <= ranks; ++r)
+    partition.begin.push_back(std::min(n, units * r / ranks * alignment));
   for (size_t r = 0; r + 1 < partition.begin.size(); ++r) {
     partition.counts.push_back(partition.begin[r + 1] - partition.begin[r]);
   }

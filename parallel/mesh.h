@@ -1,5 +1,6 @@
-// The mesh of ranks: dp (data) x cp (context) x tp (tensor), tp innermost. This version runs dp; the other two axes are
-// there so that configurations, checkpoints and code name them, and are refused when larger than one.
+// The mesh of ranks: dp (data) x cp (context) x tp (tensor), tp innermost. This version runs dp;
+// the other two axes are there so that configurations, checkpoints and code name them, and are
+// refused when larger than one.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +41,8 @@ class Mesh {
   std::unique_ptr<Communicator> dp_group_;
 };
 
-// A flat buffer of n elements cut over ranks in contiguous pieces, as even as multiples of `alignment` allow.
+// A flat buffer of n elements cut over ranks in contiguous pieces, as even as multiples of
+// `alignment` allow.
 struct FlatPartition {
   std::vector<int64_t> begin;   // [ranks + 1], first 0, last n
   std::vector<int64_t> counts;  // [ranks]

@@ -26,19 +26,23 @@ Status MpiError(const char* operation, int code) {
   int rank = 0;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   return MakeError(ExitCode::kDevice, "COMM-FAILED",
-                   std::string(operation) + ": on rank " + std::to_string(rank) + "@" + HostName() + ": " + text);
+                   std::string(operation) + ": on rank " + std::to_string(rank) + "@" + HostName() +
+                       ": " + text);
 }
 
-#define SALA_RETURN_IF_MPI_ERROR(call)                                     \
-  do {                                                                     \
+#define SALA_RETURN_IF_MPI_ERROR(call)                                                          \
+  do {                                                                                          \
     if (const int mpi_code = (call); mpi_code != MPI_SUCCESS) return MpiError(#call, mpi_code); \
   } while (false)
 
 MPI_Op OpOf(Reduce op) {
   switch (op) {
-    case Reduce::kSum: return MPI_SUM;
-    case Reduce::kMax: return MPI_MAX;
-    case Reduce::kMin: return MPI_MIN;
+    case Reduce::kSum:
+      return MPI_SUM;
+    case Reduce::kMax:
+      return MPI_MAX;
+    case Reduce::kMin:
+      return MPI_MIN;
   }
   return MPI_OP_NULL;
 }
@@ -47,8 +51,9 @@ MPI_Op OpOf(Reduce op) {
 StatusOr<std::vector<int>> IntCounts(std::span<const int64_t> counts) {
   const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
   if (total > std::numeric_limits<int>::max()) {
-    return MakeError(ExitCode::kDevice, "COMM-FAILED",
-                     "a collective of " + std::to_string(total) + " elements exceeds MPI's limit of 2^31 - 1");
+    return MakeError(
+        ExitCode::kDevice, "COMM-FAILED",
+        "a collective of " + std::to_string(total) + " elements exceeds MPI's limit of 2^31 - 1");
   }
   std::vector<int> result;
   for (int64_t n : counts) result.push_back(static_cast<int>(n));
@@ -79,16 +84,20 @@ class MpiCommunicator : public Communicator {
     return OkStatus();
   }
 
-  // Gathered and added here in rank order: the order inside MPI_Allreduce is the library's choice. The vectors are short.
+  // Gathered and added here in rank order: the order inside MPI_Allreduce is the library's choice.
+  // The vectors are short.
   Status AllReduce(std::span<double> values, Reduce op) override {
     std::vector<double> all(values.size() * static_cast<size_t>(size_));
     const int n = static_cast<int>(values.size());
-    SALA_RETURN_IF_MPI_ERROR(MPI_Allgather(values.data(), n, MPI_DOUBLE, all.data(), n, MPI_DOUBLE, comm_));
+    SALA_RETURN_IF_MPI_ERROR(
+        MPI_Allgather(values.data(), n, MPI_DOUBLE, all.data(), n, MPI_DOUBLE, comm_));
     for (size_t i = 0; i < values.size(); ++i) {
       double result = all[i];
       for (size_t r = 1; r < static_cast<size_t>(size_); ++r) {
         const double other = all[r * values.size() + i];
-        result = op == Reduce::kSum ? result + other : op == Reduce::kMax ? std::max(result, other) : std::min(result, other);
+        result = op == Reduce::kSum   ? result + other
+                 : op == Reduce::kMax ? std::max(result, other)
+                                      : std::min(result, other);
       }
       values[i] = result;
     }
@@ -96,22 +105,25 @@ class MpiCommunicator : public Communicator {
   }
 
   Status AllReduce(std::span<int64_t> values, Reduce op) override {
-    SALA_RETURN_IF_MPI_ERROR(MPI_Allreduce(MPI_IN_PLACE, values.data(), static_cast<int>(values.size()), MPI_INT64_T,
-                                           OpOf(op), comm_));
+    SALA_RETURN_IF_MPI_ERROR(MPI_Allreduce(MPI_IN_PLACE, values.data(),
+                                           static_cast<int>(values.size()), MPI_INT64_T, OpOf(op),
+                                           comm_));
     return OkStatus();
   }
 
   Status ReduceScatterSum(std::span<const float> send, std::span<const int64_t> counts,
                           std::span<float> recv) override {
     SALA_CHECK(static_cast<int>(counts.size()) == size_) << "one count per rank";
-    SALA_CHECK(static_cast<int64_t>(recv.size()) == counts[static_cast<size_t>(rank_)]) << "receive size";
+    SALA_CHECK(static_cast<int64_t>(recv.size()) == counts[static_cast<size_t>(rank_)])
+        << "receive size";
     SALA_ASSIGN_OR_RETURN(const std::vector<int> send_counts, IntCounts(counts));
     const std::vector<int> send_offsets = Displacements(send_counts);
     const std::vector<int> recv_counts(static_cast<size_t>(size_), static_cast<int>(recv.size()));
     const std::vector<int> recv_offsets = Displacements(recv_counts);
     work_.resize(recv.size() * static_cast<size_t>(size_));
-    SALA_RETURN_IF_MPI_ERROR(MPI_Alltoallv(send.data(), send_counts.data(), send_offsets.data(), MPI_FLOAT, work_.data(),
-                                           recv_counts.data(), recv_offsets.data(), MPI_FLOAT, comm_));
+    SALA_RETURN_IF_MPI_ERROR(MPI_Alltoallv(send.data(), send_counts.data(), send_offsets.data(),
+                                           MPI_FLOAT, work_.data(), recv_counts.data(),
+                                           recv_offsets.data(), MPI_FLOAT, comm_));
     std::copy_n(work_.begin(), recv.size(), recv.begin());
     for (size_t r = 1; r < static_cast<size_t>(size_); ++r) {
       const float* other = work_.data() + r * recv.size();
@@ -120,13 +132,14 @@ class MpiCommunicator : public Communicator {
     return OkStatus();
   }
 
-  Status AllGather(std::span<const float> send, std::span<const int64_t> counts, std::span<float> recv) override {
+  Status AllGather(std::span<const float> send, std::span<const int64_t> counts,
+                   std::span<float> recv) override {
     SALA_ASSIGN_OR_RETURN(const std::vector<int> recv_counts, IntCounts(counts));
     const std::vector<int> recv_offsets = Displacements(recv_counts);
     const bool in_place = send.data() == recv.data() + recv_offsets[static_cast<size_t>(rank_)];
-    SALA_RETURN_IF_MPI_ERROR(MPI_Allgatherv(in_place ? MPI_IN_PLACE : send.data(), static_cast<int>(send.size()),
-                                            MPI_FLOAT, recv.data(), recv_counts.data(), recv_offsets.data(), MPI_FLOAT,
-                                            comm_));
+    SALA_RETURN_IF_MPI_ERROR(MPI_Allgatherv(
+        in_place ? MPI_IN_PLACE : send.data(), static_cast<int>(send.size()), MPI_FLOAT,
+        recv.data(), recv_counts.data(), recv_offsets.data(), MPI_FLOAT, comm_));
     return OkStatus();
   }
 
@@ -134,7 +147,8 @@ class MpiCommunicator : public Communicator {
     constexpr size_t kPiece = size_t{1} << 30;
     for (size_t begin = 0; begin < bytes.size(); begin += kPiece) {
       const size_t n = std::min(kPiece, bytes.size() - begin);
-      SALA_RETURN_IF_MPI_ERROR(MPI_Bcast(bytes.data() + begin, static_cast<int>(n), MPI_CHAR, root, comm_));
+      SALA_RETURN_IF_MPI_ERROR(
+          MPI_Bcast(bytes.data() + begin, static_cast<int>(n), MPI_CHAR, root, comm_));
     }
     return OkStatus();
   }
@@ -142,12 +156,14 @@ class MpiCommunicator : public Communicator {
   StatusOr<std::vector<std::string>> AllGatherText(const std::string& text) override {
     std::vector<int64_t> sizes(static_cast<size_t>(size_), 0);
     const auto mine = static_cast<int64_t>(text.size());
-    SALA_RETURN_IF_MPI_ERROR(MPI_Allgather(&mine, 1, MPI_INT64_T, sizes.data(), 1, MPI_INT64_T, comm_));
+    SALA_RETURN_IF_MPI_ERROR(
+        MPI_Allgather(&mine, 1, MPI_INT64_T, sizes.data(), 1, MPI_INT64_T, comm_));
     SALA_ASSIGN_OR_RETURN(const std::vector<int> counts, IntCounts(sizes));
     const std::vector<int> offsets = Displacements(counts);
     std::string all(static_cast<size_t>(offsets.back() + counts.back()), '\0');
-    SALA_RETURN_IF_MPI_ERROR(MPI_Allgatherv(text.data(), static_cast<int>(mine), MPI_CHAR, all.data(), counts.data(),
-                                            offsets.data(), MPI_CHAR, comm_));
+    SALA_RETURN_IF_MPI_ERROR(MPI_Allgatherv(text.data(), static_cast<int>(mine), MPI_CHAR,
+                                            all.data(), counts.data(), offsets.data(), MPI_CHAR,
+                                            comm_));
     std::vector<std::string> result;
     for (size_t r = 0; r < counts.size(); ++r) {
       result.push_back(all.substr(static_cast<size_t>(offsets[r]), static_cast<size_t>(counts[r])));
@@ -173,8 +189,10 @@ class MpiCommunicator : public Communicator {
 
 StatusOr<std::unique_ptr<MpiSession>> MpiSession::Start(int* argc, char*** argv) {
   int provided = 0;
-  if (const int code = MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided); code != MPI_SUCCESS) {
-    return MakeError(ExitCode::kDevice, "COMM-FAILED", "MPI_Init_thread returned " + std::to_string(code));
+  if (const int code = MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided);
+      code != MPI_SUCCESS) {
+    return MakeError(ExitCode::kDevice, "COMM-FAILED",
+                     "MPI_Init_thread returned " + std::to_string(code));
   }
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
   std::unique_ptr<MpiSession> session(new MpiSession());

@@ -8,7 +8,8 @@
 
 namespace sala::parallel {
 
-// Starts MPI (thread level FUNNELED: only the main thread calls it) and ends it on destruction. Make one, first thing in main.
+// Starts MPI (thread level FUNNELED: only the main thread calls it) and ends it on destruction.
+// Make one, first thing in main.
 class MpiSession {
  public:
   static StatusOr<std::unique_ptr<MpiSession>> Start(int* argc, char*** argv);
@@ -32,7 +33,8 @@ class MpiSession {
   std::string host_;
 };
 
-// True when this process was started by an MPI launcher (mpirun, srun): a lone process then needs no MPI at all.
+// True when this process was started by an MPI launcher (mpirun, srun): a lone process then needs
+// no MPI at all.
 bool LaunchedByMpi();
 
 }  // namespace sala::parallel

@@ -20,7 +20,8 @@ class SelfCommunicator : public Communicator {
     std::copy(send.begin(), send.end(), recv.begin());
     return OkStatus();
   }
-  Status AllGather(std::span<const float> send, std::span<const int64_t> counts, std::span<float> recv) override {
+  Status AllGather(std::span<const float> send, std::span<const int64_t> counts,
+                   std::span<float> recv) override {
     SALA_CHECK(counts.size() == 1 && send.size() == recv.size()) << "one rank, one segment";
     if (send.data() != recv.data()) std::memcpy(recv.data(), send.data(), send.size_bytes());
     return OkStatus();
@@ -38,7 +39,8 @@ class SelfCommunicator : public Communicator {
 // "EXIT\nCODE\nmessage": how a status travels between ranks; "" for OK.
 std::string Encode(const Status& status) {
   if (status.ok()) return "";
-  return std::to_string(static_cast<int>(ExitCodeOf(status))) + "\n" + ErrorCodeOf(status) + "\n" + MessageOf(status);
+  return std::to_string(static_cast<int>(ExitCodeOf(status))) + "\n" + ErrorCodeOf(status) + "\n" +
+         MessageOf(status);
 }
 
 Status Decode(const std::string& text) {
@@ -53,7 +55,9 @@ Status Decode(const std::string& text) {
 
 }  // namespace
 
-std::unique_ptr<Communicator> MakeSelfCommunicator() { return std::make_unique<SelfCommunicator>(); }
+std::unique_ptr<Communicator> MakeSelfCommunicator() {
+  return std::make_unique<SelfCommunicator>();
+}
 
 Status AgreeOnStatus(Communicator& comm, const Status& mine) {
   if (comm.size() == 1) return mine;

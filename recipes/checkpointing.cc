@@ -13,8 +13,10 @@
 namespace sala::recipes {
 namespace {
 
-// This rank's part of every parameter: the flat buffer cut over the data-parallel ranks, whether or not the optimizer is.
-std::vector<TensorSlice> ParameterSlices(const model::ParameterStore& params, const parallel::Mesh& mesh) {
+// This rank's part of every parameter: the flat buffer cut over the data-parallel ranks, whether or
+// not the optimizer is.
+std::vector<TensorSlice> ParameterSlices(const model::ParameterStore& params,
+                                         const parallel::Mesh& mesh) {
   const auto partition = parallel::FlatPartition::Even(params.size(), mesh.dp_size());
   const int64_t shard_begin = partition.begin[static_cast<size_t>(mesh.dp_rank())];
   const int64_t shard_end = partition.begin[static_cast<size_t>(mesh.dp_rank()) + 1];
@@ -34,7 +36,8 @@ std::vector<TensorSlice> ParameterSlices(const model::ParameterStore& params, co
   return slices;
 }
 
-CheckpointInfo MakeInfo(Session& session, const SaveRequest& request, const std::string& model_yaml) {
+CheckpointInfo MakeInfo(Session& session, const SaveRequest& request,
+                        const std::string& model_yaml) {
   const StagePosition& position = request.position;
   CheckpointInfo info;
   info.global_step = session.global_step;
@@ -63,7 +66,8 @@ CheckpointInfo MakeInfo(Session& session, const SaveRequest& request, const std:
 }
 
 // The directory and the save's identity, chosen by rank 0: "directory\nsave_id".
-StatusOr<std::pair<std::string, std::string>> ShareCommit(Session& session, const CheckpointCommit* commit) {
+StatusOr<std::pair<std::string, std::string>> ShareCommit(Session& session,
+                                                          const CheckpointCommit* commit) {
   const std::string mine = commit == nullptr ? "" : commit->directory() + "\n" + commit->save_id();
   SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all, session.world().AllGatherText(mine));
   const size_t line = all[0].find('\n');
@@ -92,12 +96,13 @@ StatusOr<std::string> TrySave(Session& session, const SaveRequest& request) {
   Status status = parallel::AgreeOnStatus(world, written.status());
   std::string final_directory;
   if (status.ok()) {
-    SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all, world.AllGatherText(written->json.dump()));
+    SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all,
+                          world.AllGatherText(written->json.dump()));
     if (session.is_root()) {
       std::vector<WrittenSlices> parts;
       for (const std::string& text : all) parts.push_back({nlohmann::json::parse(text)});
-      auto finished = commit->Finish(MakeInfo(session, request, model_yaml), parts, request.config_yaml,
-                                     {{"model.yaml", model_yaml}});
+      auto finished = commit->Finish(MakeInfo(session, request, model_yaml), parts,
+                                     request.config_yaml, {{"model.yaml", model_yaml}});
       status = finished.status();
       if (finished.ok()) final_directory = *finished;
     }
@@ -118,38 +123,48 @@ Status CompareTensors(const Checkpoint& checkpoint, const model::ParameterStore&
   for (const model::ParameterSpec& spec : params.specs()) {
     const StoredTensor* stored = checkpoint.Find(spec.name, TensorKind::kParam);
     if (stored == nullptr) {
-      if (!allow_missing || !allow_missing(spec.name)) problems.push_back(spec.name + " is missing");
+      if (!allow_missing || !allow_missing(spec.name))
+        problems.push_back(spec.name + " is missing");
     } else if (stored->shape != spec.shape) {
       const auto text = [](const std::vector<int64_t>& shape) {
         std::string out = "[";
-        for (size_t i = 0; i < shape.size(); ++i) out += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+        for (size_t i = 0; i < shape.size(); ++i)
+          out += (i > 0 ? ", " : "") + std::to_string(shape[i]);
         return out + "]";
       };
-      problems.push_back(spec.name + " has shape " + text(stored->shape) + ", expected " + text(spec.shape));
+      problems.push_back(spec.name + " has shape " + text(stored->shape) + ", expected " +
+                         text(spec.shape));
     }
   }
   for (const StoredTensor& stored : checkpoint.tensors()) {
-    if (stored.kind == TensorKind::kParam && !params.Has(stored.name)) problems.push_back(stored.name + " is not in the model");
+    if (stored.kind == TensorKind::kParam && !params.Has(stored.name))
+      problems.push_back(stored.name + " is not in the model");
   }
   if (problems.empty()) return OkStatus();
   constexpr size_t kShown = 4;
   std::string text = checkpoint.directory() + ": this checkpoint is of another model: ";
-  for (size_t i = 0; i < std::min(kShown, problems.size()); ++i) text += (i > 0 ? "; " : "") + problems[i];
-  if (problems.size() > kShown) text += "; and " + std::to_string(problems.size() - kShown) + " more";
+  for (size_t i = 0; i < std::min(kShown, problems.size()); ++i)
+    text += (i > 0 ? "; " : "") + problems[i];
+  if (problems.size() > kShown)
+    text += "; and " + std::to_string(problems.size() - kShown) + " more";
   return MakeError(ExitCode::kData, "CKPT-TENSOR", text);
 }
 
 }  // namespace
 
-StatusOr<std::string> SaveCheckpoint(Session& session, const SaveRequest& request, bool must_succeed) {
+StatusOr<std::string> SaveCheckpoint(Session& session, const SaveRequest& request,
+                                     bool must_succeed) {
   SALA_RETURN_IF_ERROR(session.WriteStatus("saving", request.position.stage, session.global_step));
   auto saved = TrySave(session, request);
   if (saved.ok()) {
     session.failed_saves = 0;
     if (session.is_root()) {
       std::vector<std::string> protect = {*saved};
-      if (request.parent.is_object() && request.parent.contains("path")) protect.push_back(request.parent["path"]);
-      if (const Status pruned = PruneCheckpoints(session.checkpoint_root(), request.policy.keep_last, protect); !pruned.ok()) {
+      if (request.parent.is_object() && request.parent.contains("path"))
+        protect.push_back(request.parent["path"]);
+      if (const Status pruned =
+              PruneCheckpoints(session.checkpoint_root(), request.policy.keep_last, protect);
+          !pruned.ok()) {
         SALA_LOG(Warn) << "old checkpoints were not removed: " << MessageOf(pruned);
       }
     }
@@ -160,7 +175,8 @@ StatusOr<std::string> SaveCheckpoint(Session& session, const SaveRequest& reques
   ++session.failed_saves;
   SALA_LOG(Error) << "saving step " << session.global_step << " failed (" << session.failed_saves
                   << " in a row): " << MessageOf(saved.status());
-  if (must_succeed || request.position.stage_final || session.failed_saves >= request.policy.max_failures) {
+  if (must_succeed || request.position.stage_final ||
+      session.failed_saves >= request.policy.max_failures) {
     return saved.status();
   }
   return std::string();
@@ -183,8 +199,8 @@ StatusOr<model::ModelConfig> ModelConfigOf(const Checkpoint& checkpoint) {
   const std::string expected = checkpoint.info().model.value("config_sha256", "");
   if (Sha256Hex(text) != expected) {
     return MakeError(ExitCode::kData, "CKPT-CRC",
-                     path + ": the file's SHA-256 is " + Sha256Hex(text) + ", the manifest says " + expected +
-                         "; restore the file or use another checkpoint");
+                     path + ": the file's SHA-256 is " + Sha256Hex(text) + ", the manifest says " +
+                         expected + "; restore the file or use another checkpoint");
   }
   SALA_ASSIGN_OR_RETURN(const ConfigDocument document, ConfigDocument::Parse(text, path));
   model::ModelConfig config;
@@ -198,8 +214,8 @@ Status LoadParameters(const Checkpoint& checkpoint, model::ParameterStore& param
   SALA_RETURN_IF_ERROR(CompareTensors(checkpoint, params, allow_missing));
   for (const model::ParameterSpec& spec : params.specs()) {
     if (checkpoint.Find(spec.name, TensorKind::kParam) == nullptr) continue;
-    SALA_RETURN_IF_ERROR(
-        checkpoint.ReadF32(spec.name, TensorKind::kParam, 0, spec.numel, params.data() + spec.offset));
+    SALA_RETURN_IF_ERROR(checkpoint.ReadF32(spec.name, TensorKind::kParam, 0, spec.numel,
+                                            params.data() + spec.offset));
   }
   return OkStatus();
 }

@@ -29,7 +29,8 @@ struct TrainFile {
             {"sft", FileKind::kSft}},
            {.required = true});
     if (kind == FileKind::kPipeline) {
-      if (b.reading() && in_pipeline) b.Error("kind", "CFG-CONFLICT", "a pipeline cannot be a stage of a pipeline");
+      if (b.reading() && in_pipeline)
+        b.Error("kind", "CFG-CONFLICT", "a pipeline cannot be a stage of a pipeline");
       b.Field("name", &name, {.required = true});
       b.Field("tokenizer", &tokenizer);
       b.Section("run", &run, {.required = true});
@@ -37,7 +38,8 @@ struct TrainFile {
       return;
     }
     if (b.reading() && in_pipeline && b.Present("run")) {
-      b.Error("run", "CFG-CONFLICT", "`run` belongs to the pipeline file when a stage is part of a pipeline");
+      b.Error("run", "CFG-CONFLICT",
+              "`run` belongs to the pipeline file when a stage is part of a pipeline");
     }
     if (!in_pipeline) b.Section("run", &run, {.required = true});
     stage.kind = kind == FileKind::kHalo  ? StageKind::kHalo
@@ -52,14 +54,17 @@ struct StageFile {
   StageConfig stage;
 
   void Bind(ConfigBinder& b) {
-    b.Enum("kind", &stage.kind,
-           {{"pretrain", StageKind::kPretrain}, {"halo", StageKind::kHalo}, {"sft", StageKind::kSft}},
-           {.required = true});
+    b.Enum(
+        "kind", &stage.kind,
+        {{"pretrain", StageKind::kPretrain}, {"halo", StageKind::kHalo}, {"sft", StageKind::kSft}},
+        {.required = true});
     stage.Bind(b);
   }
 };
 
-Status ConfigError(const std::string& code, const std::string& text) { return MakeError(ExitCode::kConfig, code, text); }
+Status ConfigError(const std::string& code, const std::string& text) {
+  return MakeError(ExitCode::kConfig, code, text);
+}
 
 std::string Directory(const std::string& path) {
   const size_t slash = path.rfind('/');
@@ -74,11 +79,13 @@ std::string Stem(const std::string& path) {
 }
 
 // Overrides of a pipeline by whom they are for: "" the pipeline, otherwise a stage's stem.
-StatusOr<std::vector<std::string>> OverridesFor(const std::string& stem, const std::vector<std::string>& sets) {
+StatusOr<std::vector<std::string>> OverridesFor(const std::string& stem,
+                                                const std::vector<std::string>& sets) {
   std::vector<std::string> mine;
   for (const std::string& set : sets) {
     const std::string head = set.substr(0, set.find_first_of(".="));
-    const bool for_pipeline = head == "run" || head == "name" || head == "tokenizer" || head == "stages";
+    const bool for_pipeline =
+        head == "run" || head == "name" || head == "tokenizer" || head == "stages";
     if (stem.empty()) {
       if (for_pipeline) mine.push_back(set);
     } else if (head == stem || head == "all") {
@@ -91,15 +98,18 @@ StatusOr<std::vector<std::string>> OverridesFor(const std::string& stem, const s
   return mine;
 }
 
-Status CheckOverrideHeads(const std::vector<std::string>& stems, const std::vector<std::string>& sets) {
+Status CheckOverrideHeads(const std::vector<std::string>& stems,
+                          const std::vector<std::string>& sets) {
   std::vector<std::string> allowed = stems;
   allowed.insert(allowed.end(), {"all", "run", "name", "tokenizer", "stages"});
   for (const std::string& set : sets) {
     const std::string head = set.substr(0, set.find_first_of(".="));
     if (std::find(allowed.begin(), allowed.end(), head) != allowed.end()) continue;
     const std::string near = NearestWord(head, allowed);
-    return ConfigError("CFG-SET", "--set " + set + ": '" + head + "' is neither a stage of the pipeline nor run, tokenizer or all" +
-                                      (near.empty() ? "" : "; did you mean '" + near + "'?"));
+    return ConfigError("CFG-SET",
+                       "--set " + set + ": '" + head +
+                           "' is neither a stage of the pipeline nor run, tokenizer or all" +
+                           (near.empty() ? "" : "; did you mean '" + near + "'?"));
   }
   return OkStatus();
 }
@@ -107,15 +117,23 @@ Status CheckOverrideHeads(const std::vector<std::string>& stems, const std::vect
 Status CheckStage(const StageConfig& stage, bool first) {
   const std::string where = "stage " + stage.name + ": ";
   if (stage.tokenizer.empty()) {
-    return ConfigError("CFG-MISSING", where + "`tokenizer` is not set; name a folder, a tokenizer.model or \"bytes\"");
+    return ConfigError(
+        "CFG-MISSING",
+        where + "`tokenizer` is not set; name a folder, a tokenizer.model or \"bytes\"");
   }
   if (first && !stage.init_from && !stage.model) {
-    return ConfigError("CFG-MISSING", where + "the first stage needs `model` (random weights) or `init_from` (a checkpoint or an "
-                                              "exported folder)");
+    return ConfigError(
+        "CFG-MISSING",
+        where +
+            "the first stage needs `model` (random weights) or `init_from` (a checkpoint or an "
+            "exported folder)");
   }
   if (!first && (stage.init_from || stage.model)) {
-    return ConfigError("CFG-CONFLICT", where + "only the first stage of a pipeline may have `model` or `init_from`; later stages "
-                                               "start from the one before");
+    return ConfigError(
+        "CFG-CONFLICT",
+        where +
+            "only the first stage of a pipeline may have `model` or `init_from`; later stages "
+            "start from the one before");
   }
   return OkStatus();
 }
@@ -133,7 +151,8 @@ void ScheduleConfig::Bind(ConfigBinder& b) {
   b.Field("warmup_steps", &warmup_steps, {.min = 0});
   if (!b.reading()) return;
   if (shape == ScheduleShape::kConstant && b.Present("final_lr")) {
-    b.Error("final_lr", "CFG-CONFLICT", "a constant schedule has no final_lr; remove it or choose another shape");
+    b.Error("final_lr", "CFG-CONFLICT",
+            "a constant schedule has no final_lr; remove it or choose another shape");
   }
   if (shape != ScheduleShape::kConstant && !b.Present("final_lr")) {
     b.Error("shape", "CFG-MISSING", "this shape needs final_lr");
@@ -164,16 +183,16 @@ void BatchConfig::Bind(ConfigBinder& b) {
   b.Field("steps", &steps, {.required = true, .min = 1});
   if (b.reading() && seq_len_tokens > 0 && global_batch_tokens % seq_len_tokens != 0) {
     b.Error("global_batch_tokens", "CFG-CONFLICT",
-            "found " + std::to_string(global_batch_tokens) + ", expected a multiple of seq_len_tokens " +
-                std::to_string(seq_len_tokens) + "; the nearest is " +
-                std::to_string(std::max<int64_t>(1, (global_batch_tokens + seq_len_tokens / 2) / seq_len_tokens) *
+            "found " + std::to_string(global_batch_tokens) +
+                ", expected a multiple of seq_len_tokens " + std::to_string(seq_len_tokens) +
+                "; the nearest is " +
+                std::to_string(std::max<int64_t>(
+                                   1, (global_batch_tokens + seq_len_tokens / 2) / seq_len_tokens) *
                                seq_len_tokens));
   }
 }
 
-void ValidationConfig::Bind(ConfigBinder& b) {
-  b.Field("every_steps", &every_steps, {.min = 0});
-}
+void ValidationConfig::Bind(ConfigBinder& b) { b.Field("every_steps", &every_steps, {.min = 0}); }
 
 void CheckpointConfig::Bind(ConfigBinder& b) {
   b.Field("every_steps", &every_steps, {.min = 0});
@@ -218,8 +237,10 @@ void HaloConfig::Bind(ConfigBinder& b) {
          {{"linear_mixers", HaloTrainable::kLinearMixers},
           {"mixers", HaloTrainable::kMixers},
           {"all", HaloTrainable::kAll}});
-  b.Enum("nope_at", &nope_at, {{"distil", HaloMoment::kDistil}, {"next_stage", HaloMoment::kNextStage}});
-  b.Enum("softmax_gate_at", &softmax_gate_at, {{"distil", HaloMoment::kDistil}, {"next_stage", HaloMoment::kNextStage}});
+  b.Enum("nope_at", &nope_at,
+         {{"distil", HaloMoment::kDistil}, {"next_stage", HaloMoment::kNextStage}});
+  b.Enum("softmax_gate_at", &softmax_gate_at,
+         {{"distil", HaloMoment::kDistil}, {"next_stage", HaloMoment::kNextStage}});
   b.Enum("softmax_gate_init", &softmax_gate_init,
          {{"small_normal", GateInit::kSmallNormal}, {"identity", GateInit::kIdentity}});
   b.Field("temperature", &temperature, {.min = 1e-3});
@@ -228,7 +249,8 @@ void HaloConfig::Bind(ConfigBinder& b) {
   b.Field("logit_scale_grid", &logit_scale_grid, {.min = 1});
   b.Field("logit_scale_length_tokens", &logit_scale_length_tokens, {.min = 0});
   if (b.reading() && (selector == Selector::kExplicit) != !explicit_layers.empty()) {
-    b.Error("selector", "CFG-CONFLICT", "explicit_layers goes with selector: explicit, and only with it");
+    b.Error("selector", "CFG-CONFLICT",
+            "explicit_layers goes with selector: explicit, and only with it");
   }
 }
 
@@ -267,9 +289,10 @@ void RunConfig::Bind(ConfigBinder& b) {
   b.Field("log_every_steps", &log_every_steps, {.min = 1});
 }
 
-StatusOr<PipelineConfig> LoadPipeline(const std::string& path, const std::vector<std::string>& sets) {
-  // The kind of the file decides what an override means, so the file is read once without overrides. Errors that an override
-  // could repair (a missing run.dir, say) must not count then.
+StatusOr<PipelineConfig> LoadPipeline(const std::string& path,
+                                      const std::vector<std::string>& sets) {
+  // The kind of the file decides what an override means, so the file is read once without
+  // overrides. Errors that an override could repair (a missing run.dir, say) must not count then.
   TrainFile probe;
   SALA_ASSIGN_OR_RETURN(const ConfigDocument bare, ConfigDocument::Load(path));
   static_cast<void>(BindConfig(bare, &probe));
@@ -306,8 +329,9 @@ StatusOr<PipelineConfig> LoadPipeline(const std::string& path, const std::vector
     StageConfig stage = stage_file.stage;
     if (stage.tokenizer.empty()) stage.tokenizer = file.tokenizer;
     if (!file.tokenizer.empty() && stage.tokenizer != file.tokenizer) {
-      return ConfigError("CFG-CONFLICT", Directory(path) + file.stages[i] + ": tokenizer is " + stage.tokenizer +
-                                             ", the pipeline says " + file.tokenizer + "; one run has one tokenizer");
+      return ConfigError("CFG-CONFLICT", Directory(path) + file.stages[i] + ": tokenizer is " +
+                                             stage.tokenizer + ", the pipeline says " +
+                                             file.tokenizer + "; one run has one tokenizer");
     }
     SALA_RETURN_IF_ERROR(CheckStage(stage, i == 0));
     if (!names.insert(stage.name).second) {
@@ -342,9 +366,11 @@ std::vector<std::pair<std::string, std::string>> EmitPipeline(const PipelineConf
   return files;
 }
 
-Status CheckResumable(const StageConfig& now, const std::string& saved_yaml, const std::string& checkpoint) {
+Status CheckResumable(const StageConfig& now, const std::string& saved_yaml,
+                      const std::string& checkpoint) {
   StageFile saved;
-  SALA_ASSIGN_OR_RETURN(const ConfigDocument document, ConfigDocument::Parse(saved_yaml, checkpoint + "/config.yaml"));
+  SALA_ASSIGN_OR_RETURN(const ConfigDocument document,
+                        ConfigDocument::Parse(saved_yaml, checkpoint + "/config.yaml"));
   SALA_RETURN_IF_ERROR(BindConfig(document, &saved));
   const auto fixed_part = [](StageConfig stage) {
     stage.parallel = {};
@@ -368,10 +394,11 @@ Status CheckResumable(const StageConfig& now, const std::string& saved_yaml, con
     const bool more = static_cast<bool>(std::getline(b, line));
     if (!more_saved && !more) return OkStatus();
     if (more_saved && more && saved_line == line) continue;
-    return ConfigError("CFG-RESUME", "stage " + now.name + ": the configuration differs from the one of " + checkpoint + ": saved '" +
-                                         Printable(more_saved ? saved_line : "(end)") + "', now '" +
-                                         Printable(more ? line : "(end)") +
-                                         "'; restore the value, or start another run directory with init_from");
+    return ConfigError("CFG-RESUME",
+                       "stage " + now.name + ": the configuration differs from the one of " +
+                           checkpoint + ": saved '" + Printable(more_saved ? saved_line : "(end)") +
+                           "', now '" + Printable(more ? line : "(end)") +
+                           "'; restore the value, or start another run directory with init_from");
   }
 }
 

@@ -1,4 +1,5 @@
-// The YAML of a run: a pipeline file that lists stage files, and the stage files. Reference: docs/configuration.md.
+// The YAML of a run: a pipeline file that lists stage files, and the stage files. Reference:
+// docs/configuration.md.
 #pragma once
 
 #include <cstdint>
@@ -30,22 +31,23 @@ struct OptimizerConfig {
   double beta1 = 0.9;
   double beta2 = 0.95;
   double eps = 1e-8;
-  double weight_decay = 0.1;         // on 2-D weights of the blocks and, if not tied, the head; never on norms and embedding
-  double clip_norm = 1.0;            // of the global gradient; 0: no clipping
-  double matrix_lr_multiplier = 0;   // 0: 1 / m of muP (m = hidden_size / dim_model_base)
+  double weight_decay =
+      0.1;  // on 2-D weights of the blocks and, if not tied, the head; never on norms and embedding
+  double clip_norm = 1.0;           // of the global gradient; 0: no clipping
+  double matrix_lr_multiplier = 0;  // 0: 1 / m of muP (m = hidden_size / dim_model_base)
   double embedding_lr_multiplier = 1;
   double vector_lr_multiplier = 1;
   double head_lr_multiplier = 1;
-  double mixer_lr_multiplier = 1;    // on top of the above, for the tensors of linear mixers
-  int64_t max_bad_steps = 10;        // non-finite steps skipped in a row before the run ends with exit 76
+  double mixer_lr_multiplier = 1;  // on top of the above, for the tensors of linear mixers
+  int64_t max_bad_steps = 10;  // non-finite steps skipped in a row before the run ends with exit 76
 
   void Bind(ConfigBinder& b);
 };
 
 struct BatchConfig {
   int64_t seq_len_tokens = 0;
-  int64_t global_batch_tokens = 0;       // a multiple of seq_len_tokens; not necessarily of the ranks
-  int64_t micro_batch_sequences = 1;     // sequences per forward pass of a rank
+  int64_t global_batch_tokens = 0;    // a multiple of seq_len_tokens; not necessarily of the ranks
+  int64_t micro_batch_sequences = 1;  // sequences per forward pass of a rank
   int64_t steps = 0;
 
   int64_t global_batch_sequences() const { return global_batch_tokens / seq_len_tokens; }
@@ -53,7 +55,8 @@ struct BatchConfig {
 };
 
 struct ValidationConfig {
-  int64_t every_steps = 0;  // 0: before the first and after the last step only. What is held out: data.validation
+  int64_t every_steps =
+      0;  // 0: before the first and after the last step only. What is held out: data.validation
 
   void Bind(ConfigBinder& b);
 };
@@ -69,7 +72,16 @@ struct CheckpointConfig {
 enum class HaloTrainable : uint8_t { kLinearMixers, kMixers, kAll };
 enum class HaloMoment : uint8_t { kDistil, kNextStage };
 enum class GateInit : uint8_t { kSmallNormal, kIdentity };
-enum class Selector : uint8_t { kHalo, kRecallDrop, kDifference, kKlSwap, kGreedy, kUniform, kRandom, kExplicit };
+enum class Selector : uint8_t {
+  kHalo,
+  kRecallDrop,
+  kDifference,
+  kKlSwap,
+  kGreedy,
+  kUniform,
+  kRandom,
+  kExplicit
+};
 enum class AlignLoss : uint8_t { kMse, kL2Norm };
 
 // One training phase inside the HALO stage.
@@ -82,25 +94,25 @@ struct HaloPhaseConfig {
 };
 
 struct HaloScoreConfig {
-  int64_t text_tokens = 32768;      // held-out text for C (minus the loss per token) and KL
-  int64_t recall_items = 64;        // synthetic recall prompts, half passkey and half multi-key needle
+  int64_t text_tokens = 32768;  // held-out text for C (minus the loss per token) and KL
+  int64_t recall_items = 64;    // synthetic recall prompts, half passkey and half multi-key needle
   int64_t recall_length_tokens = 128;
-  int64_t bootstrap = 200;          // resamples of items for the share in which each layer is kept; 0: off
-  double eps = 1e-6;                // denominator of the ratio rule
+  int64_t bootstrap = 200;  // resamples of items for the share in which each layer is kept; 0: off
+  double eps = 1e-6;        // denominator of the ratio rule
   double difference_lambda = 1.0;
 
   void Bind(ConfigBinder& b);
 };
 
 struct HaloConfig {
-  std::vector<int64_t> keep;         // layers that stay softmax by decision; negative counts from the end
-  int64_t softmax_layers = 0;        // 0: floor(layers / 4)
+  std::vector<int64_t> keep;   // layers that stay softmax by decision; negative counts from the end
+  int64_t softmax_layers = 0;  // 0: floor(layers / 4)
   Selector selector = Selector::kHalo;
   std::vector<int64_t> explicit_layers;  // for selector explicit
   HaloScoreConfig score;
   HaloPhaseConfig align;
   AlignLoss align_loss = AlignLoss::kMse;
-  bool align_from_teacher = true;    // false: mixers start from random weights (an ablation)
+  bool align_from_teacher = true;  // false: mixers start from random weights (an ablation)
   HaloPhaseConfig distil;
   HaloTrainable trainable = HaloTrainable::kLinearMixers;
   HaloMoment nope_at = HaloMoment::kNextStage;
@@ -109,8 +121,8 @@ struct HaloConfig {
   double temperature = 1.0;
   double ce_weight = 0.0;
   std::optional<HaloPhaseConfig> finetune;
-  std::vector<double> logit_scale_grid;  // candidates for HyPE's a; empty: no fit
-  int64_t logit_scale_length_tokens = 0; // document length of the fit
+  std::vector<double> logit_scale_grid;   // candidates for HyPE's a; empty: no fit
+  int64_t logit_scale_length_tokens = 0;  // document length of the fit
 
   void Bind(ConfigBinder& b);
 };
@@ -118,8 +130,8 @@ struct HaloConfig {
 enum class StageKind : uint8_t { kPretrain, kHalo, kSft };
 
 struct InitConfig {
-  std::string path;                 // a checkpoint directory, or an exported model folder
-  bool carry_optimizer = false;     // go on with the moments of that checkpoint
+  std::string path;              // a checkpoint directory, or an exported model folder
+  bool carry_optimizer = false;  // go on with the moments of that checkpoint
 
   void Bind(ConfigBinder& b);
 };
@@ -127,9 +139,10 @@ struct InitConfig {
 struct StageConfig {
   StageKind kind = StageKind::kPretrain;
   std::string name;
-  std::string tokenizer;            // a folder, a tokenizer.model, or "bytes"
-  std::optional<InitConfig> init_from;  // outside a pipeline; absent in the first stage: random weights
-  bool carry_optimizer = false;     // inside a pipeline: keep the previous stage's moments
+  std::string tokenizer;  // a folder, a tokenizer.model, or "bytes"
+  std::optional<InitConfig>
+      init_from;                 // outside a pipeline; absent in the first stage: random weights
+  bool carry_optimizer = false;  // inside a pipeline: keep the previous stage's moments
   std::optional<model::ModelConfig> model;  // only where weights start at random
   bool sparse_attention = false;
   bool recompute = true;
@@ -147,10 +160,11 @@ struct StageConfig {
 };
 
 struct RunConfig {
-  std::string dir;                  // the run directory
-  std::string resume = "auto";      // auto | never | a checkpoint directory
-  bool resume_strict = false;       // auto: a damaged newest checkpoint ends the run instead of falling back
-  int64_t threads = 1;              // compute threads per rank
+  std::string dir;              // the run directory
+  std::string resume = "auto";  // auto | never | a checkpoint directory
+  bool resume_strict =
+      false;            // auto: a damaged newest checkpoint ends the run instead of falling back
+  int64_t threads = 1;  // compute threads per rank
   int64_t log_every_steps = 1;
 
   void Bind(ConfigBinder& b);
@@ -164,17 +178,22 @@ struct PipelineConfig {
   std::vector<StageConfig> stages;
 };
 
-// Reads a pipeline file (kind: pipeline) or a stage file with its `run` section. For a pipeline, overrides name the stage
-// first: "stable.schedule.peak_lr=1e-3"; "run.dir=..." and "tokenizer=..." go to the pipeline itself.
-StatusOr<PipelineConfig> LoadPipeline(const std::string& path, const std::vector<std::string>& sets);
+// Reads a pipeline file (kind: pipeline) or a stage file with its `run` section. For a pipeline,
+// overrides name the stage first: "stable.schedule.peak_lr=1e-3"; "run.dir=..." and "tokenizer=..."
+// go to the pipeline itself.
+StatusOr<PipelineConfig> LoadPipeline(const std::string& path,
+                                      const std::vector<std::string>& sets);
 
-// Everything with defaults filled in, as files that LoadPipeline reads back: {"config.yaml", text} and, for a pipeline,
+// Everything with defaults filled in, as files that LoadPipeline reads back: {"config.yaml", text}
+// and, for a pipeline,
 // {"stages/NAME.yaml", text} for each stage.
 std::vector<std::pair<std::string, std::string>> EmitPipeline(const PipelineConfig& config);
 std::string EmitStage(const StageConfig& config);
 
-// CFG-RESUME (78) when a stage that is resumed differs from the saved one in anything but what may change between starts:
-// parallel, checkpoint and validation sections, micro_batch_sequences, recompute.
-Status CheckResumable(const StageConfig& now, const std::string& saved_yaml, const std::string& checkpoint);
+// CFG-RESUME (78) when a stage that is resumed differs from the saved one in anything but what may
+// change between starts: parallel, checkpoint and validation sections, micro_batch_sequences,
+// recompute.
+Status CheckResumable(const StageConfig& now, const std::string& saved_yaml,
+                      const std::string& checkpoint);
 
 }  // namespace sala::recipes

@@ -25,22 +25,32 @@ double LearningRateMultiplier(const OptimizerConfig& config, const model::ModelC
   double multiplier = 1;
   switch (spec.kind) {
     case model::ParameterKind::kMatrix:
-      multiplier = config.matrix_lr_multiplier > 0 ? config.matrix_lr_multiplier : 1.0 / model.width_multiplier();
+      multiplier = config.matrix_lr_multiplier > 0 ? config.matrix_lr_multiplier
+                                                   : 1.0 / model.width_multiplier();
       break;
-    case model::ParameterKind::kVector: multiplier = config.vector_lr_multiplier; break;
-    case model::ParameterKind::kEmbedding: multiplier = config.embedding_lr_multiplier; break;
-    case model::ParameterKind::kHead: multiplier = config.head_lr_multiplier; break;
+    case model::ParameterKind::kVector:
+      multiplier = config.vector_lr_multiplier;
+      break;
+    case model::ParameterKind::kEmbedding:
+      multiplier = config.embedding_lr_multiplier;
+      break;
+    case model::ParameterKind::kHead:
+      multiplier = config.head_lr_multiplier;
+      break;
   }
   return InLinearMixer(model, spec.name) ? multiplier * config.mixer_lr_multiplier : multiplier;
 }
 
 double WeightDecay(const OptimizerConfig& config, const model::ParameterSpec& spec) {
-  const bool decayed = spec.kind == model::ParameterKind::kMatrix || spec.kind == model::ParameterKind::kHead;
+  const bool decayed =
+      spec.kind == model::ParameterKind::kMatrix || spec.kind == model::ParameterKind::kHead;
   return decayed ? config.weight_decay : 0.0;
 }
 
-Optimizer::Optimizer(const OptimizerConfig& config, const model::ModelConfig& model, model::ParameterStore& params,
-                     const std::function<bool(const model::ParameterSpec&)>& trainable, const parallel::Mesh& mesh)
+Optimizer::Optimizer(const OptimizerConfig& config, const model::ModelConfig& model,
+                     model::ParameterStore& params,
+                     const std::function<bool(const model::ParameterSpec&)>& trainable,
+                     const parallel::Mesh& mesh)
     : config_(config), params_(params), mesh_(mesh) {
   const bool split = mesh.config().zero_stage >= 1;
   partition_ = parallel::FlatPartition::Even(params.size(), mesh.dp_size());
@@ -62,8 +72,8 @@ Optimizer::Optimizer(const OptimizerConfig& config, const model::ModelConfig& mo
   exp_avg_sq_.resize(n);
 }
 
-StatusOr<UpdateResult> Optimizer::Update(const Context& ctx, model::ParameterStore& gradients, double learning_rate,
-                                         bool loss_finite) {
+StatusOr<UpdateResult> Optimizer::Update(const Context& ctx, model::ParameterStore& gradients,
+                                         double learning_rate, bool loss_finite) {
   parallel::Communicator& group = mesh_.dp_group();
   const auto rank = static_cast<size_t>(mesh_.dp_rank());
   const bool split = mesh_.config().zero_stage >= 1;
@@ -71,12 +81,16 @@ StatusOr<UpdateResult> Optimizer::Update(const Context& ctx, model::ParameterSto
   const int64_t shard_count = partition_.counts[rank];
   float* shard = grad_.data() + (shard_begin - begin_);
 
-  SALA_RETURN_IF_ERROR(group.ReduceScatterSum({gradients.data(), static_cast<size_t>(gradients.size())},
-                                              partition_.counts, {shard, static_cast<size_t>(shard_count)}));
-  double sum_of_squares = shard_count == 0 ? 0.0 : kernels::SumOfSquares(ctx, ConstTensor(shard, {shard_count}));
-  SALA_RETURN_IF_ERROR(group.AllReduce(std::span<double>(&sum_of_squares, 1), parallel::Reduce::kSum));
+  SALA_RETURN_IF_ERROR(
+      group.ReduceScatterSum({gradients.data(), static_cast<size_t>(gradients.size())},
+                             partition_.counts, {shard, static_cast<size_t>(shard_count)}));
+  double sum_of_squares =
+      shard_count == 0 ? 0.0 : kernels::SumOfSquares(ctx, ConstTensor(shard, {shard_count}));
+  SALA_RETURN_IF_ERROR(
+      group.AllReduce(std::span<double>(&sum_of_squares, 1), parallel::Reduce::kSum));
   if (!split) {
-    SALA_RETURN_IF_ERROR(group.AllGather({shard, static_cast<size_t>(shard_count)}, partition_.counts, grad_));
+    SALA_RETURN_IF_ERROR(
+        group.AllGather({shard, static_cast<size_t>(shard_count)}, partition_.counts, grad_));
   }
 
   UpdateResult result;
@@ -102,18 +116,21 @@ StatusOr<UpdateResult> Optimizer::Update(const Context& ctx, model::ParameterSto
     options.weight_decay = segment.weight_decay;
     const int64_t n = segment.end - segment.begin;
     const int64_t at = segment.begin - begin_;
-    kernels::AdamWStep(ctx, Tensor(params_.data() + segment.begin, {n}), ConstTensor(grad_.data() + at, {n}),
-                       Tensor(exp_avg_.data() + at, {n}), Tensor(exp_avg_sq_.data() + at, {n}), options);
+    kernels::AdamWStep(ctx, Tensor(params_.data() + segment.begin, {n}),
+                       ConstTensor(grad_.data() + at, {n}), Tensor(exp_avg_.data() + at, {n}),
+                       Tensor(exp_avg_sq_.data() + at, {n}), options);
   }
   if (split) {
-    SALA_RETURN_IF_ERROR(group.AllGather({params_.data() + shard_begin, static_cast<size_t>(shard_count)},
-                                         partition_.counts, {params_.data(), static_cast<size_t>(params_.size())}));
+    SALA_RETURN_IF_ERROR(
+        group.AllGather({params_.data() + shard_begin, static_cast<size_t>(shard_count)},
+                        partition_.counts, {params_.data(), static_cast<size_t>(params_.size())}));
   }
   return result;
 }
 
 void Optimizer::AppendSlices(std::vector<TensorSlice>* slices) const {
-  if (mesh_.config().zero_stage == 0 && mesh_.dp_rank() != 0) return;  // copies: the lowest rank writes
+  if (mesh_.config().zero_stage == 0 && mesh_.dp_rank() != 0)
+    return;  // copies: the lowest rank writes
   for (const Segment& segment : segments_) {
     TensorSlice slice;
     slice.name = segment.spec->name;

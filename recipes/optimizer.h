@@ -1,5 +1,5 @@
-// AdamW over the flat parameter buffer, its state split over the data-parallel ranks (ZeRO-1), with muP multipliers, clipping
-// by the global norm and the rule for non-finite gradients.
+// AdamW over the flat parameter buffer, its state split over the data-parallel ranks (ZeRO-1), with
+// muP multipliers, clipping by the global norm and the rule for non-finite gradients.
 #pragma once
 
 #include <cstdint>
@@ -16,22 +16,24 @@
 namespace sala::recipes {
 
 struct UpdateResult {
-  double grad_norm = 0;   // of the global gradient, before clipping
+  double grad_norm = 0;  // of the global gradient, before clipping
   bool clipped = false;
-  bool skipped = false;   // loss or gradient not finite: parameters and moments unchanged
+  bool skipped = false;  // loss or gradient not finite: parameters and moments unchanged
 };
 
 class Optimizer {
  public:
-  // `trainable` decides per tensor; frozen tensors keep their bits. The store must outlive the optimizer. float32 parameters
-  // are their own masters.
-  Optimizer(const OptimizerConfig& config, const model::ModelConfig& model, model::ParameterStore& params,
-            const std::function<bool(const model::ParameterSpec&)>& trainable, const parallel::Mesh& mesh);
+  // `trainable` decides per tensor; frozen tensors keep their bits. The store must outlive the
+  // optimizer. float32 parameters are their own masters.
+  Optimizer(const OptimizerConfig& config, const model::ModelConfig& model,
+            model::ParameterStore& params,
+            const std::function<bool(const model::ParameterSpec&)>& trainable,
+            const parallel::Mesh& mesh);
 
-  // Sums `gradients` (same layout as the store, destroyed) over the ranks, clips, updates this rank's part, gathers the
-  // parameters. `loss_finite` must be the same on all ranks.
-  StatusOr<UpdateResult> Update(const Context& ctx, model::ParameterStore& gradients, double learning_rate,
-                                bool loss_finite);
+  // Sums `gradients` (same layout as the store, destroyed) over the ranks, clips, updates this
+  // rank's part, gathers the parameters. `loss_finite` must be the same on all ranks.
+  StatusOr<UpdateResult> Update(const Context& ctx, model::ParameterStore& gradients,
+                                double learning_rate, bool loss_finite);
 
   int64_t updates() const { return updates_; }
   void set_updates(int64_t updates) { updates_ = updates; }

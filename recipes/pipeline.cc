@@ -14,7 +14,7 @@ namespace {
 // Where to go on: the stage to run, and the checkpoint inside it when it was interrupted.
 struct Continuation {
   int64_t stage = 0;
-  std::string resume;   // checkpoint of that stage; "" to start it
+  std::string resume;  // checkpoint of that stage; "" to start it
 };
 
 // Chosen by rank 0, which reads every byte of the checkpoint once; the others get its directory.
@@ -55,8 +55,10 @@ StatusOr<Continuation> Continue(Session& session) {
   if (position.stage_index < 0 || position.stage_index >= static_cast<int64_t>(stages.size()) ||
       stages[static_cast<size_t>(position.stage_index)].name != position.stage) {
     return MakeError(ExitCode::kData, "CKPT-LINEAGE",
-                     directory + ": is of stage " + std::to_string(position.stage_index) + " '" + position.stage +
-                         "', which this configuration does not have at that place; use the run's own configuration, or a new "
+                     directory + ": is of stage " + std::to_string(position.stage_index) + " '" +
+                         position.stage +
+                         "', which this configuration does not have at that place; use the run's "
+                         "own configuration, or a new "
                          "run directory with init_from");
   }
   const StageConfig& stage = stages[static_cast<size_t>(position.stage_index)];
@@ -110,7 +112,8 @@ class Summaries {
 
   const std::vector<StageSummary>& rows() const { return rows_; }
   const StageSummary* Find(const std::string& stage) const {
-    const auto it = std::find_if(rows_.begin(), rows_.end(), [&](const StageSummary& r) { return r.stage == stage; });
+    const auto it = std::find_if(rows_.begin(), rows_.end(),
+                                 [&](const StageSummary& r) { return r.stage == stage; });
     return it == rows_.end() ? nullptr : &*it;
   }
 
@@ -120,17 +123,18 @@ class Summaries {
 };
 
 void PrintTable(const std::vector<StageSummary>& rows) {
-  std::printf("\n%-14s %12s %12s %12s %12s  %s\n", "stage", "loss before", "loss after", "tokens", "tokens/s", "");
+  std::printf("\n%-14s %12s %12s %12s %12s  %s\n", "stage", "loss before", "loss after", "tokens",
+              "tokens/s", "");
   for (const StageSummary& row : rows) {
-    std::printf("%-14s %12.4f %12.4f %12lld %12.0f  %s\n", row.stage.c_str(), row.loss_before, row.loss_after,
-                static_cast<long long>(row.tokens), static_cast<double>(row.tokens) / std::max(1e-9, row.seconds),
-                row.note.c_str());
+    std::printf("%-14s %12.4f %12.4f %12lld %12.0f  %s\n", row.stage.c_str(), row.loss_before,
+                row.loss_after, static_cast<long long>(row.tokens),
+                static_cast<double>(row.tokens) / std::max(1e-9, row.seconds), row.note.c_str());
   }
   std::fflush(stdout);
 }
 
-// The conversion's promise: after the first stage behind HALO the hybrid is as good on held-out text as the teacher was.
-// Said only where both numbers come from the same held-out data.
+// The conversion's promise: after the first stage behind HALO the hybrid is as good on held-out
+// text as the teacher was. Said only where both numbers come from the same held-out data.
 void PrintConversionVerdict(const PipelineConfig& config, const Summaries& summaries) {
   for (size_t h = 1; h + 1 < config.stages.size(); ++h) {
     if (config.stages[h].kind != StageKind::kHalo) continue;
@@ -140,17 +144,21 @@ void PrintConversionVerdict(const PipelineConfig& config, const Summaries& summa
     const StageSummary* hybrid = summaries.Find(after.name);
     const bool same_data = EmitConfig(before.data) == EmitConfig(after.data) &&
                            before.batch.seq_len_tokens == after.batch.seq_len_tokens;
-    if (teacher == nullptr || hybrid == nullptr || !same_data || !teacher->note.empty() || !hybrid->note.empty()) continue;
+    if (teacher == nullptr || hybrid == nullptr || !same_data || !teacher->note.empty() ||
+        !hybrid->note.empty())
+      continue;
     const double change = std::exp(hybrid->loss_after - teacher->loss_after) - 1;
     constexpr double kPromise = 0.05;
     std::printf("\nheld-out perplexity: teacher %.3f, hybrid after %s %.3f (%+.1f %%): %s\n",
-                std::exp(teacher->loss_after), after.name.c_str(), std::exp(hybrid->loss_after), 100 * change,
+                std::exp(teacher->loss_after), after.name.c_str(), std::exp(hybrid->loss_after),
+                100 * change,
                 change <= kPromise ? "within 5 % of the teacher" : "NOT within 5 % of the teacher");
     std::fflush(stdout);
   }
 }
 
-StatusOr<StageSummary> RunStage(Session& session, int64_t index, const std::string& resume_directory) {
+StatusOr<StageSummary> RunStage(Session& session, int64_t index,
+                                const std::string& resume_directory) {
   const StageConfig& stage = session.config().stages[static_cast<size_t>(index)];
   SALA_RETURN_IF_ERROR(session.UseMesh(stage.parallel));
   StageInput input;
@@ -169,13 +177,15 @@ StatusOr<StageSummary> RunStage(Session& session, int64_t index, const std::stri
   } else if (stage.init_from) {
     input.init_path = stage.init_from->path;
     input.carry_optimizer = stage.init_from->carry_optimizer;
-    // Numbers go on from the checkpoint a stand-alone stage starts from, so that they never repeat in its lineage.
+    // Numbers go on from the checkpoint a stand-alone stage starts from, so that they never repeat
+    // in its lineage.
     if (resume_directory.empty() && PathExists(input.init_path + "/manifest.json")) {
       SALA_ASSIGN_OR_RETURN(const Checkpoint from, Checkpoint::Open(input.init_path));
       session.global_step = from.info().global_step;
     }
   }
-  return stage.kind == StageKind::kHalo ? RunHaloStage(session, input) : RunPretrainStage(session, input);
+  return stage.kind == StageKind::kHalo ? RunHaloStage(session, input)
+                                        : RunPretrainStage(session, input);
 }
 
 }  // namespace
@@ -187,15 +197,17 @@ Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config) 
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, next.status()));
   Summaries summaries(session->path("summary.json"));
   if (session->is_root()) {
-    SALA_LOG(Info) << "run " << config.name << " in " << config.run.dir << ": " << config.stages.size() << " stage(s), "
-                   << world.size() << " rank(s), " << config.run.threads << " thread(s) each";
+    SALA_LOG(Info) << "run " << config.name << " in " << config.run.dir << ": "
+                   << config.stages.size() << " stage(s), " << world.size() << " rank(s), "
+                   << config.run.threads << " thread(s) each";
   }
   for (int64_t i = next->stage; i < static_cast<int64_t>(config.stages.size()); ++i) {
     auto row = RunStage(*session, i, i == next->stage ? next->resume : "");
     if (!row.ok()) {
       const bool stopped = ExitCodeOf(row.status()) == ExitCode::kRequeue;
       SALA_RETURN_IF_ERROR(session->WriteStatus(stopped ? "stopping" : "failed",
-                                                config.stages[static_cast<size_t>(i)].name, session->global_step));
+                                                config.stages[static_cast<size_t>(i)].name,
+                                                session->global_step));
       return row.status();
     }
     if (session->is_root()) SALA_RETURN_IF_ERROR(summaries.Add(*row));

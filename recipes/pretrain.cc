@@ -1,5 +1,5 @@
-// Stages that train on next tokens: base, stable, short decay, long decay, SFT. They differ in configuration only; SFT data
-// brings its loss mask with it.
+// Stages that train on next tokens: base, stable, short decay, long decay, SFT. They differ in
+// configuration only; SFT data brings its loss mask with it.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -24,11 +24,14 @@ class PretrainTask : public StepTask {
   model::ParameterStore& params() override { return loaded_.params; }
   const LoadedModel& loaded() const { return loaded_; }
 
-  Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch, const StepCounts& counts,
-                    model::ParameterStore& gradients, std::span<double> sums) override {
+  Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
+                    const StepCounts& counts, model::ParameterStore& gradients,
+                    std::span<double> sums) override {
     const model::ModelTensors views = model::BindTensors(loaded_.config, gradients);
-    const auto grad_scale = static_cast<float>(1.0 / static_cast<double>(std::max<int64_t>(1, counts.targets)));
-    const auto result = model::CrossEntropyStep(ctx, arena, model_, batch, options_, grad_scale, views);
+    const auto grad_scale =
+        static_cast<float>(1.0 / static_cast<double>(std::max<int64_t>(1, counts.targets)));
+    const auto result =
+        model::CrossEntropyStep(ctx, arena, model_, batch, options_, grad_scale, views);
     sums[0] += result.loss_sum;
     sums[1] += static_cast<double>(result.correct);
     return OkStatus();
@@ -45,7 +48,8 @@ class PretrainTask : public StepTask {
   StatusOr<std::vector<std::pair<std::string, double>>> Validate(Session& session) override {
     std::vector<std::pair<std::string, double>> values;
     if (validation_.size() == 0) return values;
-    SALA_ASSIGN_OR_RETURN(const ValidationResult result, EvaluateValidation(session, model_, validation_, options_));
+    SALA_ASSIGN_OR_RETURN(const ValidationResult result,
+                          EvaluateValidation(session, model_, validation_, options_));
     values.emplace_back("loss", result.loss);
     values.emplace_back("perplexity", std::exp(result.loss));
     values.emplace_back("accuracy", result.accuracy);
@@ -81,8 +85,9 @@ Status RequireChatData(const data::SampleStream& stream) {
   for (const auto& view : stream.views()) {
     if (view->store().info().sft()) continue;
     return MakeError(ExitCode::kConfig, "CFG-DATA",
-                     "dataset '" + view->name() + "' has no loss mask but the stage is of kind sft; ingest chat records "
-                                                  "(messages), or use kind: pretrain");
+                     "dataset '" + view->name() +
+                         "' has no loss mask but the stage is of kind sft; ingest chat records "
+                         "(messages), or use kind: pretrain");
   }
   return OkStatus();
 }
@@ -93,23 +98,26 @@ Status CheckVocabulary(Session& session, const LoadedModel& loaded) {
   const int64_t tokens = session.tokenizer().vocab_size();
   if (tokens > loaded.config.vocab_size) {
     return MakeError(ExitCode::kData, "TOK-VOCAB",
-                     "tokenizer " + session.tokenizer().name() + " has " + std::to_string(tokens) + " tokens, the model has " +
-                         std::to_string(loaded.config.vocab_size) +
-                         " (model.vocab_size); use the model's own tokenizer or set vocab_size to 0 for a new model");
+                     "tokenizer " + session.tokenizer().name() + " has " + std::to_string(tokens) +
+                         " tokens, the model has " + std::to_string(loaded.config.vocab_size) +
+                         " (model.vocab_size); use the model's own tokenizer or set vocab_size to "
+                         "0 for a new model");
   }
   if (!loaded.checkpoint) return OkStatus();
   const std::string& expected = loaded.checkpoint->info().tokenizer_fingerprint;
   if (!expected.empty() && expected != session.tokenizer().fingerprint()) {
     return MakeError(ExitCode::kData, "TOK-MISMATCH",
-                     loaded.checkpoint->directory() + ": trained with the tokenizer " + expected.substr(0, 12) +
-                         "..., this run's is " + session.tokenizer().fingerprint().substr(0, 12) +
+                     loaded.checkpoint->directory() + ": trained with the tokenizer " +
+                         expected.substr(0, 12) + "..., this run's is " +
+                         session.tokenizer().fingerprint().substr(0, 12) +
                          "...; use the tokenizer folder of that run");
   }
   return OkStatus();
 }
 
 StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Model& model,
-                                              const data::ValidationSet& set, const model::RunOptions& options) {
+                                              const data::ValidationSet& set,
+                                              const model::RunOptions& options) {
   double sums[3] = {0, 0, 0};
   Status status = OkStatus();
   for (int64_t i = session.mesh().dp_rank(); i < set.size(); i += session.mesh().dp_size()) {
@@ -117,13 +125,15 @@ StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Mod
     status = sample.status();
     if (!status.ok()) break;
     const model::Batch batch = MakeBatch({std::move(sample).value()});
-    const auto result = model::EvaluateCrossEntropy(session.ctx(), session.arena(), model, batch, options);
+    const auto result =
+        model::EvaluateCrossEntropy(session.ctx(), session.arena(), model, batch, options);
     sums[0] += result.loss_sum;
     sums[1] += static_cast<double>(result.targets);
     sums[2] += static_cast<double>(result.correct);
   }
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), status));
-  SALA_RETURN_IF_ERROR(session.mesh().dp_group().AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
+  SALA_RETURN_IF_ERROR(
+      session.mesh().dp_group().AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
   ValidationResult result;
   result.targets = static_cast<int64_t>(sums[1]);
   result.loss = sums[0] / std::max(1.0, sums[1]);
@@ -137,16 +147,19 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), loaded.status()));
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), CheckVocabulary(session, *loaded)));
 
-  auto opened = data::SampleStream::Open(stage.data, stage.name, stage.batch.seq_len_tokens, session.tokenizer());
+  auto opened = data::SampleStream::Open(stage.data, stage.name, stage.batch.seq_len_tokens,
+                                         session.tokenizer());
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), opened.status()));
   const std::unique_ptr<data::SampleStream> stream = std::move(opened).value();
   if (stage.kind == StageKind::kSft) SALA_RETURN_IF_ERROR(RequireChatData(*stream));
-  auto held_out = data::ValidationSet::Open(stage.data, stage.batch.seq_len_tokens, session.tokenizer());
+  auto held_out =
+      data::ValidationSet::Open(stage.data, stage.batch.seq_len_tokens, session.tokenizer());
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), held_out.status()));
 
   StepLoopConfig loop;
   loop.position = {.stage = stage.name, .stage_index = input.index};
-  loop.label = stage.name + " " + std::to_string(input.index + 1) + "/" + std::to_string(input.stages);
+  loop.label =
+      stage.name + " " + std::to_string(input.index + 1) + "/" + std::to_string(input.stages);
   loop.batch = stage.batch;
   loop.schedule = stage.schedule;
   loop.optimizer = stage.optimizer;
@@ -164,19 +177,22 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
     carry = loaded->checkpoint;
   }
   if (session.is_root()) {
-    SALA_LOG(Info) << "stage " << stage.name << ": " << loaded->params.parameters() << " parameters, "
-                   << stage.batch.steps << " steps of " << stage.batch.global_batch_sequences() << " x "
-                   << stage.batch.seq_len_tokens << " tokens" << (stage.sparse_attention ? ", sparse attention on" : "");
+    SALA_LOG(Info) << "stage " << stage.name << ": " << loaded->params.parameters()
+                   << " parameters, " << stage.batch.steps << " steps of "
+                   << stage.batch.global_batch_sequences() << " x " << stage.batch.seq_len_tokens
+                   << " tokens" << (stage.sparse_attention ? ", sparse attention on" : "");
   }
 
   PretrainTask task(std::move(loaded).value(), stage, **held_out);
-  SALA_ASSIGN_OR_RETURN(const StepLoopSummary done,
-                        RunStepLoop(session, loop, task, *stream, input.resume, carry ? &*carry : nullptr));
+  SALA_ASSIGN_OR_RETURN(
+      const StepLoopSummary done,
+      RunStepLoop(session, loop, task, *stream, input.resume, carry ? &*carry : nullptr));
   StageSummary summary;
   summary.stage = stage.name;
   summary.tokens = done.tokens;
   summary.seconds = done.seconds;
-  const bool measured = std::isfinite(done.validation_before) && std::isfinite(done.validation_after);
+  const bool measured =
+      std::isfinite(done.validation_before) && std::isfinite(done.validation_after);
   summary.loss_before = measured ? done.validation_before : done.first_loss;
   summary.loss_after = measured ? done.validation_after : done.last_loss;
   summary.note = measured ? "" : "training loss";

@@ -85,18 +85,22 @@ Status Session::PrepareDirectory() {
   SALA_ASSIGN_OR_RETURN(RunLock lock, RunLock::Acquire(config_.run.dir));
   lock_.emplace(std::move(lock));
   if (config_.run.resume == "never" && !ListCheckpoints(checkpoint_root()).empty()) {
-    return MakeError(ExitCode::kConfig, "RUN-EXISTS",
-                     config_.run.dir + ": run.resume is never, but the directory already holds checkpoints; choose another "
-                                       "run.dir, or set run.resume to auto");
+    return MakeError(
+        ExitCode::kConfig, "RUN-EXISTS",
+        config_.run.dir +
+            ": run.resume is never, but the directory already holds checkpoints; choose another "
+            "run.dir, or set run.resume to auto");
   }
-  for (const auto& [name, text] : EmitPipeline(config_)) SALA_RETURN_IF_ERROR(WriteFileAtomically(path(name), text));
+  for (const auto& [name, text] : EmitPipeline(config_))
+    SALA_RETURN_IF_ERROR(WriteFileAtomically(path(name), text));
   if (!PathExists(path("tokenizer"))) SALA_RETURN_IF_ERROR(tokenizer_->SaveTo(path("tokenizer")));
   SALA_ASSIGN_OR_RETURN(train_metrics_, MetricsFile::Open(path("metrics/train.jsonl")));
   SALA_ASSIGN_OR_RETURN(valid_metrics_, MetricsFile::Open(path("metrics/valid.jsonl")));
   return RemoveLeftovers(checkpoint_root());
 }
 
-StatusOr<std::unique_ptr<Session>> Session::Open(parallel::Communicator& world, const PipelineConfig& config) {
+StatusOr<std::unique_ptr<Session>> Session::Open(parallel::Communicator& world,
+                                                 const PipelineConfig& config) {
   std::unique_ptr<Session> session(new Session(world, config));
   SALA_ASSIGN_OR_RETURN(session->mesh_, parallel::Mesh::Create(world, config.stages[0].parallel));
   auto tokenizer = data::LoadTokenizer(config.stages[0].tokenizer);
@@ -129,8 +133,10 @@ Status Session::WriteStatus(const std::string& state, const std::string& stage, 
   if (state == last_status_state_ && now - last_status_seconds_ < 1) return OkStatus();
   last_status_seconds_ = now;
   last_status_state_ = state;
-  const nlohmann::ordered_json status = {
-      {"step", step}, {"stage", stage}, {"state", state}, {"time", static_cast<int64_t>(std::time(nullptr))}};
+  const nlohmann::ordered_json status = {{"step", step},
+                                         {"stage", stage},
+                                         {"state", state},
+                                         {"time", static_cast<int64_t>(std::time(nullptr))}};
   return WriteFileAtomically(path("status.json"), status.dump() + "\n");
 }
 

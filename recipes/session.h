@@ -1,5 +1,5 @@
-// One rank's view of a run: ranks, threads, memory, the run directory, logs, metrics and stop requests. Everything a stage
-// needs besides its configuration.
+// One rank's view of a run: ranks, threads, memory, the run directory, logs, metrics and stop
+// requests. Everything a stage needs besides its configuration.
 #pragma once
 
 #include <cstdint>
@@ -17,24 +17,27 @@
 
 namespace sala::recipes {
 
-// What the signals asked for (docs/operations.md): SIGUSR1 save and go on; SIGUSR2, SIGTERM, SIGINT save and exit 75.
+// What the signals asked for (docs/operations.md): SIGUSR1 save and go on; SIGUSR2, SIGTERM, SIGINT
+// save and exit 75.
 enum class Request : int64_t { kNone = 0, kSave = 1, kStop = 2 };
 
 // Handlers only set a flag. A second SIGTERM or SIGINT ends the process at once (143, 130).
 void InstallSignalHandlers();
-Request PendingRequest();    // of this process
+Request PendingRequest();  // of this process
 void ClearSaveRequest();
 
 class Session {
  public:
-  // Creates or opens the run directory: RUN.lock, config.yaml, logs/, metrics/, checkpoints/, tokenizer/. Collective.
-  static StatusOr<std::unique_ptr<Session>> Open(parallel::Communicator& world, const PipelineConfig& config);
+  // Creates or opens the run directory: RUN.lock, config.yaml, logs/, metrics/, checkpoints/,
+  // tokenizer/. Collective.
+  static StatusOr<std::unique_ptr<Session>> Open(parallel::Communicator& world,
+                                                 const PipelineConfig& config);
 
   bool is_root() const { return world_.rank() == 0; }
   parallel::Communicator& world() { return world_; }
   parallel::Mesh& mesh() { return *mesh_; }
   const Context& ctx() const { return ctx_; }
-  Arena& arena() { return arena_; }          // activations; ctx().scratch is another one
+  Arena& arena() { return arena_; }  // activations; ctx().scratch is another one
   const data::Tokenizer& tokenizer() const { return *tokenizer_; }
   const PipelineConfig& config() const { return config_; }
 
@@ -45,9 +48,10 @@ class Session {
   Status UseMesh(const parallel::MeshConfig& config);
 
   // Rank 0 only; elsewhere these do nothing.
-  Status WriteMetrics(const nlohmann::ordered_json& line);       // metrics/train.jsonl
-  Status WriteValidation(const nlohmann::ordered_json& line);    // metrics/valid.jsonl
-  Status WriteStatus(const std::string& state, const std::string& stage, int64_t step);  // status.json
+  Status WriteMetrics(const nlohmann::ordered_json& line);     // metrics/train.jsonl
+  Status WriteValidation(const nlohmann::ordered_json& line);  // metrics/valid.jsonl
+  Status WriteStatus(const std::string& state, const std::string& stage,
+                     int64_t step);  // status.json
 
   // Steps done over the whole pipeline; checkpoints are named after it.
   int64_t global_step = 0;

@@ -16,16 +16,18 @@ struct StageSummary {
   std::string stage;
   int64_t tokens = 0;
   double seconds = 0;
-  double loss_before = 0;   // held-out loss per target before and after (training loss where there is no held-out data)
+  double loss_before = 0;  // held-out loss per target before and after (training loss where there
+                           // is no held-out data)
   double loss_after = 0;
   std::string note;
 };
 
 struct StageInput {
   const StageConfig* config = nullptr;
-  int64_t index = 0;            // in the pipeline
+  int64_t index = 0;  // in the pipeline
   int64_t stages = 1;
-  std::string init_path;        // checkpoint directory or exported folder to start from; "": random weights
+  std::string
+      init_path;  // checkpoint directory or exported folder to start from; "": random weights
   bool carry_optimizer = false;
   const Checkpoint* resume = nullptr;  // a checkpoint of this stage that is not its final one
 };
@@ -33,21 +35,23 @@ struct StageInput {
 // base, stable, short decay, long decay, SFT: next-token cross entropy over the stage's data.
 StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& input);
 
-// HALO conversion: transfer, align, score, select, distil, assemble [, finetune] [, logit-scale fit]. recipes/halo/.
+// HALO conversion: transfer, align, score, select, distil, assemble [, finetune] [, logit-scale
+// fit]. recipes/halo/.
 StatusOr<StageSummary> RunHaloStage(Session& session, const StageInput& input);
 
-// TOK-VOCAB, TOK-MISMATCH (65): the tokenizer must be the one the weights were trained with, and every id must have a row in
-// the embedding.
+// TOK-VOCAB, TOK-MISMATCH (65): the tokenizer must be the one the weights were trained with, and
+// every id must have a row in the embedding.
 Status CheckVocabulary(Session& session, const LoadedModel& loaded);
 
 // Held-out loss of a model over a validation set, split over the data-parallel ranks. Collective.
 struct ValidationResult {
-  double loss = 0;        // nats per target
-  double accuracy = 0;    // share of targets where the arg-max is right
+  double loss = 0;      // nats per target
+  double accuracy = 0;  // share of targets where the arg-max is right
   int64_t targets = 0;
 };
 StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Model& model,
-                                              const data::ValidationSet& set, const model::RunOptions& options);
+                                              const data::ValidationSet& set,
+                                              const model::RunOptions& options);
 
 // Runs the whole pipeline (or the single stage) with resume, prints the table.
 Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config);

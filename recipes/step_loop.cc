@@ -88,14 +88,17 @@ struct StepData {
 
 class StepLoop {
  public:
-  StepLoop(Session& session, const StepLoopConfig& config, StepTask& task, data::SampleStream& stream)
+  StepLoop(Session& session, const StepLoopConfig& config, StepTask& task,
+           data::SampleStream& stream)
       : session_(session),
         config_(config),
         task_(task),
         stream_(stream),
         gradients_(task.params().specs()),
-        optimizer_(config.optimizer, task.config(), task.params(),
-                   [&task](const model::ParameterSpec& spec) { return task.Trainable(spec); }, session.mesh()),
+        optimizer_(
+            config.optimizer, task.config(), task.params(),
+            [&task](const model::ParameterSpec& spec) { return task.Trainable(spec); },
+            session.mesh()),
         display_(config.label, config.batch.steps, session.is_root()) {}
 
   StatusOr<StepLoopSummary> Run(const Checkpoint* resume, const Checkpoint* carry);
@@ -105,7 +108,8 @@ class StepLoop {
   StatusOr<StepData> LoadStep();
   Status Step();
   StatusOr<Values> RunMicroBatches(const StepData& data, double* loss);
-  Status Report(const StepData& data, const Values& values, const UpdateResult& update, double lr, double started);
+  Status Report(const StepData& data, const Values& values, const UpdateResult& update, double lr,
+                double started);
   StatusOr<double> Validate();
   Status Save(bool final_step);
 
@@ -122,18 +126,21 @@ class StepLoop {
 };
 
 Status StepLoop::Start(const Checkpoint* resume, const Checkpoint* carry) {
-  SALA_RETURN_IF_ERROR(stream_.CheckEpochs(config_.batch.steps * config_.batch.global_batch_sequences()));
+  SALA_RETURN_IF_ERROR(
+      stream_.CheckEpochs(config_.batch.steps * config_.batch.global_batch_sequences()));
   if (resume != nullptr) {
     const nlohmann::json& trainer = resume->info().trainer;
     if (trainer.contains("cursor")) SALA_RETURN_IF_ERROR(stream_.CheckCursor(trainer["cursor"]));
-    progress_ = Progress::FromJson(trainer.value("progress", nlohmann::json::object()), PositionOf(*resume).phase_step);
+    progress_ = Progress::FromJson(trainer.value("progress", nlohmann::json::object()),
+                                   PositionOf(*resume).phase_step);
     optimizer_.set_updates(trainer.value("updates", int64_t{0}));
     SALA_RETURN_IF_ERROR(LoadParameters(*resume, task_.params()));
     SALA_RETURN_IF_ERROR(optimizer_.Load(*resume));
     last_saved_ = progress_.step;
-    SALA_RETURN_IF_ERROR(session_.WriteMetrics({{"event", "resume"}, {"step", session_.global_step}}));
-    SALA_LOG(Info) << config_.position.stage << "/" << config_.position.phase << ": resumed after step " << progress_.step
-                   << " from " << resume->directory();
+    SALA_RETURN_IF_ERROR(
+        session_.WriteMetrics({{"event", "resume"}, {"step", session_.global_step}}));
+    SALA_LOG(Info) << config_.position.stage << "/" << config_.position.phase
+                   << ": resumed after step " << progress_.step << " from " << resume->directory();
   } else if (carry != nullptr) {
     optimizer_.set_updates(carry->info().trainer.value("updates", int64_t{0}));
     SALA_RETURN_IF_ERROR(optimizer_.Load(*carry));
@@ -149,10 +156,12 @@ StatusOr<StepData> StepLoop::LoadStep() {
   parallel::Communicator& group = session_.mesh().dp_group();
   const int64_t batch = config_.batch.global_batch_sequences();
   StepData step;
-  // [targets, tokens, request, then the CRC of every sample]: one integer all-reduce tells all ranks everything they must agree on.
+  // [targets, tokens, request, then the CRC of every sample]: one integer all-reduce tells all
+  // ranks everything they must agree on.
   std::vector<int64_t> sums(static_cast<size_t>(2 + batch), 0);
   Status status = OkStatus();
-  for (int64_t p = session_.mesh().dp_rank(); p < batch && status.ok(); p += session_.mesh().dp_size()) {
+  for (int64_t p = session_.mesh().dp_rank(); p < batch && status.ok();
+       p += session_.mesh().dp_size()) {
     auto sample = stream_.Get(progress_.step * batch + p);
     status = sample.status();
     if (!status.ok()) break;
@@ -164,7 +173,8 @@ StatusOr<StepData> StepLoop::LoadStep() {
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), status));
   SALA_RETURN_IF_ERROR(group.AllReduce(std::span<int64_t>(sums), parallel::Reduce::kSum));
   auto request = static_cast<int64_t>(PendingRequest());
-  SALA_RETURN_IF_ERROR(session_.world().AllReduce(std::span<int64_t>(&request, 1), parallel::Reduce::kMax));
+  SALA_RETURN_IF_ERROR(
+      session_.world().AllReduce(std::span<int64_t>(&request, 1), parallel::Reduce::kMax));
   step.counts = {.targets = sums[0], .tokens = sums[1]};
   step.crc = Crc32c(sums.data() + 2, static_cast<size_t>(batch) * sizeof(int64_t));
   step.request = static_cast<Request>(request);
@@ -180,9 +190,11 @@ StatusOr<Values> StepLoop::RunMicroBatches(const StepData& data, double* loss) {
     const model::Batch batch = MakeBatch({data.mine.begin() + static_cast<int64_t>(begin),
                                           data.mine.begin() + static_cast<int64_t>(end)});
     if (batch.size() == 0) continue;
-    SALA_RETURN_IF_ERROR(task_.MicroBatch(session_.ctx(), session_.arena(), batch, data.counts, gradients_, sums));
+    SALA_RETURN_IF_ERROR(
+        task_.MicroBatch(session_.ctx(), session_.arena(), batch, data.counts, gradients_, sums));
   }
-  SALA_RETURN_IF_ERROR(session_.mesh().dp_group().AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
+  SALA_RETURN_IF_ERROR(
+      session_.mesh().dp_group().AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
   Values values = task_.Values(sums, data.counts);
   *loss = values.front().second;
   return values;
@@ -208,8 +220,9 @@ Status StepLoop::Step() {
   if (update.skipped) {
     ++progress_.skipped;
     ++progress_.bad_in_a_row;
-    SALA_LOG(Warn) << "step " << session_.global_step << ": loss " << loss << ", gradient norm " << update.grad_norm
-                   << ": not finite, the update is skipped (" << progress_.bad_in_a_row << " in a row)";
+    SALA_LOG(Warn) << "step " << session_.global_step << ": loss " << loss << ", gradient norm "
+                   << update.grad_norm << ": not finite, the update is skipped ("
+                   << progress_.bad_in_a_row << " in a row)";
   } else {
     progress_.bad_in_a_row = 0;
   }
@@ -217,16 +230,20 @@ Status StepLoop::Step() {
   SALA_RETURN_IF_ERROR(Report(data, values, update, lr, started));
   if (progress_.bad_in_a_row > config_.optimizer.max_bad_steps) {
     return MakeError(ExitCode::kNumbers, "NUM-NONFINITE",
-                     "stage " + config_.position.stage + ", step " + std::to_string(session_.global_step) + ": loss or gradient was "
-                     "not finite " + std::to_string(progress_.bad_in_a_row) + " times in a row, the limit is " +
+                     "stage " + config_.position.stage + ", step " +
+                         std::to_string(session_.global_step) +
+                         ": loss or gradient was "
+                         "not finite " +
+                         std::to_string(progress_.bad_in_a_row) + " times in a row, the limit is " +
                          std::to_string(config_.optimizer.max_bad_steps) +
-                         " (optimizer.max_bad_steps); lower the learning rate or look at the data of these steps");
+                         " (optimizer.max_bad_steps); lower the learning rate or look at the data "
+                         "of these steps");
   }
   return OkStatus();
 }
 
-Status StepLoop::Report(const StepData& data, const Values& values, const UpdateResult& update, double lr,
-                        double started) {
+Status StepLoop::Report(const StepData& data, const Values& values, const UpdateResult& update,
+                        double lr, double started) {
   if (!session_.is_root()) return OkStatus();
   const double step_seconds = Now() - started;
   const double rate = static_cast<double>(data.counts.tokens) / step_seconds;
@@ -253,13 +270,15 @@ Status StepLoop::Report(const StepData& data, const Values& values, const Update
     line["data_crc"] = Hex32(data.crc);
     SALA_RETURN_IF_ERROR(session_.WriteMetrics(line));
   }
-  display_.Update(progress_.step, values.front().first + " " + Format("%.4f", values.front().second) + "  lr " +
+  display_.Update(progress_.step, values.front().first + " " +
+                                      Format("%.4f", values.front().second) + "  lr " +
                                       Format("%.2e", lr) + "  " + Format("%.0f", rate) + " tok/s");
   return session_.WriteStatus("training", config_.position.stage, session_.global_step);
 }
 
 StatusOr<double> StepLoop::Validate() {
-  SALA_RETURN_IF_ERROR(session_.WriteStatus("evaluating", config_.position.stage, session_.global_step));
+  SALA_RETURN_IF_ERROR(
+      session_.WriteStatus("evaluating", config_.position.stage, session_.global_step));
   SALA_ASSIGN_OR_RETURN(const Values values, task_.Validate(session_));
   if (values.empty()) return std::numeric_limits<double>::quiet_NaN();
   nlohmann::ordered_json line = {{"step", session_.global_step},
@@ -279,15 +298,17 @@ Status StepLoop::Save(bool final_step) {
   request.model = &task_.config();
   request.params = &task_.params();
   request.optimizer = &optimizer_;
-  request.trainer = {{"progress", progress_.ToJson()},
-                     {"cursor", stream_.Cursor(progress_.step * config_.batch.global_batch_sequences())},
-                     {"schedule_step", progress_.step}};
+  request.trainer = {
+      {"progress", progress_.ToJson()},
+      {"cursor", stream_.Cursor(progress_.step * config_.batch.global_batch_sequences())},
+      {"schedule_step", progress_.step}};
   if (config_.extra_trainer.is_object()) request.trainer.update(config_.extra_trainer);
   request.config_yaml = config_.config_yaml;
   request.parent = config_.parent;
   request.policy = config_.checkpoint;
-  SALA_ASSIGN_OR_RETURN(const std::string directory,
-                        SaveCheckpoint(session_, request, final_step || request_ == Request::kStop));
+  SALA_ASSIGN_OR_RETURN(
+      const std::string directory,
+      SaveCheckpoint(session_, request, final_step || request_ == Request::kStop));
   if (!directory.empty()) last_saved_ = progress_.step;
   return OkStatus();
 }
@@ -308,12 +329,14 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
       SALA_ASSIGN_OR_RETURN(summary.validation_after, Validate());
     }
     const int64_t save_every = config_.checkpoint.every_steps;
-    if (last || request_ != Request::kNone || (save_every > 0 && progress_.step % save_every == 0)) {
+    if (last || request_ != Request::kNone ||
+        (save_every > 0 && progress_.step % save_every == 0)) {
       SALA_RETURN_IF_ERROR(Save(last));
       ClearSaveRequest();
     }
     if (request_ == Request::kStop) {
-      SALA_RETURN_IF_ERROR(session_.WriteStatus("stopping", config_.position.stage, session_.global_step));
+      SALA_RETURN_IF_ERROR(
+          session_.WriteStatus("stopping", config_.position.stage, session_.global_step));
       return MakeError(ExitCode::kRequeue, "STOPPED",
                        "stopped on request after step " + std::to_string(session_.global_step) +
                            "; the checkpoint is complete, start the same command again to go on");
@@ -331,8 +354,9 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
 
 }  // namespace
 
-StatusOr<StepLoopSummary> RunStepLoop(Session& session, const StepLoopConfig& config, StepTask& task,
-                                      data::SampleStream& stream, const Checkpoint* resume, const Checkpoint* carry) {
+StatusOr<StepLoopSummary> RunStepLoop(Session& session, const StepLoopConfig& config,
+                                      StepTask& task, data::SampleStream& stream,
+                                      const Checkpoint* resume, const Checkpoint* carry) {
   return StepLoop(session, config, task, stream).Run(resume, carry);
 }
 
@@ -344,7 +368,8 @@ model::Batch MakeBatch(const std::vector<data::PackedSample>& samples) {
     const int64_t kept = static_cast<int64_t>(sample.tokens.size()) - sample.padding;
     batch.tokens.insert(batch.tokens.end(), sample.tokens.begin(), sample.tokens.begin() + kept);
     batch.labels.insert(batch.labels.end(), sample.labels.begin(), sample.labels.begin() + kept);
-    batch.positions.insert(batch.positions.end(), sample.positions.begin(), sample.positions.begin() + kept);
+    batch.positions.insert(batch.positions.end(), sample.positions.begin(),
+                           sample.positions.begin() + kept);
     for (size_t s = 1; s < sample.cu_seqlens.size(); ++s) {
       if (sample.cu_seqlens[s] <= kept) batch.cu_seqlens.push_back(base + sample.cu_seqlens[s]);
     }

@@ -1,5 +1,6 @@
-// The training loop every phase shares: exact global batches, gradient accumulation, one update a step, metrics, validation,
-// checkpoints, signals. What is trained and with which loss is a StepTask.
+// The training loop every phase shares: exact global batches, gradient accumulation, one update a
+// step, metrics, validation, checkpoints, signals. What is trained and with which loss is a
+// StepTask.
 #pragma once
 
 #include <cstdint>
@@ -25,14 +26,16 @@ class StepTask {
  public:
   virtual ~StepTask() = default;
 
-  virtual const model::ModelConfig& config() const = 0;      // saved with the parameters
-  virtual model::ParameterStore& params() = 0;               // trained and saved
+  virtual const model::ModelConfig& config() const = 0;  // saved with the parameters
+  virtual model::ParameterStore& params() = 0;           // trained and saved
   virtual bool Trainable(const model::ParameterSpec& spec) const { return true; }
 
-  // Adds the gradients of this micro-batch to `gradients` (laid out as params()), already divided by `counts`, and to
-  // `sums` one number per name of SumNames(). Sums are added over micro-batches and ranks.
-  virtual Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch, const StepCounts& counts,
-                            model::ParameterStore& gradients, std::span<double> sums) = 0;
+  // Adds the gradients of this micro-batch to `gradients` (laid out as params()), already divided
+  // by `counts`, and to `sums` one number per name of SumNames(). Sums are added over micro-batches
+  // and ranks.
+  virtual Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
+                            const StepCounts& counts, model::ParameterStore& gradients,
+                            std::span<double> sums) = 0;
   virtual std::vector<std::string> SumNames() const = 0;
 
   // Named values of the step for logs and metrics, from the summed sums; the first is the loss.
@@ -46,8 +49,8 @@ class StepTask {
 };
 
 struct StepLoopConfig {
-  StagePosition position;        // stage, index, phase; phase_step is the loop's
-  std::string label;             // for the progress display: "stable 3/9"
+  StagePosition position;  // stage, index, phase; phase_step is the loop's
+  std::string label;       // for the progress display: "stable 3/9"
   BatchConfig batch;
   ScheduleConfig schedule;
   OptimizerConfig optimizer;
@@ -55,23 +58,24 @@ struct StepLoopConfig {
   CheckpointConfig checkpoint;
   std::string config_yaml;
   nlohmann::json parent;
-  nlohmann::json extra_trainer = nlohmann::json::object();  // stage state saved along ("halo": {...})
+  nlohmann::json extra_trainer =
+      nlohmann::json::object();  // stage state saved along ("halo": {...})
   bool final_phase = true;       // the last save of this loop is the stage's result
 };
 
 struct StepLoopSummary {
   int64_t steps = 0;
-  int64_t tokens = 0;            // of the phase, over its whole life
-  double seconds = 0;            // likewise
-  double first_loss = 0, last_loss = 0;              // training loss of the first and last step
+  int64_t tokens = 0;                                  // of the phase, over its whole life
+  double seconds = 0;                                  // likewise
+  double first_loss = 0, last_loss = 0;                // training loss of the first and last step
   double validation_before = 0, validation_after = 0;  // NaN where not measured
 };
 
-// Runs the phase from `resume` (a checkpoint of this very phase) or from its start, with `carry` giving moments to start from.
-// Stops with STOPPED (exit 75) after a complete save when asked to.
-StatusOr<StepLoopSummary> RunStepLoop(Session& session, const StepLoopConfig& config, StepTask& task,
-                                      data::SampleStream& stream, const Checkpoint* resume,
-                                      const Checkpoint* carry = nullptr);
+// Runs the phase from `resume` (a checkpoint of this very phase) or from its start, with `carry`
+// giving moments to start from. Stops with STOPPED (exit 75) after a complete save when asked to.
+StatusOr<StepLoopSummary> RunStepLoop(Session& session, const StepLoopConfig& config,
+                                      StepTask& task, data::SampleStream& stream,
+                                      const Checkpoint* resume, const Checkpoint* carry = nullptr);
 
 // Samples as one packed micro-batch, padding dropped.
 model::Batch MakeBatch(const std::vector<data::PackedSample>& samples);

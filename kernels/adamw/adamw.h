@@ -1,5 +1,6 @@
 // AdamW on flat buffers (decoupled weight decay, Loshchilov and Hutter, arXiv 1711.05101).
-//   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr * ( (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps) + wd p )
+//   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr * ( (m / (1 - b1^step)) / (sqrt(v /
+//   (1 - b2^step)) + eps) + wd p )
 // with g = grad_scale * grad (the clip factor).
 #pragma once
 
@@ -15,12 +16,12 @@ struct AdamWOptions {
   double beta2 = 0.95;
   double eps = 1e-8;
   double weight_decay = 0;
-  int64_t step = 1;        // 1 at the first update
+  int64_t step = 1;  // 1 at the first update
   double grad_scale = 1;
 };
 
 // All f32 [n]; param, exp_avg, exp_avg_sq updated in place.
-void AdamWStep(const Context& ctx, const Tensor& param, const ConstTensor& grad, const Tensor& exp_avg,
-               const Tensor& exp_avg_sq, const AdamWOptions& options);
+void AdamWStep(const Context& ctx, const Tensor& param, const ConstTensor& grad,
+               const Tensor& exp_avg, const Tensor& exp_avg_sq, const AdamWOptions& options);
 
 }  // namespace sala::kernels

@@ -1,5 +1,5 @@
-// Documents inside packed tokens. Nothing crosses a document: attention, block selection, key compression and the linear
-// state all restart at each one.
+// Documents inside packed tokens. Nothing crosses a document: attention, block selection, key
+// compression and the linear state all restart at each one.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,8 @@ struct DocumentRange {
   int64_t length() const { return end - begin; }
 };
 
-// cu_seqlens [S + 1], rising from 0 to T (empty documents allowed) -> the non-empty documents in order.
+// cu_seqlens [S + 1], rising from 0 to T (empty documents allowed) -> the non-empty documents in
+// order.
 std::vector<DocumentRange> Documents(std::span<const int32_t> cu_seqlens);
 
 // Whether a kernel's result replaces what the output holds or is added to it.

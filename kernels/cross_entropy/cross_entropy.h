@@ -1,5 +1,5 @@
-// Next-token cross entropy fused with the output head, in chunks of tokens: logits = logit_scale * hidden W^T exist for
-// `chunk_tokens` rows at a time, in scratch, never for all tokens.
+// Next-token cross entropy fused with the output head, in chunks of tokens: logits = logit_scale *
+// hidden W^T exist for `chunk_tokens` rows at a time, in scratch, never for all tokens.
 #pragma once
 
 #include <cstdint>
@@ -9,22 +9,24 @@
 namespace sala::kernels {
 
 struct CrossEntropyResult {
-  double loss_sum = 0;   // sum over targets, nats
-  int64_t targets = 0;   // labels >= 0
-  int64_t correct = 0;   // targets where the arg-max (lowest id on ties) is the label
+  double loss_sum = 0;  // sum over targets, nats
+  int64_t targets = 0;  // labels >= 0
+  int64_t correct = 0;  // targets where the arg-max (lowest id on ties) is the label
 };
 
 struct CrossEntropyOptions {
   float logit_scale = 1.0F;
-  float grad_scale = 1.0F;      // gradient of grad_scale * loss_sum; 1 / targets of the global batch in training
+  float grad_scale =
+      1.0F;  // gradient of grad_scale * loss_sum; 1 / targets of the global batch in training
   int64_t chunk_tokens = 512;
 };
 
 // hidden f32 [T, H], weight f32 [V, H], labels i32 [T] (-1: not a target).
-// token_loss f32 [T] (0 where there is no target), dhidden f32 [T, H] overwritten, dweight f32 [V, H] accumulated: each may
-// be empty. Sums in float64, tokens in order.
-CrossEntropyResult CrossEntropy(const Context& ctx, const ConstTensor& hidden, const ConstTensor& weight,
-                                const ConstTensor& labels, const CrossEntropyOptions& options, const Tensor& token_loss,
+// token_loss f32 [T] (0 where there is no target), dhidden f32 [T, H] overwritten, dweight f32 [V,
+// H] accumulated: each may be empty. Sums in float64, tokens in order.
+CrossEntropyResult CrossEntropy(const Context& ctx, const ConstTensor& hidden,
+                                const ConstTensor& weight, const ConstTensor& labels,
+                                const CrossEntropyOptions& options, const Tensor& token_loss,
                                 const Tensor& dhidden, const Tensor& dweight);
 
 }  // namespace sala::kernels

@@ -6,10 +6,11 @@
 //   GemmTN: A [K, M], B [K, N]   C = A^T B     dW = dy^T x
 // Rows may be strided views (stride(0) >= columns); no transposed copies are needed.
 //
-// Order of summation: every element of C has one float32 accumulator and adds its K products in rising k with fused
-// multiply-add; alpha is applied once to the finished sum, and with Write::kAccumulate the old C is added last:
-// C = alpha * sum + C. The bits of an element therefore do not depend on M, N, strides, slicing, thread count or vector
-// width (AVX-512, AVX2 and the portable form agree). Source of the rule: docs/decisions.md.
+// Order of summation: every element of C has one float32 accumulator and adds its K products in
+// rising k with fused multiply-add; alpha is applied once to the finished sum, and with
+// Write::kAccumulate the old C is added last: C = alpha * sum + C. The bits of an element therefore
+// do not depend on M, N, strides, slicing, thread count or vector width (AVX-512, AVX2 and the
+// portable form agree). Source of the rule: docs/decisions.md.
 #pragma once
 
 #include "core/context.h"

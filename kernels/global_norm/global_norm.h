@@ -5,8 +5,8 @@
 
 namespace sala::kernels {
 
-// x f32, contiguous, any shape. Summed in float64 in pieces of fixed size added in order: same bits for any thread count.
-// Not-a-number and infinity pass through.
+// x f32, contiguous, any shape. Summed in float64 in pieces of fixed size added in order: same bits
+// for any thread count. Not-a-number and infinity pass through.
 double SumOfSquares(const Context& ctx, const ConstTensor& x);
 
 }  // namespace sala::kernels

@@ -1,6 +1,7 @@
-// Distillation loss KL(teacher || student) on logits, fused with both output heads, in chunks of tokens.
-//   loss_sum = sum_t tau^2 sum_v p_T (log p_T - log p_S),  p = softmax(logits / tau),  every token counts
-//   gradient on the student's logits: tau (p_S - p_T)   (halo.md 6)
+// Distillation loss KL(teacher || student) on logits, fused with both output heads, in chunks of
+// tokens.
+//   loss_sum = sum_t tau^2 sum_v p_T (log p_T - log p_S),  p = softmax(logits / tau),  every token
+//   counts gradient on the student's logits: tau (p_S - p_T)   (halo.md 6)
 #pragma once
 
 #include <cstdint>
@@ -10,9 +11,9 @@
 namespace sala::kernels {
 
 struct KlDivergenceResult {
-  double loss_sum = 0;          // nats, times tau^2
-  double teacher_entropy = 0;   // sum over tokens of the entropy of p_T at the temperature used
-  int64_t agree = 0;            // tokens where both arg-maxes (lowest id on ties) are equal
+  double loss_sum = 0;         // nats, times tau^2
+  double teacher_entropy = 0;  // sum over tokens of the entropy of p_T at the temperature used
+  int64_t agree = 0;           // tokens where both arg-maxes (lowest id on ties) are equal
   int64_t tokens = 0;
 };
 
@@ -20,14 +21,17 @@ struct KlDivergenceOptions {
   float teacher_logit_scale = 1.0F;
   float student_logit_scale = 1.0F;
   float temperature = 1.0F;
-  float grad_scale = 1.0F;      // gradient of grad_scale * loss_sum
+  float grad_scale = 1.0F;  // gradient of grad_scale * loss_sum
   int64_t chunk_tokens = 512;
 };
 
-// teacher_hidden f32 [T, Ht], teacher_weight f32 [V, Ht], student_hidden f32 [T, H], student_weight f32 [V, H].
-// dhidden f32 [T, H] overwritten, dweight f32 [V, H] accumulated; each may be empty.
-KlDivergenceResult KlDivergence(const Context& ctx, const ConstTensor& teacher_hidden, const ConstTensor& teacher_weight,
-                                const ConstTensor& student_hidden, const ConstTensor& student_weight,
-                                const KlDivergenceOptions& options, const Tensor& dhidden, const Tensor& dweight);
+// teacher_hidden f32 [T, Ht], teacher_weight f32 [V, Ht], student_hidden f32 [T, H], student_weight
+// f32 [V, H]. dhidden f32 [T, H] overwritten, dweight f32 [V, H] accumulated; each may be empty.
+KlDivergenceResult KlDivergence(const Context& ctx, const ConstTensor& teacher_hidden,
+                                const ConstTensor& teacher_weight,
+                                const ConstTensor& student_hidden,
+                                const ConstTensor& student_weight,
+                                const KlDivergenceOptions& options, const Tensor& dhidden,
+                                const Tensor& dweight);
 
 }  // namespace sala::kernels

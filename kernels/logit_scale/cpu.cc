@@ -5,8 +5,10 @@
 
 namespace sala::kernels {
 
-void LogitScaleForward(const Context& ctx, const ConstTensor& positions, double a, const Tensor& q) {
-  SALA_CHECK(a > 1 && q.rank() == 3 && positions.dim(0) == q.dim(0)) << "a " << a << ", q " << ShapeText(q);
+void LogitScaleForward(const Context& ctx, const ConstTensor& positions, double a,
+                       const Tensor& q) {
+  SALA_CHECK(a > 1 && q.rank() == 3 && positions.dim(0) == q.dim(0))
+      << "a " << a << ", q " << ShapeText(q);
   const auto* position = positions.Data<int32_t>();
   ctx.pool->For(q.dim(0), 256, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {

@@ -6,14 +6,14 @@
 namespace sala::kernels {
 
 struct MseResult {
-  double squared_error = 0;    // sum over all elements of (y - target)^2
-  double target_sum = 0;       // sum of target, and ...
-  double target_square = 0;    // ... of target^2: for the variance of the target
+  double squared_error = 0;  // sum over all elements of (y - target)^2
+  double target_sum = 0;     // sum of target, and ...
+  double target_square = 0;  // ... of target^2: for the variance of the target
   int64_t elements = 0;
 };
 
 // y, target f32 [T, H]; dy f32 [T, H] = 2 grad_scale (y - target), overwritten, may be empty.
-MseResult MeanSquaredError(const Context& ctx, const ConstTensor& y, const ConstTensor& target, float grad_scale,
-                           const Tensor& dy);
+MseResult MeanSquaredError(const Context& ctx, const ConstTensor& y, const ConstTensor& target,
+                           float grad_scale, const Tensor& dy);
 
 }  // namespace sala::kernels

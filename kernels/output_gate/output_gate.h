@@ -1,19 +1,22 @@
-// What follows a mixer before its output projection: an optional RMSNorm over the whole width, then an optional gate.
+// What follows a mixer before its output projection: an optional RMSNorm over the whole width, then
+// an optional gate.
 //   y = norm(o) * sigmoid(z)
-// Softmax layers use the gate alone (weight empty), linear layers both. At least one must be present.
+// Softmax layers use the gate alone (weight empty), linear layers both. At least one must be
+// present.
 #pragma once
 
 #include "core/context.h"
 
 namespace sala::kernels {
 
-// o, z f32 [T, W]; weight f32 [W] or empty (no norm); z empty: no gate -> y f32 [T, W], rstd f32 [T] (unused without norm).
-void OutputGateForward(const Context& ctx, const ConstTensor& o, const ConstTensor& weight, const ConstTensor& z,
-                       float eps, const Tensor& y, const Tensor& rstd);
+// o, z f32 [T, W]; weight f32 [W] or empty (no norm); z empty: no gate -> y f32 [T, W], rstd f32
+// [T] (unused without norm).
+void OutputGateForward(const Context& ctx, const ConstTensor& o, const ConstTensor& weight,
+                       const ConstTensor& z, float eps, const Tensor& y, const Tensor& rstd);
 
 // dout (of o) and dz overwritten (dz may be empty only if z is); dweight accumulates, may be empty.
-void OutputGateBackward(const Context& ctx, const ConstTensor& dy, const ConstTensor& o, const ConstTensor& weight,
-                        const ConstTensor& z, const ConstTensor& rstd, const Tensor& dout, const Tensor& dz,
-                        const Tensor& dweight);
+void OutputGateBackward(const Context& ctx, const ConstTensor& dy, const ConstTensor& o,
+                        const ConstTensor& weight, const ConstTensor& z, const ConstTensor& rstd,
+                        const Tensor& dout, const Tensor& dz, const Tensor& dweight);
 
 }  // namespace sala::kernels

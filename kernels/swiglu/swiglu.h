@@ -6,10 +6,11 @@
 namespace sala::kernels {
 
 // gate, up, y f32 [T, F]; rows may be strided. y overwritten.
-void SwiGluForward(const Context& ctx, const ConstTensor& gate, const ConstTensor& up, const Tensor& y);
+void SwiGluForward(const Context& ctx, const ConstTensor& gate, const ConstTensor& up,
+                   const Tensor& y);
 
 // dgate, dup overwritten; they may be the same memory as gate and up.
-void SwiGluBackward(const Context& ctx, const ConstTensor& dy, const ConstTensor& gate, const ConstTensor& up,
-                    const Tensor& dgate, const Tensor& dup);
+void SwiGluBackward(const Context& ctx, const ConstTensor& dy, const ConstTensor& gate,
+                    const ConstTensor& up, const Tensor& dgate, const Tensor& dup);
 
 }  // namespace sala::kernels

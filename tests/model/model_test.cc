@@ -66,26 +66,30 @@ ModelConfig TeacherConfig() {
   return c;
 }
 
-Batch RandomBatch(const ModelConfig& config, const std::vector<int32_t>& lengths, const std::string& seed) {
+Batch RandomBatch(const ModelConfig& config, const std::vector<int32_t>& lengths,
+                  const std::string& seed) {
   PhiloxStream rng("v1|7|model_test||0|tokens|" + seed);
   Batch batch;
   batch.cu_seqlens = {0};
   for (int32_t n : lengths) {
     for (int32_t i = 0; i < n; ++i) {
-      batch.tokens.push_back(static_cast<int32_t>(rng.Bounded(static_cast<uint64_t>(config.vocab_size))));
+      batch.tokens.push_back(
+          static_cast<int32_t>(rng.Bounded(static_cast<uint64_t>(config.vocab_size))));
       batch.positions.push_back(i);
     }
     batch.cu_seqlens.push_back(batch.cu_seqlens.back() + n);
   }
   for (size_t s = 0; s + 1 < batch.cu_seqlens.size(); ++s) {
     for (int32_t t = batch.cu_seqlens[s]; t < batch.cu_seqlens[s + 1]; ++t) {
-      batch.labels.push_back(t + 1 < batch.cu_seqlens[s + 1] ? batch.tokens[static_cast<size_t>(t) + 1] : -1);
+      batch.labels.push_back(
+          t + 1 < batch.cu_seqlens[s + 1] ? batch.tokens[static_cast<size_t>(t) + 1] : -1);
     }
   }
   return batch;
 }
 
-// Random weights; norm gains random around 1, so that their gradients are tested away from a special point.
+// Random weights; norm gains random around 1, so that their gradients are tested away from a
+// special point.
 ParameterStore RandomParameters(const ModelConfig& config) {
   ParameterStore store(ParameterSpecs(config));
   InitialiseParameters(config, 11, store);
@@ -93,20 +97,24 @@ ParameterStore RandomParameters(const ModelConfig& config) {
   for (const ParameterSpec& spec : store.specs()) {
     float* data = store.data() + spec.offset;
     for (int64_t i = 0; i < spec.numel; ++i) {
-      if (spec.kind == ParameterKind::kVector) data[i] += static_cast<float>(0.2 * rng.NextNormal());
-      if (spec.kind == ParameterKind::kMatrix) data[i] *= 3;  // scores and gates away from the linear regime
+      if (spec.kind == ParameterKind::kVector)
+        data[i] += static_cast<float>(0.2 * rng.NextNormal());
+      if (spec.kind == ParameterKind::kMatrix)
+        data[i] *= 3;  // scores and gates away from the linear regime
     }
   }
   return store;
 }
 
-// Float32 rounding (2^-24 each) through the chain: about 12 rounded tensors a layer, 4 layers, reductions of at most 64 terms,
-// adding up as a random walk: sqrt(12 * 4 * 64) * 2^-24 = 3.3e-6. Norms and softmax have condition numbers of a few; factor 8.
+// Float32 rounding (2^-24 each) through the chain: about 12 rounded tensors a layer, 4 layers,
+// reductions of at most 64 terms, adding up as a random walk: sqrt(12 * 4 * 64) * 2^-24 = 3.3e-6.
+// Norms and softmax have condition numbers of a few; factor 8.
 constexpr double kRelative = 8 * 3.3e-6;
 
-// The gradient of every tensor, along one random direction, against the complex step of the reference.
-void CheckGradients(const Context& ctx, Arena& arena, const ModelConfig& config, const RunOptions& options,
-                    const std::vector<int32_t>& lengths) {
+// The gradient of every tensor, along one random direction, against the complex step of the
+// reference.
+void CheckGradients(const Context& ctx, Arena& arena, const ModelConfig& config,
+                    const RunOptions& options, const std::vector<int32_t>& lengths) {
   ParameterStore store = RandomParameters(config);
   const Batch batch = RandomBatch(config, lengths, "gradients");
   ParameterStore gradients(store.specs());
@@ -134,10 +142,13 @@ void CheckGradients(const Context& ctx, Arena& arena, const ModelConfig& config,
     }
     const ReferenceModel<std::complex<double>> moved(config, store.specs(), point);
     const double derivative = moved.LossSum(batch, options).imag() / kStep;
-    const double scale = std::sqrt(grad_square * direction_square / static_cast<double>(spec.numel));
+    const double scale =
+        std::sqrt(grad_square * direction_square / static_cast<double>(spec.numel));
     EXPECT_GT(grad_square, 0) << spec.name << ": no gradient reached this tensor";
     // `along` sums numel products: its own spread is about |g| |d| / sqrt(numel) times sqrt(numel).
-    EXPECT_NEAR(along, derivative, kRelative * std::max(std::abs(derivative), scale * std::sqrt(static_cast<double>(spec.numel))))
+    EXPECT_NEAR(along, derivative,
+                kRelative * std::max(std::abs(derivative),
+                                     scale * std::sqrt(static_cast<double>(spec.numel))))
         << spec.name;
   }
 }
@@ -147,11 +158,14 @@ TEST_F(ModelTest, HybridGradientsMatchComplexStep) {
 }
 
 TEST_F(ModelTest, SparseHybridGradientsMatchComplexStep) {
-  // 67 tokens are 9 blocks; a token sees 4, so one free block is really chosen. 23 tokens stay below dense_len.
+  // 67 tokens are 9 blocks; a token sees 4, so one free block is really chosen. 23 tokens stay
+  // below dense_len.
   CheckGradients(ctx_, arena_, HybridConfig(), {.sparse_attention = true}, {67, 23, 24});
 }
 
-TEST_F(ModelTest, TeacherGradientsMatchComplexStep) { CheckGradients(ctx_, arena_, TeacherConfig(), {}, {17, 1, 9}); }
+TEST_F(ModelTest, TeacherGradientsMatchComplexStep) {
+  CheckGradients(ctx_, arena_, TeacherConfig(), {}, {17, 1, 9});
+}
 
 TEST_F(ModelTest, KeepingActivationsGivesTheBitsOfRecomputing) {
   const ModelConfig config = HybridConfig();
@@ -160,10 +174,13 @@ TEST_F(ModelTest, KeepingActivationsGivesTheBitsOfRecomputing) {
   std::vector<ParameterStore> gradients;
   for (const bool recompute : {true, false}) {
     gradients.emplace_back(store.specs());
-    CrossEntropyStep(ctx_, arena_, Model(config, store), batch, {.sparse_attention = true, .recompute = recompute}, 0.5F,
+    CrossEntropyStep(ctx_, arena_, Model(config, store), batch,
+                     {.sparse_attention = true, .recompute = recompute}, 0.5F,
                      BindTensors(config, gradients.back()));
   }
-  EXPECT_EQ(std::memcmp(gradients[0].data(), gradients[1].data(), static_cast<size_t>(store.size()) * sizeof(float)), 0);
+  EXPECT_EQ(std::memcmp(gradients[0].data(), gradients[1].data(),
+                        static_cast<size_t>(store.size()) * sizeof(float)),
+            0);
   EXPECT_EQ(arena_.used_bytes(), 0U);
 }
 
@@ -173,9 +190,12 @@ TEST_F(ModelTest, FrozenTensorsGetNoGradientAndChangeNoOther) {
   const Batch batch = RandomBatch(config, {20, 11}, "frozen");
   ParameterStore all(store.specs());
   ParameterStore some(store.specs());
-  const auto wanted = [](const ParameterSpec& spec) { return spec.name.find("layers.1.self_attn") != std::string::npos; };
+  const auto wanted = [](const ParameterSpec& spec) {
+    return spec.name.find("layers.1.self_attn") != std::string::npos;
+  };
   CrossEntropyStep(ctx_, arena_, Model(config, store), batch, {}, 1.0F, BindTensors(config, all));
-  CrossEntropyStep(ctx_, arena_, Model(config, store), batch, {}, 1.0F, BindTensors(config, some, wanted));
+  CrossEntropyStep(ctx_, arena_, Model(config, store), batch, {}, 1.0F,
+                   BindTensors(config, some, wanted));
   for (const ParameterSpec& spec : store.specs()) {
     const size_t bytes = static_cast<size_t>(spec.numel) * sizeof(float);
     const std::vector<float> zero(static_cast<size_t>(spec.numel), 0.0F);
@@ -184,11 +204,12 @@ TEST_F(ModelTest, FrozenTensorsGetNoGradientAndChangeNoOther) {
   }
 }
 
-// Changing one token of one document changes no bit of another document's hidden states, nor of the loss gradient that
-// reaches another document's embedding rows.
+// Changing one token of one document changes no bit of another document's hidden states, nor of the
+// loss gradient that reaches another document's embedding rows.
 TEST_F(ModelTest, DocumentsDoNotTouchEachOther) {
   ModelConfig config = HybridConfig();
-  config.vocab_size = 200;  // rows of the embedding tell documents apart: each document uses its own range of ids
+  config.vocab_size =
+      200;  // rows of the embedding tell documents apart: each document uses its own range of ids
   ParameterStore store = RandomParameters(config);
   Batch batch = RandomBatch(config, {30, 31, 26}, "leak");
   for (size_t t = 0; t < batch.tokens.size(); ++t) {
@@ -206,18 +227,22 @@ TEST_F(ModelTest, DocumentsDoNotTouchEachOther) {
       const Tensor h = Model(config, store).ForwardOnly(ctx_, arena_, *b, options);
       hidden.emplace_back(h.Data<float>(), h.Data<float>() + h.numel());
       gradients.emplace_back(store.specs());
-      CrossEntropyStep(ctx_, arena_, Model(config, store), *b, options, 1.0F, BindTensors(config, gradients.back()));
+      CrossEntropyStep(ctx_, arena_, Model(config, store), *b, options, 1.0F,
+                       BindTensors(config, gradients.back()));
     }
     const auto same = [&](int64_t begin, int64_t end) {
-      return std::memcmp(hidden[0].data() + begin * config.hidden_size, hidden[1].data() + begin * config.hidden_size,
-                         static_cast<size_t>((end - begin) * config.hidden_size) * sizeof(float)) == 0;
+      return std::memcmp(hidden[0].data() + begin * config.hidden_size,
+                         hidden[1].data() + begin * config.hidden_size,
+                         static_cast<size_t>((end - begin) * config.hidden_size) * sizeof(float)) ==
+             0;
     };
     EXPECT_TRUE(same(0, 30));
     EXPECT_TRUE(same(61, 87));
     EXPECT_TRUE(same(30, 40)) << "causality inside the document";
     EXPECT_FALSE(same(40, 61)) << "the change must be visible in its own document";
     const auto row_same = [&](int64_t token) {
-      const int64_t at = gradients[0].Spec("model.embed_tokens.weight").offset + token * config.hidden_size;
+      const int64_t at =
+          gradients[0].Spec("model.embed_tokens.weight").offset + token * config.hidden_size;
       return std::memcmp(gradients[0].data() + at, gradients[1].data() + at,
                          static_cast<size_t>(config.hidden_size) * sizeof(float)) == 0;
     };
@@ -242,27 +267,33 @@ TEST_F(ModelTest, GenerationAgreesWithTheFullForward) {
       const RunOptions options{.sparse_attention = sparse};
       for (const size_t prompt : {size_t{1}, size_t{20}, size_t{45}}) {
         Cache cache;
-        std::vector<float> logits =
-            model.Prefill(ctx_, arena_, {batch.tokens.begin(), batch.tokens.begin() + static_cast<int64_t>(prompt)}, options,
-                          &cache);
+        std::vector<float> logits = model.Prefill(
+            ctx_, arena_,
+            {batch.tokens.begin(), batch.tokens.begin() + static_cast<int64_t>(prompt)}, options,
+            &cache);
         for (size_t n = prompt; n < batch.tokens.size(); ++n) {
           // The full forward of the first n tokens; its last row predicts token n.
           const ArenaScope scope(arena_);
-          const Batch part = SingleDocument({batch.tokens.begin(), batch.tokens.begin() + static_cast<int64_t>(n)});
+          const Batch part = SingleDocument(
+              {batch.tokens.begin(), batch.tokens.begin() + static_cast<int64_t>(n)});
           const Tensor hidden = model.ForwardOnly(ctx_, arena_, part, options);
-          const ReferenceModel<double> reference(config, store.specs(), std::vector<double>(store.data(), store.data() + store.size()));
+          const ReferenceModel<double> reference(
+              config, store.specs(),
+              std::vector<double>(store.data(), store.data() + store.size()));
           std::vector<double> expected(static_cast<size_t>(config.vocab_size));
           double largest = 0;
           for (int64_t v = 0; v < config.vocab_size; ++v) {
             const float* row = hidden.Row<float>(static_cast<int64_t>(n) - 1);
             const float* head = model.tensors().head.Row<float>(v);
             double sum = 0;
-            for (int64_t i = 0; i < config.hidden_size; ++i) sum += static_cast<double>(row[i]) * head[i];
+            for (int64_t i = 0; i < config.hidden_size; ++i)
+              sum += static_cast<double>(row[i]) * head[i];
             expected[static_cast<size_t>(v)] = sum / config.width_multiplier();
             largest = std::max(largest, std::abs(expected[static_cast<size_t>(v)]));
           }
           for (size_t v = 0; v < expected.size(); ++v) {
-            ASSERT_NEAR(logits[v], expected[v], kRelative * largest) << "prompt " << prompt << ", token " << n;
+            ASSERT_NEAR(logits[v], expected[v], kRelative * largest)
+                << "prompt " << prompt << ", token " << n;
           }
           logits = model.Decode(ctx_, arena_, batch.tokens[n], options, &cache);
         }
@@ -278,11 +309,14 @@ TEST_F(ModelTest, ForwardFromCachedLayerInputGivesTheSameBits) {
   const Batch batch = RandomBatch(config, {20, 11}, "cached");
   const ArenaScope scope(arena_);
   std::vector<float> input;
-  const Tensor whole = model.ForwardOnly(ctx_, arena_, batch, {}, 0, {}, nullptr, [&](int64_t layer, const ConstTensor& x) {
-    if (layer == 2) input.assign(x.Data<float>(), x.Data<float>() + x.numel());
-  });
-  const Tensor part = model.ForwardOnly(ctx_, arena_, batch, {}, 2, Tensor(input.data(), {batch.size(), config.hidden_size}));
-  EXPECT_EQ(std::memcmp(whole.raw(), part.raw(), static_cast<size_t>(whole.numel()) * sizeof(float)), 0);
+  const Tensor whole = model.ForwardOnly(
+      ctx_, arena_, batch, {}, 0, {}, nullptr, [&](int64_t layer, const ConstTensor& x) {
+        if (layer == 2) input.assign(x.Data<float>(), x.Data<float>() + x.numel());
+      });
+  const Tensor part = model.ForwardOnly(ctx_, arena_, batch, {}, 2,
+                                        Tensor(input.data(), {batch.size(), config.hidden_size}));
+  EXPECT_EQ(
+      std::memcmp(whole.raw(), part.raw(), static_cast<size_t>(whole.numel()) * sizeof(float)), 0);
 }
 
 TEST_F(ModelTest, LayerHookSeesTheMixerAlone) {
@@ -293,16 +327,16 @@ TEST_F(ModelTest, LayerHookSeesTheMixerAlone) {
   const ArenaScope scope(arena_);
   int64_t layers = 0;
   std::vector<std::vector<float>> inputs;
-  model.ForwardOnly(
-      ctx_, arena_, batch, {}, 0, {},
-      [&](int64_t layer, const ConstTensor& normed, const ConstTensor& mixer_out) {
-        EXPECT_EQ(layer, layers++);
-        EXPECT_EQ(mixer_out.dim(1), config.hidden_size);
-        double square = 0;
-        for (int64_t i = 0; i < mixer_out.numel(); ++i) square += std::pow(mixer_out.Data<float>()[i], 2);
-        EXPECT_GT(square, 0);
-        EXPECT_EQ(normed.dim(0), batch.size());
-      });
+  model.ForwardOnly(ctx_, arena_, batch, {}, 0, {},
+                    [&](int64_t layer, const ConstTensor& normed, const ConstTensor& mixer_out) {
+                      EXPECT_EQ(layer, layers++);
+                      EXPECT_EQ(mixer_out.dim(1), config.hidden_size);
+                      double square = 0;
+                      for (int64_t i = 0; i < mixer_out.numel(); ++i)
+                        square += std::pow(mixer_out.Data<float>()[i], 2);
+                      EXPECT_GT(square, 0);
+                      EXPECT_EQ(normed.dim(0), batch.size());
+                    });
   EXPECT_EQ(layers, config.num_hidden_layers);
 }
 
@@ -358,13 +392,17 @@ TEST(ModelConfigTest, RefusesWhatDoesNotFit) {
   const auto message = [](ModelConfig c) { return MessageOf(c.Resolve()); };
   ModelConfig c = HybridConfig();
   c.num_key_value_heads = 3;
-  EXPECT_NE(message(c).find("CFG-MODEL: model.num_attention_heads 4 is not a multiple"), std::string::npos) << message(c);
+  EXPECT_NE(message(c).find("CFG-MODEL: model.num_attention_heads 4 is not a multiple"),
+            std::string::npos)
+      << message(c);
   c = HybridConfig();
   c.mixer_types.pop_back();
-  EXPECT_NE(message(c).find("mixer_types has 3 entries for 4 layers"), std::string::npos) << message(c);
+  EXPECT_NE(message(c).find("mixer_types has 3 entries for 4 layers"), std::string::npos)
+      << message(c);
   c = HybridConfig();
   c.mixer_types[1] = "mamba";
-  EXPECT_NE(message(c).find("'mamba'; use minicpm4 or lightning-attn"), std::string::npos) << message(c);
+  EXPECT_NE(message(c).find("'mamba'; use minicpm4 or lightning-attn"), std::string::npos)
+      << message(c);
   c = HybridConfig();
   c.sparse.kernel_size = 5;
   EXPECT_NE(message(c).find("model.sparse_config: "), std::string::npos) << message(c);

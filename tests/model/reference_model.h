@@ -1,5 +1,6 @@
-// The whole model in plain loops on any number type, built from the kernels' references: double for values, complex<double>
-// for complex-step derivatives. Selection of sparse blocks looks at the real part only and follows model.md section 4.
+// The whole model in plain loops on any number type, built from the kernels' references: double for
+// values, complex<double> for complex-step derivatives. Selection of sparse blocks looks at the
+// real part only and follows model.md section 4.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +30,8 @@ class ReferenceModel {
  public:
   using Vector = std::vector<Number>;
 
-  ReferenceModel(const ModelConfig& config, const std::vector<ParameterSpec>& specs, Vector parameters)
+  ReferenceModel(const ModelConfig& config, const std::vector<ParameterSpec>& specs,
+                 Vector parameters)
       : config_(config), parameters_(std::move(parameters)) {
     for (const ParameterSpec& spec : specs) specs_[spec.name] = spec;
   }
@@ -39,7 +41,8 @@ class ReferenceModel {
     const int64_t t = batch.size();
     const int64_t hidden = config_.hidden_size;
     Vector x(static_cast<size_t>(t * hidden));
-    ref::EmbeddingForward(t, hidden, batch.tokens.data(), Get("model.embed_tokens.weight"), config_.scale_emb, x.data());
+    ref::EmbeddingForward(t, hidden, batch.tokens.data(), Get("model.embed_tokens.weight"),
+                          config_.scale_emb, x.data());
     for (int64_t l = 0; l < config_.num_hidden_layers; ++l) {
       const std::string prefix = "model.layers." + std::to_string(l) + ".";
       AddScaled(Mixer(l, Norm(x, prefix + "input_layernorm.weight"), batch, options), &x);
@@ -55,9 +58,11 @@ class ReferenceModel {
 
   Number LossSum(const Batch& batch, const RunOptions& options) const {
     const Vector hidden = Hidden(batch, options);
-    const std::string head = config_.tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight";
+    const std::string head =
+        config_.tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight";
     return ref::CrossEntropyForward(batch.size(), config_.hidden_size, config_.vocab_size,
-                                    1.0 / config_.width_multiplier(), hidden.data(), Get(head), batch.labels.data());
+                                    1.0 / config_.width_multiplier(), hidden.data(), Get(head),
+                                    batch.labels.data());
   }
 
  private:
@@ -68,8 +73,9 @@ class ReferenceModel {
 
   Vector Norm(const Vector& x, const std::string& weight) const {
     Vector y(x.size());
-    ref::RmsNormForward(static_cast<int64_t>(x.size()) / config_.hidden_size, config_.hidden_size, x.data(), Get(weight),
-                        config_.rms_norm_eps, y.data(), static_cast<Number*>(nullptr));
+    ref::RmsNormForward(static_cast<int64_t>(x.size()) / config_.hidden_size, config_.hidden_size,
+                        x.data(), Get(weight), config_.rms_norm_eps, y.data(),
+                        static_cast<Number*>(nullptr));
     return y;
   }
 
@@ -89,11 +95,12 @@ class ReferenceModel {
   }
 
   // cos and sin of the float32 angle (the kernels' rule), as double.
-  void Tables(const Batch& batch, int64_t d, std::vector<double>* cos, std::vector<double>* sin) const {
+  void Tables(const Batch& batch, int64_t d, std::vector<double>* cos,
+              std::vector<double>* sin) const {
     for (int32_t position : batch.positions) {
       for (int64_t i = 0; i < d / 2; ++i) {
-        const auto frequency =
-            static_cast<float>(std::pow(config_.rope_theta, -2.0 * static_cast<double>(i) / static_cast<double>(d)));
+        const auto frequency = static_cast<float>(
+            std::pow(config_.rope_theta, -2.0 * static_cast<double>(i) / static_cast<double>(d)));
         const float angle = static_cast<float>(position) * frequency;
         cos->push_back(std::cos(static_cast<double>(angle)));
         sin->push_back(std::sin(static_cast<double>(angle)));
@@ -101,7 +108,8 @@ class ReferenceModel {
     }
   }
 
-  Vector Mixer(int64_t layer, const Vector& x, const Batch& batch, const RunOptions& options) const {
+  Vector Mixer(int64_t layer, const Vector& x, const Batch& batch,
+               const RunOptions& options) const {
     const std::string prefix = "model.layers." + std::to_string(layer) + ".self_attn.";
     const bool softmax = config_.mixer(layer) == MixerType::kSoftmax;
     const int64_t heads = softmax ? config_.num_attention_heads : config_.lightning_nh;
@@ -116,8 +124,8 @@ class ReferenceModel {
     const auto prepare = [&](const char* projection, const char* norm, int64_t n) {
       const Vector raw = Project(x, prefix + projection);
       Vector y(raw.size());
-      ref::QkNormRopeForward(t, n, d, raw.data(), Get(prefix + norm), config_.rms_norm_eps, rope ? cos.data() : nullptr,
-                             rope ? sin.data() : nullptr, y.data());
+      ref::QkNormRopeForward(t, n, d, raw.data(), Get(prefix + norm), config_.rms_norm_eps,
+                             rope ? cos.data() : nullptr, rope ? sin.data() : nullptr, y.data());
       return y;
     };
     const Vector q = prepare("q_proj.weight", "q_norm.weight", heads);
@@ -131,8 +139,10 @@ class ReferenceModel {
       const auto part = [&](const Vector& from, int64_t n) {
         return Vector(from.begin() + begin * n * d, from.begin() + end * n * d);
       };
-      const Vector out = softmax ? Softmax(part(q, heads), part(k, kv_heads), part(v, kv_heads), end - begin, options)
-                                 : Linear(part(q, heads), part(k, heads), part(v, heads), end - begin);
+      const Vector out =
+          softmax
+              ? Softmax(part(q, heads), part(k, kv_heads), part(v, kv_heads), end - begin, options)
+              : Linear(part(q, heads), part(k, heads), part(v, heads), end - begin);
       std::copy(out.begin(), out.end(), o.begin() + begin * heads * d);
     }
 
@@ -141,7 +151,8 @@ class ReferenceModel {
     const Number* o_norm = Get(prefix + "o_norm.weight");
     if (Get(gate) != nullptr || o_norm != nullptr) {
       const Vector z = Get(gate) != nullptr ? Project(x, gate) : Vector();
-      ref::OutputGateForward(t, heads * d, o.data(), o_norm, z.empty() ? nullptr : z.data(), config_.rms_norm_eps, u.data());
+      ref::OutputGateForward(t, heads * d, o.data(), o_norm, z.empty() ? nullptr : z.data(),
+                             config_.rms_norm_eps, u.data());
     }
     return Project(u, prefix + "o_proj.weight");
   }
@@ -156,33 +167,39 @@ class ReferenceModel {
     return ref::LightningForward(shape, q, k, v, Vector()).out;
   }
 
-  Vector Softmax(const Vector& q, const Vector& k, const Vector& v, int64_t n, const RunOptions& options) const {
+  Vector Softmax(const Vector& q, const Vector& k, const Vector& v, int64_t n,
+                 const RunOptions& options) const {
     ref::AttentionShape shape;
     shape.n = n;
     shape.query_heads = config_.num_attention_heads;
     shape.kv_heads = config_.num_key_value_heads;
     shape.d = config_.head_dim;
     shape.scale = 1.0 / std::sqrt(static_cast<double>(shape.d));
-    if (!options.sparse_attention || n < config_.sparse.dense_len) return ref::AttentionForward(shape, q, k, v).out;
+    if (!options.sparse_attention || n < config_.sparse.dense_len)
+      return ref::AttentionForward(shape, q, k, v).out;
     const std::vector<std::vector<bool>> chosen = Select(shape, q, k);
-    return ref::AttentionForward<Number>(shape, q, k, v, [&](int64_t t, int64_t g, int64_t j) {
-             return chosen[static_cast<size_t>(t * shape.kv_heads + g)][static_cast<size_t>(j / config_.sparse.block_size)];
-           })
+    return ref::AttentionForward<Number>(
+               shape, q, k, v,
+               [&](int64_t t, int64_t g, int64_t j) {
+                 return chosen[static_cast<size_t>(t * shape.kv_heads + g)]
+                              [static_cast<size_t>(j / config_.sparse.block_size)];
+               })
         .out;
   }
 
   static double Real(const Number& x) { return std::real(x); }
 
   // Mean keys of full windows of `size` tokens every `stride`, [windows][K * D].
-  std::vector<std::vector<double>> Compress(const ref::AttentionShape& shape, const Vector& k, int64_t size,
-                                            int64_t stride) const {
+  std::vector<std::vector<double>> Compress(const ref::AttentionShape& shape, const Vector& k,
+                                            int64_t size, int64_t stride) const {
     std::vector<std::vector<double>> windows;
     const int64_t width = shape.kv_heads * shape.d;
     for (int64_t begin = 0; begin + size <= shape.n; begin += stride) {
       std::vector<double> mean(static_cast<size_t>(width), 0.0);
       for (int64_t j = begin; j < begin + size; ++j) {
         for (int64_t c = 0; c < width; ++c) {
-          mean[static_cast<size_t>(c)] += Real(k[static_cast<size_t>(j * width + c)]) / static_cast<double>(size);
+          mean[static_cast<size_t>(c)] +=
+              Real(k[static_cast<size_t>(j * width + c)]) / static_cast<double>(size);
         }
       }
       windows.push_back(mean);
@@ -191,7 +208,8 @@ class ReferenceModel {
   }
 
   // chosen[t * K + g][block]
-  std::vector<std::vector<bool>> Select(const ref::AttentionShape& shape, const Vector& q, const Vector& k) const {
+  std::vector<std::vector<bool>> Select(const ref::AttentionShape& shape, const Vector& q,
+                                        const Vector& k) const {
     const SparseConfig& c = config_.sparse;
     const auto fine = Compress(shape, k, c.kernel_size, c.kernel_stride);
     const auto coarse = Compress(shape, k, c.coarse_size(), c.coarse_stride());
@@ -202,7 +220,8 @@ class ReferenceModel {
         const auto score = [&](int64_t h, const std::vector<double>& window) {
           double sum = 0;
           for (int64_t d = 0; d < shape.d; ++d) {
-            sum += Real(q[shape.Query(t, h) + static_cast<size_t>(d)]) * window[static_cast<size_t>(g * shape.d + d)];
+            sum += Real(q[shape.Query(t, h) + static_cast<size_t>(d)]) *
+                   window[static_cast<size_t>(g * shape.d + d)];
           }
           return shape.scale * sum;
         };
@@ -210,11 +229,13 @@ class ReferenceModel {
         for (int64_t h = g * shape.group(); h < (g + 1) * shape.group(); ++h) {
           double z = 0;
           for (size_t i = 0; i < coarse.size(); ++i) {
-            if (static_cast<int64_t>(i) * c.coarse_stride() + c.coarse_size() - 1 <= t) z += std::exp(score(h, coarse[i]));
+            if (static_cast<int64_t>(i) * c.coarse_stride() + c.coarse_size() - 1 <= t)
+              z += std::exp(score(h, coarse[i]));
           }
           if (z == 0) continue;
           for (size_t i = 0; i < fine.size(); ++i) {
-            if (static_cast<int64_t>(i) * c.kernel_stride + c.kernel_size - 1 <= t) r[i] += std::exp(score(h, fine[i])) / z;
+            if (static_cast<int64_t>(i) * c.kernel_stride + c.kernel_size - 1 <= t)
+              r[i] += std::exp(score(h, fine[i])) / z;
           }
         }
         chosen.push_back(Choose(t, blocks, r));
@@ -227,11 +248,13 @@ class ReferenceModel {
     const SparseConfig& c = config_.sparse;
     const int64_t own = t / c.block_size;
     const int64_t s = c.block_size / c.kernel_stride;
-    std::vector<std::pair<double, int64_t>> order;  // (-score, block): best first, lower block on ties
+    std::vector<std::pair<double, int64_t>>
+        order;  // (-score, block): best first, lower block on ties
     for (int64_t b = 0; b <= own; ++b) {
       double best = 0;
       for (int64_t i = s * b - 1; i <= s * b + s - 1; ++i) {
-        if (i >= 0 && i < static_cast<int64_t>(r.size())) best = std::max(best, r[static_cast<size_t>(i)]);
+        if (i >= 0 && i < static_cast<int64_t>(r.size()))
+          best = std::max(best, r[static_cast<size_t>(i)]);
       }
       if (b < c.init_blocks || b >= own - c.window_size / c.block_size) best = INFINITY;
       order.emplace_back(-best, b);

@@ -17,7 +17,8 @@ Communicator* world = nullptr;
 
 // Values whose float sum depends on the order, different on every rank.
 float Value(int rank, int64_t i) {
-  return (rank % 2 == 0 ? 1.0F : -1.0F) * std::ldexp(1.0F + 0.37F * static_cast<float>(i % 11), (rank * 7 + static_cast<int>(i)) % 24);
+  return (rank % 2 == 0 ? 1.0F : -1.0F) * std::ldexp(1.0F + 0.37F * static_cast<float>(i % 11),
+                                                     (rank * 7 + static_cast<int>(i)) % 24);
 }
 
 std::vector<int64_t> UnevenCounts() {
@@ -54,7 +55,9 @@ TEST(CommunicatorTest, AllGatherKeepsRankOrderInPlaceAndOutOfPlace) {
   ASSERT_TRUE(world->AllGather(send, counts, recv).ok());
   std::vector<float> in_place(static_cast<size_t>(total), NAN);
   std::copy(send.begin(), send.end(), in_place.begin() + begin);
-  ASSERT_TRUE(world->AllGather({in_place.data() + begin, static_cast<size_t>(mine)}, counts, in_place).ok());
+  ASSERT_TRUE(
+      world->AllGather({in_place.data() + begin, static_cast<size_t>(mine)}, counts, in_place)
+          .ok());
   for (int64_t i = 0; i < total; ++i) {
     EXPECT_EQ(recv[static_cast<size_t>(i)], static_cast<float>(i));
     EXPECT_EQ(in_place[static_cast<size_t>(i)], static_cast<float>(i));
@@ -85,7 +88,8 @@ TEST(CommunicatorTest, BroadcastAndText) {
   const auto all = world->AllGatherText(std::string(static_cast<size_t>(world->rank()), 'x'));
   ASSERT_TRUE(all.ok());
   ASSERT_EQ(static_cast<int>(all->size()), world->size());
-  for (int r = 0; r < world->size(); ++r) EXPECT_EQ((*all)[static_cast<size_t>(r)], std::string(static_cast<size_t>(r), 'x'));
+  for (int r = 0; r < world->size(); ++r)
+    EXPECT_EQ((*all)[static_cast<size_t>(r)], std::string(static_cast<size_t>(r), 'x'));
 }
 
 TEST(CommunicatorTest, SplitMakesGroups) {
@@ -99,7 +103,8 @@ TEST(CommunicatorTest, SplitMakesGroups) {
 TEST(CommunicatorTest, OneRanksErrorReachesAll) {
   EXPECT_TRUE(AgreeOnStatus(*world, OkStatus()).ok());
   const int failing = world->size() - 1;
-  const Status mine = world->rank() == failing ? MakeError(ExitCode::kData, "DS-CRC", "file x: wrong") : OkStatus();
+  const Status mine =
+      world->rank() == failing ? MakeError(ExitCode::kData, "DS-CRC", "file x: wrong") : OkStatus();
   const Status agreed = AgreeOnStatus(*world, mine);
   EXPECT_EQ(ExitCodeOf(agreed), ExitCode::kData);
   EXPECT_EQ(ErrorCodeOf(agreed), "DS-CRC");

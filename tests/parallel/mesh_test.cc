@@ -38,7 +38,8 @@ TEST(MeshTest, RefusesImpossibleSplits) {
   const auto wrong_ranks = Mesh::Create(*self, {.dp = 4});
   EXPECT_EQ(ExitCodeOf(wrong_ranks.status()), ExitCode::kConfig);
   EXPECT_EQ(MessageOf(wrong_ranks.status()),
-            "CFG-MESH: parallel.dp is 4 but the job has 1 ranks; start mpirun -np 4 or set parallel.dp to 0 (all ranks)");
+            "CFG-MESH: parallel.dp is 4 but the job has 1 ranks; start mpirun -np 4 or set "
+            "parallel.dp to 0 (all ranks)");
   const auto tensor_parallel = Mesh::Create(*self, {.tp = 2});
   EXPECT_NE(MessageOf(tensor_parallel.status()).find("parallel.tp is 2"), std::string::npos);
 }
