@@ -1,7 +1,6 @@
 """What a user gets wrong: each mistake ends with its exit code and one line that says where, what was found and what to do."""
 
 import json
-import pathlib
 import shutil
 import unittest
 
