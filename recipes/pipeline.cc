@@ -157,6 +157,16 @@ void PrintConversionVerdict(const PipelineConfig& config, const Summaries& summa
   }
 }
 
+Status CheckInputs(Session& session, int64_t first_stage) {
+  for (size_t i = static_cast<size_t>(first_stage); i < session.config().stages.size(); ++i) {
+    const StageConfig& stage = session.config().stages[i];
+    const Status status = stage.kind == StageKind::kHalo ? CheckHaloInputs(session, stage)
+                                                         : CheckPretrainInputs(session, stage);
+    if (!status.ok()) return Annotate(status, "stage " + stage.name);
+  }
+  return OkStatus();
+}
+
 StatusOr<StageSummary> RunStage(Session& session, int64_t index,
                                 const std::string& resume_directory) {
   const StageConfig& stage = session.config().stages[static_cast<size_t>(index)];
@@ -195,6 +205,7 @@ Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config) 
   SALA_RETURN_IF_ERROR(session->WriteStatus("starting", config.stages[0].name, 0));
   auto next = Continue(*session);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, next.status()));
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, CheckInputs(*session, next->stage)));
   Summaries summaries(session->path("summary.json"));
   if (session->is_root()) {
     SALA_LOG(Info) << "run " << config.name << " in " << config.run.dir << ": "

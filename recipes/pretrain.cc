@@ -141,6 +141,15 @@ StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Mod
   return result;
 }
 
+Status CheckPretrainInputs(Session& session, const StageConfig& stage) {
+  SALA_ASSIGN_OR_RETURN(const auto stream,
+                        data::SampleStream::Open(stage.data, stage.name, stage.batch.seq_len_tokens,
+                                                 session.tokenizer()));
+  SALA_RETURN_IF_ERROR(
+      stream->CheckEpochs(stage.batch.steps * stage.batch.global_batch_sequences()));
+  return stage.kind == StageKind::kSft ? RequireChatData(*stream) : OkStatus();
+}
+
 StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& input) {
   const StageConfig& stage = *input.config;
   auto loaded = StartingModel(session, input);
@@ -151,7 +160,6 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
                                          session.tokenizer());
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), opened.status()));
   const std::unique_ptr<data::SampleStream> stream = std::move(opened).value();
-  if (stage.kind == StageKind::kSft) SALA_RETURN_IF_ERROR(RequireChatData(*stream));
   auto held_out =
       data::ValidationSet::Open(stage.data, stage.batch.seq_len_tokens, session.tokenizer());
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), held_out.status()));

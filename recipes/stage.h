@@ -53,6 +53,12 @@ StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Mod
                                               const data::ValidationSet& set,
                                               const model::RunOptions& options);
 
+// What can be known before step one: datasets, tokenizer, epochs, loss masks, recall prompts of a
+// stage. Reads little and trains nothing, so that a mistake in the last stage does not show after
+// hours. Every rank checks the same.
+Status CheckPretrainInputs(Session& session, const StageConfig& stage);
+Status CheckHaloInputs(Session& session, const StageConfig& stage);
+
 // Runs the whole pipeline (or the single stage) with resume, prints the table.
 Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config);
 
