@@ -4,13 +4,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <ctime>
 #include <utility>
 
 #include "core/checkpoint.h"
+#include "core/clock.h"
 #include "core/file.h"
 #include "core/log.h"
 
@@ -40,10 +40,6 @@ void Handle(int signal, void (*handler)(int)) {
   action.sa_handler = handler;
   action.sa_flags = SA_RESTART;
   sigaction(signal, &action, nullptr);
-}
-
-double Now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 std::string RankLogName(int rank) {
@@ -128,7 +124,7 @@ Status Session::WriteValidation(const nlohmann::ordered_json& line) {
 
 Status Session::WriteStatus(const std::string& state, const std::string& stage, int64_t step) {
   if (!is_root()) return OkStatus();
-  const double now = Now();
+  const double now = ClockSeconds();
   // The file is synced to disk: once a second is often enough for a liveness probe.
   if (state == last_status_state_ && now - last_status_seconds_ < 1) return OkStatus();
   last_status_seconds_ = now;

@@ -1,11 +1,11 @@
 #include "recipes/step_loop.h"
 
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
 
+#include "core/clock.h"
 #include "core/hash.h"
 #include "core/log.h"
 #include "core/progress.h"
@@ -15,10 +15,6 @@ namespace sala::recipes {
 namespace {
 
 using Values = std::vector<std::pair<std::string, double>>;
-
-double Now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 std::string Format(const char* format, double value) {
   char text[64];
@@ -201,7 +197,7 @@ StatusOr<Values> StepLoop::RunMicroBatches(const StepData& data, double* loss) {
 }
 
 Status StepLoop::Step() {
-  const double started = Now();
+  const double started = ClockSeconds();
   SALA_ASSIGN_OR_RETURN(const StepData data, LoadStep());
   request_ = data.request;
   double loss = 0;
@@ -226,7 +222,7 @@ Status StepLoop::Step() {
   } else {
     progress_.bad_in_a_row = 0;
   }
-  progress_.seconds += Now() - started;
+  progress_.seconds += ClockSeconds() - started;
   SALA_RETURN_IF_ERROR(Report(data, values, update, lr, started));
   if (progress_.bad_in_a_row > config_.optimizer.max_bad_steps) {
     return MakeError(ExitCode::kNumbers, "NUM-NONFINITE",
@@ -245,7 +241,7 @@ Status StepLoop::Step() {
 Status StepLoop::Report(const StepData& data, const Values& values, const UpdateResult& update,
                         double lr, double started) {
   if (!session_.is_root()) return OkStatus();
-  const double step_seconds = Now() - started;
+  const double step_seconds = ClockSeconds() - started;
   const double rate = static_cast<double>(data.counts.tokens) / step_seconds;
   const bool last = progress_.step == config_.batch.steps;
   if (last || progress_.step % session_.config().run.log_every_steps == 0 || update.skipped) {

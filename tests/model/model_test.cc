@@ -10,6 +10,7 @@
 #include "core/rng.h"
 #include "model/generate.h"
 #include "model/loss.h"
+#include "tests/core/context_test_base.h"
 #include "tests/model/reference_model.h"
 
 namespace sala::model {
@@ -17,17 +18,7 @@ namespace {
 
 using testing::ReferenceModel;
 
-class ModelTest : public ::testing::Test {
- protected:
-  ModelTest() : pool_(1) {
-    ctx_.pool = &pool_;
-    ctx_.scratch = &scratch_;
-  }
-
-  ThreadPool pool_;
-  Arena arena_, scratch_;
-  Context ctx_;
-};
+using ModelTest = sala::testing::ContextTest;
 
 ModelConfig HybridConfig() {
   ModelConfig c;
