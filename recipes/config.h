@@ -21,7 +21,7 @@ enum class ScheduleShape : uint8_t { kConstant, kExponential, kLinear, kCosine }
 struct ScheduleConfig {
   ScheduleShape shape = ScheduleShape::kConstant;
   double peak_lr = 0;
-  double final_lr = 0;       // reached at the last step; unused when constant
+  double final_lr = 0;  // approached at the end: the rate of step `steps`; unused when constant
   int64_t warmup_steps = 0;  // linear from 0: the first update has rate 0 when this is above 0
 
   void Bind(ConfigBinder& b);
