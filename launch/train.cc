@@ -120,7 +120,7 @@ void AddTrainCommand(CommandLine& line) {
   command
       ->add_option("--set", options->sets,
                    "KEY.KEY=VALUE over the file; in a pipeline STAGE.KEY=VALUE")
-      ->expected(1);
+      ->allow_extra_args(false);  // one value each, so that the file may follow
   command->add_option("--run", options->run, "run directory (run.dir)");
   command->add_option("--resume", options->resume,
                       "auto, never or a checkpoint directory (run.resume)");

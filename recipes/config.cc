@@ -147,7 +147,9 @@ void ScheduleConfig::Bind(ConfigBinder& b) {
           {"linear", ScheduleShape::kLinear},
           {"cosine", ScheduleShape::kCosine}});
   b.Field("peak_lr", &peak_lr, {.required = true, .min = 0});
-  b.Field("final_lr", &final_lr, {.min = 0});
+  // Not written for a constant rate, which is refused with it: a resolved configuration is read
+  // again when its stage is resumed.
+  if (b.reading() || shape != ScheduleShape::kConstant) b.Field("final_lr", &final_lr, {.min = 0});
   b.Field("warmup_steps", &warmup_steps, {.min = 0});
   if (!b.reading()) return;
   if (shape == ScheduleShape::kConstant && b.Present("final_lr")) {
