@@ -166,6 +166,7 @@ struct RunConfig {
       false;            // auto: a damaged newest checkpoint ends the run instead of falling back
   int64_t threads = 1;  // compute threads per rank
   int64_t log_every_steps = 1;
+  bool break_lock = false;  // --break-lock; not a key of the file
 
   void Bind(ConfigBinder& b);
 };
