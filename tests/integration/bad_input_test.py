@@ -91,7 +91,7 @@ class Configuration(BadInputCase):
 
     def test_misspelt_key(self):
         path = self.edited("peak_lr", "peek_lr")
-        self.refuse_training(path, 78, "CFG-KEY", place(path, "peek_lr"), "schedule.peek_lr", "did you mean 'peak_lr'?")
+        self.refuse_training(path, 78, "CFG-KEY", place(path, "peek_lr"), "schedule.peek_lr", "did you mean `peak_lr`?")
 
     def test_wrong_type(self):
         path = self.edited("steps: 3", "steps: many")
@@ -108,7 +108,7 @@ class Configuration(BadInputCase):
 
     def test_number_out_of_range(self):
         path = self.edited("steps: 3", "steps: 0")
-        self.refuse_training(path, 78, "CFG-RANGE", place(path, "0"[:1]).rsplit(":", 2)[0], "batch.steps", "1")
+        self.refuse_training(path, 78, "CFG-RANGE", place(path, "steps: 0").rsplit(":", 1)[0], "batch.steps", "1")
 
     def test_contradictory_keys(self):
         path = self.edited("peak_lr: 0.01", "peak_lr: 0.01\n  final_lr: 0.001")
@@ -160,6 +160,13 @@ class Configuration(BadInputCase):
         path = h.write_stage(h.ROOT / "bad" / "no-teacher.yaml", {**h.halo("convert", 2, 2), "model": h.model()})
         self.refuse_training(path, 78, "CFG-HALO", "init_from")
 
+    def test_a_recall_task_that_does_not_fit(self):
+        # Said when the stage starts, before anything is aligned.
+        halo = h.halo("convert", 2, 2, halo={"score": {"text_tokens": 512, "recall_items": 4, "recall_length_tokens": 8, "bootstrap": 0}})
+        path = h.write_stage(h.ROOT / "bad" / "short-recall.yaml", {**halo, "init_from": {"path": str(self.checkpoint)}})
+        self.refuse_training(path, 78, "EVAL-LENGTH", "halo.score.recall_length_tokens", "greater length")
+        self.assertEqual(h.metrics(self.run_directory()), {})
+
     def test_a_stage_that_needs_more_data_than_there_is(self):
         self.refuse_training(self.base, 78, "MIX-EPOCHS", "max_epochs", sets=["batch.steps=100000"])
 
@@ -187,18 +194,18 @@ class Data(BadInputCase):
     def test_empty_folder(self):
         folder = h.ROOT / "texts" / "empty"
         folder.mkdir(parents=True)
-        self.refuse_ingest(self.ingest(folder), 66, "ING-INPUT", folder)
+        self.refuse_ingest(self.ingest(folder), 65, "ING-EMPTY", "0 files")
 
     def test_empty_corpus(self):
-        self.refuse_ingest(self.ingest(self.text(b"\n\n")), 65, "ING-EMPTY")
+        self.refuse_ingest(self.ingest(self.text(b"")), 65, "ING-EMPTY", "give files with text")
 
     def test_text_that_is_not_utf8(self):
         path = self.text(b"first line\nsecond \xff line\n")
-        self.refuse_ingest(self.ingest(path), 65, "ING-UTF8", f"{path}:2", "byte 7", "invalid_utf8=fix")
+        self.refuse_ingest(self.ingest(path), 65, "ING-UTF8", path, "on line 2, byte 18", "0xff", "invalid_utf8")
 
     def test_a_line_that_is_no_json(self):
         path = self.text(b'{"text": "good"}\n{"text": bad}\n', "input.jsonl")
-        self.refuse_ingest(self.ingest(path), 65, "ING-JSON", f"{path}:2", "not_json=skip")
+        self.refuse_ingest(self.ingest(path), 65, "ING-JSON", f"{path}:2", "set the rule not_json to skip")
 
     def test_a_record_without_its_field(self):
         path = self.text(b'{"text": "good"}\n{"txet": "bad"}\n', "input.jsonl")
@@ -351,7 +358,8 @@ class Models(BadInputCase):
         self.assertFalse((h.ROOT / "exports" / "other").exists())
 
     def test_empty_prompt(self):
-        self.assertEqual(h.run(["generate", "--ckpt", self.checkpoint, "--prompt", "", "--max-new-tokens", "2"]).code in (0, 64), True)
+        # The byte tokenizer has a start token, so there is something to go on from.
+        h.succeed(["generate", "--ckpt", self.checkpoint, "--prompt", "", "--max-new-tokens", "2"])
 
 
 class Numbers(BadInputCase):
