@@ -70,7 +70,7 @@ struct SliceColumns {
 
 Status WriteSliceColumns(const SliceColumns& c, Hdf5Writer* file) {
   const auto n = static_cast<int64_t>(c.tensor.size());
-  const auto write = [&](const char* name, Hdf5Type type, std::vector<int64_t> shape,
+  const auto write = [&](const char* name, Hdf5Type type, const std::vector<int64_t>& shape,
                          const void* data) {
     return file->WriteDataset(std::string("/slice/") + name, type, shape, data);
   };
@@ -93,7 +93,7 @@ Status IndexError(const std::string& path, const std::string& what) {
 
 template <typename T>
 Status ReadColumn(const Hdf5Reader& file, const std::string& name, Hdf5Type type,
-                  std::vector<int64_t> shape, std::vector<T>* column) {
+                  const std::vector<int64_t>& shape, std::vector<T>* column) {
   SALA_ASSIGN_OR_RETURN(const auto info, file.Expect(name, type, shape));
   column->resize(static_cast<size_t>(info.bytes) / sizeof(T));
   return file.Read(name, type, column->data(), info.bytes);

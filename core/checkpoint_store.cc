@@ -131,6 +131,9 @@ StatusOr<std::optional<Checkpoint>> NewestValidCheckpoint(const std::string& roo
     StatusOr<Checkpoint> checkpoint = Checkpoint::Open(directory);
     const Status status = checkpoint.ok() ? checkpoint->Verify(level) : checkpoint.status();
     if (status.ok()) return std::optional<Checkpoint>(std::move(checkpoint).value());
+    // Only damage is a reason to go back: a file system that cannot be read just now, or a newer
+    // version of the format, would otherwise cost a good checkpoint.
+    if (ExitCodeOf(status) == ExitCode::kIo || ErrorCodeOf(status) == "CKPT-VERSION") return status;
     SALA_LOG(Warn) << MessageOf(status) << "; trying the checkpoint before it";
   }
   return MakeError(ExitCode::kData, "CKPT-NONE",

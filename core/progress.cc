@@ -5,11 +5,11 @@
 
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <utility>
 
+#include "core/clock.h"
 #include "core/log.h"
 #include "core/utf8.h"
 
@@ -20,10 +20,6 @@ constexpr double kTerminalSeconds = 0.1;  // between redraws of the line
 constexpr double kPlainSeconds = 10.0;    // between plain lines
 constexpr int kBarWidth = 24;
 constexpr int kDefaultWidth = 80;
-
-double NowSeconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 int TerminalWidth() {
   struct winsize size {};
@@ -81,13 +77,13 @@ std::string ProgressLine(const ProgressState& state, int width) {
   const std::string bar =
       "[" + std::string(filled, '#') + std::string(kBarWidth - filled, '.') + "] ";
   const std::string text = state.text.empty() ? "" : "  " + state.text;
-  const std::string full = state.label + " " + bar + counts + text;
+  std::string full = state.label + " " + bar + counts + text;
   if (Columns(full) <= width) return full;
   return CutToColumns(state.label + " " + counts + text, std::max(width, 0));
 }
 
 ProgressDisplay::ProgressDisplay(std::string label, int64_t total, bool enabled)
-    : enabled_(enabled), terminal_(::isatty(STDERR_FILENO) == 1), start_seconds_(NowSeconds()) {
+    : enabled_(enabled), terminal_(::isatty(STDERR_FILENO) == 1), start_seconds_(ClockSeconds()) {
   state_.label = std::move(label);
   state_.total = total;
 }
@@ -110,7 +106,7 @@ void ProgressDisplay::Draw(double now) {
 
 void ProgressDisplay::Update(int64_t done, const std::string& text) {
   if (!enabled_ || finished_) return;
-  const double now = NowSeconds();
+  const double now = ClockSeconds();
   if (first_ < 0) {
     first_ = done;
     start_seconds_ = now;
@@ -129,7 +125,7 @@ void ProgressDisplay::Update(int64_t done, const std::string& text) {
 void ProgressDisplay::Finish() {
   if (!enabled_ || finished_) return;
   finished_ = true;
-  if (first_ >= 0 && !drawn_) Draw(NowSeconds());
+  if (first_ >= 0 && !drawn_) Draw(ClockSeconds());
   if (terminal_) KeepStatusLine();
 }
 

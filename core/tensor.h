@@ -52,10 +52,10 @@ class BasicTensor {
   BasicTensor(T* data, std::initializer_list<int64_t> shape)
       : BasicTensor(data, DTypeOf<std::remove_const_t<T>>::value, shape) {}
 
-  // Tensor -> ConstTensor.
+  // Tensor -> ConstTensor: implicit, as adding const is everywhere.
   template <bool kOther, typename = std::enable_if_t<kConst && !kOther>>
-  BasicTensor(const BasicTensor<kOther>&
-                  other)  // NOLINT(google-explicit-constructor): adding const is free
+  // NOLINTNEXTLINE(google-explicit-constructor)
+  BasicTensor(const BasicTensor<kOther>& other)
       : data_(other.raw()), dtype_(other.dtype()), device_(other.device()), rank_(other.rank()) {
     for (int d = 0; d < rank_; ++d) {
       shape_[d] = other.dim(d);

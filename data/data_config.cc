@@ -1,5 +1,7 @@
 #include "data/data_config.h"
 
+#include <algorithm>
+
 namespace sala::data {
 
 void ViewConfig::Bind(ConfigBinder& b) {
@@ -16,6 +18,7 @@ void ViewConfig::Bind(ConfigBinder& b) {
 void ValidationConfig::Bind(ConfigBinder& b) {
   b.Field("fraction", &fraction, {.min = 0, .max = 0.5});
   b.Field("max_tokens", &max_tokens, {.min = 1});
+  b.Field("datasets", &datasets);
 }
 
 void DataConfig::Bind(ConfigBinder& b) {
@@ -37,6 +40,14 @@ void DataConfig::Bind(ConfigBinder& b) {
           {"always", Verify::kAlways},
           {"never", Verify::kNever}});
   b.List("mixture", &mixture, {.required = true});
+  if (!b.reading()) return;
+  for (const std::string& dataset : validation.datasets) {
+    const auto named = [&dataset](const ViewConfig& view) { return view.dataset == dataset; };
+    if (std::none_of(mixture.begin(), mixture.end(), named)) {
+      b.Error("validation", "CFG-CONFLICT",
+              "validation.datasets names '" + dataset + "', which no entry of mixture has");
+    }
+  }
 }
 
 }  // namespace sala::data

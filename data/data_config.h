@@ -36,6 +36,7 @@ struct ViewConfig {
 struct ValidationConfig {
   double fraction = 0;
   int64_t max_tokens = int64_t{1} << 20;  // of the validation set, padding included
+  std::vector<std::string> datasets;      // measured ones, of those in the mixture; empty: all
   void Bind(ConfigBinder& b);
 };
 

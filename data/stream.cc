@@ -289,13 +289,17 @@ StatusOr<std::unique_ptr<ValidationSet>> ValidationSet::Open(const DataConfig& c
   if (config.validation.fraction <= 0) return set;
   Stores stores(config.verify, tokenizer);
   std::set<std::string> seen;
+  const std::vector<std::string>& measured = config.validation.datasets;
   const int64_t most = std::max<int64_t>(1, config.validation.max_tokens / seq_len);
   for (size_t i = 0; i < config.mixture.size(); ++i) {
     // A dataset that several views share counts once, whatever their length ranges.
-    if (!seen.insert(config.mixture[i].dataset).second) continue;
-    SALA_ASSIGN_OR_RETURN(auto store, stores.Open(config.mixture[i].dataset));
+    const std::string& dataset = config.mixture[i].dataset;
+    if (!seen.insert(dataset).second) continue;
+    if (!measured.empty() && std::find(measured.begin(), measured.end(), dataset) == measured.end())
+      continue;
+    SALA_ASSIGN_OR_RETURN(auto store, stores.Open(dataset));
     ViewConfig whole;
-    whole.dataset = config.mixture[i].dataset;
+    whole.dataset = dataset;
     const PackRule rule{Packing::kBestFit, config.long_documents, seq_len, config.max_segments};
     auto view = View::Open(whole, config, {config.seed, "validation", store->info().name}, rule,
                            Split::kHeldOut, store);

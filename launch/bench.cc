@@ -1,7 +1,6 @@
 // sala bench step: one training step on the CPU against the matrix products of the same model,
 // measured in the same run.
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <map>
 #include <memory>
@@ -9,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/clock.h"
 #include "core/config.h"
 #include "core/rng.h"
 #include "kernels/gemm/gemm.h"
@@ -31,10 +31,6 @@ struct BenchOptions {
   bool recompute = false;
   bool sparse = false;
 };
-
-double Seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 double Median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
@@ -143,13 +139,13 @@ class GemmYardstick {
       const Tensor x(x_.data(), {tokens_, shape.second});
       const Tensor y(y_.data(), {tokens_, shape.first});
       const Tensor w(w_.data(), {shape.first, shape.second});
-      const double start = Seconds();
+      const double start = ClockSeconds();
       for (int64_t i = 0; i < count; ++i) {
         kernels::GemmNT(ctx, x, w, y, {.alpha = kSmall});
         kernels::GemmNN(ctx, y, w, x, {.alpha = kSmall});
         kernels::GemmTN(ctx, y, x, w, {.alpha = kSmall});
       }
-      seconds += Seconds() - start;
+      seconds += ClockSeconds() - start;
     }
     return seconds;
   }
@@ -186,26 +182,26 @@ class StepRunner {
   };
   StatusOr<Times> Step() {
     Times times;
-    const double start = Seconds();
+    const double start = ClockSeconds();
     std::fill_n(gradients_.data(), gradients_.size(), 0.0F);
     const auto loss =
         model::CrossEntropyStep(ctx_, arena_, model_, batch_, run_,
                                 1.0F / static_cast<float>(batch_.targets()), gradient_views_);
-    const double middle = Seconds();
+    const double middle = ClockSeconds();
     SALA_RETURN_IF_ERROR(
         optimizer_->Update(ctx_, gradients_, /*learning_rate=*/1e-3, /*loss_finite=*/true)
             .status());
     times.forward_backward = middle - start;
-    times.optimizer = Seconds() - middle;
+    times.optimizer = ClockSeconds() - middle;
     times.loss = loss.loss_sum / static_cast<double>(loss.targets);
     return times;
   }
 
   double Forward() {
-    const double start = Seconds();
+    const double start = ClockSeconds();
     const ArenaScope scope(arena_);
     model_.Forward(ctx_, arena_, batch_, run_);
-    return Seconds() - start;
+    return ClockSeconds() - start;
   }
 
  private:

@@ -64,6 +64,11 @@ class PretrainTask : public StepTask {
 };
 
 StatusOr<LoadedModel> StartingModel(Session& session, const StageInput& input) {
+  if (input.resume != nullptr) {
+    SALA_ASSIGN_OR_RETURN(LoadedModel resumed, LoadModel(input.resume->directory()));
+    resumed.origin = input.resume->info().parent;
+    return resumed;
+  }
   if (!input.init_path.empty()) return LoadModel(input.init_path);
   LoadedModel fresh;
   fresh.config = *input.config->model;
@@ -141,6 +146,28 @@ StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Mod
   return result;
 }
 
+Status CheckPretrainInputs(Session& session, const StageConfig& stage) {
+  SALA_ASSIGN_OR_RETURN(const auto stream,
+                        data::SampleStream::Open(stage.data, stage.name, stage.batch.seq_len_tokens,
+                                                 session.tokenizer()));
+  SALA_RETURN_IF_ERROR(
+      stream->CheckEpochs(stage.batch.steps * stage.batch.global_batch_sequences()));
+  return stage.kind == StageKind::kSft ? RequireChatData(*stream) : OkStatus();
+}
+
+StageSummary SummaryRow(const std::string& stage, const StepLoopSummary& done) {
+  StageSummary summary;
+  summary.stage = stage;
+  summary.tokens = done.tokens;
+  summary.seconds = done.seconds;
+  const bool measured =
+      std::isfinite(done.validation_before) && std::isfinite(done.validation_after);
+  summary.loss_before = measured ? done.validation_before : done.first_loss;
+  summary.loss_after = measured ? done.validation_after : done.last_loss;
+  summary.note = measured ? "" : "training loss";
+  return summary;
+}
+
 StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& input) {
   const StageConfig& stage = *input.config;
   auto loaded = StartingModel(session, input);
@@ -151,7 +178,6 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
                                          session.tokenizer());
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), opened.status()));
   const std::unique_ptr<data::SampleStream> stream = std::move(opened).value();
-  if (stage.kind == StageKind::kSft) SALA_RETURN_IF_ERROR(RequireChatData(*stream));
   auto held_out =
       data::ValidationSet::Open(stage.data, stage.batch.seq_len_tokens, session.tokenizer());
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), held_out.status()));
@@ -168,7 +194,7 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
   loop.config_yaml = EmitStage(stage);
   loop.parent = loaded->origin;
   std::optional<Checkpoint> carry;
-  if (input.carry_optimizer) {
+  if (input.carry_optimizer && input.resume == nullptr) {
     if (!loaded->checkpoint) {
       return MakeError(ExitCode::kConfig, "CFG-CONFLICT",
                        "stage " + stage.name + ": carry_optimizer is on, but " + input.init_path +
@@ -187,16 +213,7 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
   SALA_ASSIGN_OR_RETURN(
       const StepLoopSummary done,
       RunStepLoop(session, loop, task, *stream, input.resume, carry ? &*carry : nullptr));
-  StageSummary summary;
-  summary.stage = stage.name;
-  summary.tokens = done.tokens;
-  summary.seconds = done.seconds;
-  const bool measured =
-      std::isfinite(done.validation_before) && std::isfinite(done.validation_after);
-  summary.loss_before = measured ? done.validation_before : done.first_loss;
-  summary.loss_after = measured ? done.validation_after : done.last_loss;
-  summary.note = measured ? "" : "training loss";
-  return summary;
+  return SummaryRow(stage.name, done);
 }
 
 }  // namespace sala::recipes

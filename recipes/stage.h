@@ -43,6 +43,11 @@ StatusOr<StageSummary> RunHaloStage(Session& session, const StageInput& input);
 // every id must have a row in the embedding.
 Status CheckVocabulary(Session& session, const LoadedModel& loaded);
 
+// The row of a phase that is the whole stage: held-out losses where they were measured, training
+// losses otherwise.
+struct StepLoopSummary;
+StageSummary SummaryRow(const std::string& stage, const StepLoopSummary& done);
+
 // Held-out loss of a model over a validation set, split over the data-parallel ranks. Collective.
 struct ValidationResult {
   double loss = 0;      // nats per target
@@ -52,6 +57,12 @@ struct ValidationResult {
 StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Model& model,
                                               const data::ValidationSet& set,
                                               const model::RunOptions& options);
+
+// What can be known before step one: datasets, tokenizer, epochs, loss masks, recall prompts of a
+// stage. Reads little and trains nothing, so that a mistake in the last stage does not show after
+// hours. Every rank checks the same.
+Status CheckPretrainInputs(Session& session, const StageConfig& stage);
+Status CheckHaloInputs(Session& session, const StageConfig& stage);
 
 // Runs the whole pipeline (or the single stage) with resume, prints the table.
 Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config);

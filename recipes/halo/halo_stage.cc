@@ -502,6 +502,24 @@ StatusOr<StageSummary> HaloStage::Run() {
 
 }  // namespace
 
+Status CheckHaloInputs(Session& session, const StageConfig& stage) {
+  std::vector<std::pair<std::string, const HaloPhaseConfig*>> phases = {
+      {"align", &stage.halo->align}, {"distil", &stage.halo->distil}};
+  if (stage.halo->finetune) phases.emplace_back("finetune", &*stage.halo->finetune);
+  for (const auto& [phase, config] : phases) {
+    SALA_ASSIGN_OR_RETURN(
+        const auto stream,
+        data::SampleStream::Open(stage.data, stage.name + "/" + phase, config->batch.seq_len_tokens,
+                                 session.tokenizer()));
+    SALA_RETURN_IF_ERROR(
+        stream->CheckEpochs(config->batch.steps * config->batch.global_batch_sequences()));
+  }
+  const Selector selector = stage.halo->selector;
+  return NeedsLayerScores(selector) || selector == Selector::kGreedy
+             ? MakeScoreItems(stage, session.tokenizer()).status()
+             : OkStatus();
+}
+
 StatusOr<StageSummary> RunHaloStage(Session& session, const StageInput& input) {
   return HaloStage(session, input).Run();
 }

@@ -10,26 +10,7 @@
 namespace sala::data {
 namespace {
 
-class SyntheticTest : public ::testing::Test {
- protected:
-  static void SetUpTestSuite() {
-    dir_ = new TempDir();
-    WriteText(*dir_ / "corpus.txt", SampleText(80));
-    const auto status = TrainSentencePiece(
-        {.inputs = {*dir_ / "corpus.txt"}, .vocab_size = 500, .output = *dir_ / "tok"});
-    ASSERT_TRUE(status.ok()) << MessageOf(status);
-    tokenizer_ = Value(LoadTokenizer(*dir_ / "tok")).release();
-  }
-  static void TearDownTestSuite() {
-    delete tokenizer_;
-    delete dir_;
-  }
-  static TempDir* dir_;
-  static Tokenizer* tokenizer_;
-};
-
-TempDir* SyntheticTest::dir_ = nullptr;
-Tokenizer* SyntheticTest::tokenizer_ = nullptr;
+using SyntheticTest = TrainedTokenizerTest<500>;
 
 constexpr RecallTask kTasks[] = {RecallTask::kPasskey, RecallTask::kMultiKey,
                                  RecallTask::kTracking};
@@ -207,7 +188,7 @@ TEST_F(SyntheticTest, MaterialisedChatLearnsTheAnswerOnly) {
   const DatasetInfo info = Value(MaterialiseSynthetic(options, *tokenizer_));
   EXPECT_TRUE(info.sft());
   EXPECT_LE(info.files[0].max_document, 500);
-  const std::string shown = Value(ShowDocument(dir / "set", 0, tokenizer_));
+  const std::string shown = Value(ShowDocument(dir / "set", 0, tokenizer_.get()));
   EXPECT_THAT(shown, ::testing::HasSubstr("assistant\n[[The number of the "));
   EXPECT_THAT(shown, ::testing::EndsWith("<|im_end|>]]\n\n"));
 }
@@ -223,7 +204,7 @@ TEST_F(SyntheticTest, ContinuationOfRealDocuments) {
                                     .documents = 7};
   const DatasetInfo info = Value(MaterialiseContinuation(options, *tokenizer_));
   EXPECT_EQ(info.documents, 7);
-  const std::string shown = Value(ShowDocument(dir / "set", 0, tokenizer_));
+  const std::string shown = Value(ShowDocument(dir / "set", 0, tokenizer_.get()));
   EXPECT_THAT(
       shown, ::testing::HasSubstr("<|im_start|>user\nContinue this text:\nDocument 0 begins here"));
   const size_t begin = shown.find("[[") + 2;

@@ -61,6 +61,30 @@ inline std::string SampleText(int repeat) {
   return text;
 }
 
+// Trains a tokenizer on sample text, in the folder `name` of dir.
+inline void TrainTokenizer(const TempDir& dir, const std::string& name, int64_t vocab) {
+  WriteText(dir / "corpus.txt", SampleText(80));
+  SALA_ASSERT_OK(TrainSentencePiece(
+      {.inputs = {dir / "corpus.txt"}, .vocab_size = vocab, .output = dir / name}));
+}
+
+// A trained tokenizer of kVocab tokens, made once for all tests of a suite.
+template <int64_t kVocab>
+class TrainedTokenizerTest : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    dir_ = std::make_unique<TempDir>();
+    TrainTokenizer(*dir_, "tok", kVocab);
+    tokenizer_ = Value(LoadTokenizer(*dir_ / "tok"));
+  }
+  static void TearDownTestSuite() {
+    tokenizer_.reset();
+    dir_.reset();
+  }
+  static inline std::unique_ptr<TempDir> dir_;
+  static inline std::unique_ptr<Tokenizer> tokenizer_;
+};
+
 // Documents of the given lengths: token j of document d is (d * 31 + j) % 200, its first token d %
 // 200.
 inline std::unique_ptr<TokenStore> MakeStore(const std::string& directory,

@@ -11,29 +11,7 @@ namespace {
 
 constexpr int64_t kVocab = 400;
 
-void Train(const TempDir& dir, const std::string& name, int64_t vocab = kVocab) {
-  WriteText(dir / "corpus.txt", SampleText(60));
-  SALA_ASSERT_OK(TrainSentencePiece(
-      {.inputs = {dir / "corpus.txt"}, .vocab_size = vocab, .output = dir / name}));
-}
-
-class SentencePieceTokenizerTest : public ::testing::Test {
- protected:
-  static void SetUpTestSuite() {
-    dir_ = new TempDir();
-    Train(*dir_, "tok");
-    tokenizer_ = Value(LoadTokenizer(*dir_ / "tok")).release();
-  }
-  static void TearDownTestSuite() {
-    delete tokenizer_;
-    delete dir_;
-  }
-  static TempDir* dir_;
-  static Tokenizer* tokenizer_;
-};
-
-TempDir* SentencePieceTokenizerTest::dir_ = nullptr;
-Tokenizer* SentencePieceTokenizerTest::tokenizer_ = nullptr;
+using SentencePieceTokenizerTest = TrainedTokenizerTest<kVocab>;
 
 TEST_F(SentencePieceTokenizerTest, IdsOfTheSpecialTokens) {
   EXPECT_EQ(tokenizer_->vocab_size(), kVocab);
@@ -122,14 +100,14 @@ TEST_F(SentencePieceTokenizerTest, StreamingGivesWholeCharacters) {
 
 TEST_F(SentencePieceTokenizerTest, TrainingIsDeterministicAndNamesNoPath) {
   TempDir other;
-  Train(other, "elsewhere");
+  TrainTokenizer(other, "elsewhere", kVocab);
   EXPECT_EQ(ReadText(other / "elsewhere/tokenizer.model"), ReadText(*dir_ / "tok/tokenizer.model"));
   EXPECT_EQ(Value(LoadTokenizer(other / "elsewhere"))->fingerprint(), tokenizer_->fingerprint());
 }
 
 TEST_F(SentencePieceTokenizerTest, FingerprintFollowsTheVocabulary) {
   TempDir other;
-  Train(other, "smaller", kVocab - 10);
+  TrainTokenizer(other, "smaller", kVocab - 10);
   EXPECT_NE(Value(LoadTokenizer(other / "smaller"))->fingerprint(), tokenizer_->fingerprint());
   SALA_ASSERT_OK(tokenizer_->SaveTo(other / "more"));
   const nlohmann::json added = {
@@ -165,7 +143,7 @@ TEST(TokenizerErrors, MissingAndBrokenFiles) {
 
 TEST(TokenizerErrors, AddedTokensNeedTheIdsAfterThePieces) {
   TempDir dir;
-  Train(dir, "tok");
+  TrainTokenizer(dir, "tok", kVocab);
   WriteText(dir / "tok/added_tokens.json", R"({"<|im_end|>": 7})");
   ExpectError(LoadTokenizer(dir / "tok").status(), "TOK-FORMAT", ExitCode::kData,
               {"<|im_end|>", "has id 7", "398"});

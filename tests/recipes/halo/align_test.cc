@@ -14,27 +14,18 @@ using testing::RandomBatch;
 using testing::RandomTeacher;
 using testing::TeacherConfig;
 
-class AlignTest : public testing::HaloTest {
+class AlignTest : public testing::TaskTest {
  protected:
-  AlignTest()
-      : config_(TeacherConfig()),
-        teacher_(RandomTeacher(config_)),
-        model_(config_, teacher_),
-        mixers_(TransferMixers(config_, teacher_, {.seed = 3})),
-        batch_(RandomBatch(config_, {17, 1, 30}, "align")),
-        counts_{.targets = batch_.targets(), .tokens = batch_.size()} {}
+  AlignTest() : TaskTest({17, 1, 30}, "align") {}
 
-  // Loss and gradients of the batch.
-  double Run(AlignTask& task, model::ParameterStore* gradients) {
-    std::vector<double> sums(task.SumNames().size(), 0.0);
-    EXPECT_TRUE(task.MicroBatch(ctx_, arena_, batch_, counts_, *gradients, sums).ok());
-    return task.Values(sums, counts_).front().second;
+  double Loss(AlignTask& task, model::ParameterStore* gradients) {
+    return Run(task, gradients).front().second;
   }
 
   void CheckGradient(AlignLoss loss) {
     AlignTask task(model_, mixers_, loss, nullptr);
     model::ParameterStore gradients(mixers_.specs());
-    Run(task, &gradients);
+    Loss(task, &gradients);
     model::ParameterStore unused(mixers_.specs());
     const std::vector<float> start = Bits(mixers_);
     for (const model::ParameterSpec& spec : mixers_.specs()) {
@@ -51,7 +42,7 @@ class AlignTest : public testing::HaloTest {
           mixers_.data()[spec.offset + i] = static_cast<float>(
               start[static_cast<size_t>(spec.offset + i)] + step * gradient[i] / norm);
         }
-        return Run(task, &unused);
+        return Loss(task, &unused);
       };
       const double up = loss_at(kStep);
       const double down = loss_at(-kStep);
@@ -65,13 +56,6 @@ class AlignTest : public testing::HaloTest {
       EXPECT_NEAR(slope / norm, 1.0, 5e-3) << spec.name;
     }
   }
-
-  model::ModelConfig config_;
-  model::ParameterStore teacher_;
-  model::Model model_;
-  model::ParameterStore mixers_;
-  model::Batch batch_;
-  StepCounts counts_;
 };
 
 TEST_F(AlignTest, GradientOfTheSquaredError) { CheckGradient(AlignLoss::kMse); }
@@ -82,12 +66,12 @@ TEST_F(AlignTest, TeacherKeepsItsBitsAndLayersAreIndependent) {
   const std::vector<float> teacher = Bits(teacher_);
   AlignTask task(model_, mixers_, AlignLoss::kMse, nullptr);
   model::ParameterStore first(mixers_.specs());
-  Run(task, &first);
+  Loss(task, &first);
   // Another mixer in layer 1 must leave the gradients of all other layers as they were.
   const model::ParameterSpec changed = mixers_.Spec("model.layers.1.self_attn.q_proj.weight");
   for (int64_t i = 0; i < changed.numel; ++i) mixers_.data()[changed.offset + i] *= -0.5F;
   model::ParameterStore second(mixers_.specs());
-  Run(task, &second);
+  Loss(task, &second);
   int64_t different = 0;
   for (const model::ParameterSpec& spec : mixers_.specs()) {
     const bool equal = std::memcmp(first.data() + spec.offset, second.data() + spec.offset,

@@ -14,22 +14,9 @@ using testing::RandomTeacher;
 using testing::TeacherConfig;
 using testing::Values;
 
-class DistilTest : public testing::HaloTest {
+class DistilTest : public testing::TaskTest {
  protected:
-  DistilTest()
-      : config_(TeacherConfig()),
-        teacher_(RandomTeacher(config_)),
-        model_(config_, teacher_),
-        mixers_(TransferMixers(config_, teacher_, {.seed = 3})),
-        batch_(RandomBatch(config_, {21, 14}, "distil")),
-        counts_{.targets = batch_.targets(), .tokens = batch_.size()} {}
-
-  std::vector<std::pair<std::string, double>> Run(StepTask& task,
-                                                  model::ParameterStore* gradients) {
-    std::vector<double> sums(task.SumNames().size(), 0.0);
-    EXPECT_TRUE(task.MicroBatch(ctx_, arena_, batch_, counts_, *gradients, sums).ok());
-    return task.Values(sums, counts_);
-  }
+  DistilTest() : TaskTest({21, 14}, "distil") {}
 
   // log softmax of every token's logits, in double.
   std::vector<std::vector<double>> LogProbabilities(const model::Model& model) {
@@ -55,12 +42,6 @@ class DistilTest : public testing::HaloTest {
     return all;
   }
 
-  model::ModelConfig config_;
-  model::ParameterStore teacher_;
-  model::Model model_;
-  model::ParameterStore mixers_;
-  model::Batch batch_;
-  StepCounts counts_;
   std::vector<model::Batch> nothing_held_out_;
 };
 

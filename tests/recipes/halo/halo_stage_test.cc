@@ -42,6 +42,17 @@ void WriteCorpus(const std::string& directory) {
   ASSERT_TRUE((*writer)->Finish({{"command", "test"}}).ok());
 }
 
+// As many updates of the distillation as the trials that the margins come from (halo.md 12.1); 120
+// leave the student 5.6 % above the teacher. Under a sanitizer, ten times slower, only what does
+// not depend on a trained model is tested.
+#ifdef SALA_SANITIZED
+constexpr bool kTrained = false;
+constexpr int64_t kBaseSteps = 20, kAlignSteps = 12, kDistilSteps = 14, kCheckpointSteps = 4;
+#else
+constexpr bool kTrained = true;
+constexpr int64_t kBaseSteps = 200, kAlignSteps = 120, kDistilSteps = 300, kCheckpointSteps = 40;
+#endif
+
 BatchConfig Batches(int64_t steps) {
   return {.seq_len_tokens = 128,
           .global_batch_tokens = 512,
@@ -65,7 +76,7 @@ StageConfig BaseStage(const std::string& corpus) {
   view.max_epochs = 1000;
   stage.data.mixture = {view};
   stage.checkpoint.keep_last = 100;
-  stage.batch = Batches(200);
+  stage.batch = Batches(kBaseSteps);
   stage.schedule = Cosine(6e-3);
   stage.optimizer.weight_decay = 0;
   stage.optimizer.matrix_lr_multiplier = 1;
@@ -92,7 +103,7 @@ StageConfig HaloStageConfig(const std::string& corpus) {
   stage.batch = {};
   stage.schedule = {};
   stage.optimizer = {};
-  stage.checkpoint.every_steps = 40;
+  stage.checkpoint.every_steps = kCheckpointSteps;
   HaloConfig halo;
   halo.keep = {0};
   halo.softmax_layers = 2;
@@ -103,10 +114,8 @@ StageConfig HaloStageConfig(const std::string& corpus) {
   OptimizerConfig optimizer;
   optimizer.weight_decay = 0;
   optimizer.matrix_lr_multiplier = 1;
-  halo.align = {.batch = Batches(120), .schedule = Cosine(3e-3), .optimizer = optimizer};
-  // As many updates as the trials that the margins come from (halo.md 12.1); 120 leave the
-  // student 5.6 % above the teacher.
-  halo.distil = {.batch = Batches(300), .schedule = Cosine(3e-3), .optimizer = optimizer};
+  halo.align = {.batch = Batches(kAlignSteps), .schedule = Cosine(3e-3), .optimizer = optimizer};
+  halo.distil = {.batch = Batches(kDistilSteps), .schedule = Cosine(3e-3), .optimizer = optimizer};
   halo.trainable = HaloTrainable::kAll;
   halo.nope_at = HaloMoment::kDistil;
   halo.softmax_gate_at = HaloMoment::kDistil;
@@ -188,6 +197,7 @@ class HaloStageTest : public ::testing::Test {
 TempDir* HaloStageTest::directory_ = nullptr;
 
 TEST_F(HaloStageTest, EveryLayerIsAligned) {
+  if (!kTrained) GTEST_SKIP() << "needs a trained model";
   const auto lines = Validation("align");
   ASSERT_GE(lines.size(), 2u);
   for (int layer = 0; layer < 4; ++layer) {
@@ -200,6 +210,7 @@ TEST_F(HaloStageTest, EveryLayerIsAligned) {
 }
 
 TEST_F(HaloStageTest, DistillationRecoversTheTeacher) {
+  if (!kTrained) GTEST_SKIP() << "needs a trained model";
   const auto lines = Validation("distil");
   ASSERT_GE(lines.size(), 2u);
   const double before = lines.front().at("kl").get<double>();
@@ -231,12 +242,12 @@ TEST_F(HaloStageTest, ResultIsAHybridWithTheChosenLayers) {
 }
 
 TEST_F(HaloStageTest, KilledInAnyPhaseAndResumedGivesTheSameBits) {
-  KilledAfter("align", "align", 80);
+  KilledAfter("align", "align", 2 * kCheckpointSteps);
   Run("align");
   ExpectSameResult("align");
 
   // Between the phases, with half of the layers scored.
-  KilledAfter("score", "align", 120);
+  KilledAfter("score", "align", kAlignSteps);
   nlohmann::json scores = nlohmann::json::parse(*ReadFile(Path("score") + "/halo/scores.json"));
   auto& layers = scores.at("items").at("layers");
   layers.erase(layers.begin() + 2, layers.end());
@@ -244,12 +255,12 @@ TEST_F(HaloStageTest, KilledInAnyPhaseAndResumedGivesTheSameBits) {
   Run("score");
   ExpectSameResult("score");
 
-  KilledAfter("distil", "distil", 80);
+  KilledAfter("distil", "distil", 2 * kCheckpointSteps);
   Run("distil");
   ExpectSameResult("distil");
 
   // After the last update, before the result was saved.
-  KilledAfter("end", "distil", 300);
+  KilledAfter("end", "distil", kDistilSteps);
   Run("end");
   ExpectSameResult("end");
 }

@@ -10,20 +10,12 @@
 #include "core/rng.h"
 #include "model/model.h"
 #include "recipes/halo/transfer.h"
+#include "recipes/step_loop.h"
+#include "tests/core/context_test_base.h"
 
 namespace sala::recipes::testing {
 
-class HaloTest : public ::testing::Test {
- protected:
-  HaloTest() : pool_(1) {
-    ctx_.pool = &pool_;
-    ctx_.scratch = &scratch_;
-  }
-
-  ThreadPool pool_;
-  Arena arena_, scratch_;
-  Context ctx_;
-};
+using HaloTest = sala::testing::ContextTest;
 
 inline model::ModelConfig TeacherConfig() {
   model::ModelConfig c;
@@ -85,5 +77,33 @@ inline std::vector<float> Values(const ConstTensor& x) {
   const auto* data = x.Data<float>();
   return {data, data + x.numel()};
 }
+
+// A teacher with transferred mixers, and a batch of documents of the given lengths to run a task
+// on.
+class TaskTest : public HaloTest {
+ protected:
+  TaskTest(const std::vector<int32_t>& lengths, const std::string& name)
+      : config_(TeacherConfig()),
+        teacher_(RandomTeacher(config_)),
+        model_(config_, teacher_),
+        mixers_(TransferMixers(config_, teacher_, {.seed = 3})),
+        batch_(RandomBatch(config_, lengths, name)),
+        counts_{.targets = batch_.targets(), .tokens = batch_.size()} {}
+
+  // The task's values (the loss first) and gradients of the batch.
+  std::vector<std::pair<std::string, double>> Run(StepTask& task,
+                                                  model::ParameterStore* gradients) {
+    std::vector<double> sums(task.SumNames().size(), 0.0);
+    EXPECT_TRUE(task.MicroBatch(ctx_, arena_, batch_, counts_, *gradients, sums).ok());
+    return task.Values(sums, counts_);
+  }
+
+  model::ModelConfig config_;
+  model::ParameterStore teacher_;
+  model::Model model_;
+  model::ParameterStore mixers_;
+  model::Batch batch_;
+  StepCounts counts_;
+};
 
 }  // namespace sala::recipes::testing
