@@ -181,6 +181,7 @@ struct TensorDifference {
   std::string note;    // "only in A", "shape differs: ..." or ""
   double max_abs = 0;
   double rms = 0;
+  double relative = 0;  // rms over the root mean square of A
 };
 StatusOr<std::vector<TensorDifference>> DiffCheckpoints(const Checkpoint& a, const Checkpoint& b);
 

@@ -64,7 +64,7 @@ std::string ShapeText(const StoredTensor& tensor) {
   return text + "]";
 }
 
-// Fills equal, max_abs and rms for two tensors of one shape and dtype, piece by piece.
+// Fills equal, max_abs, rms and relative for two tensors of one shape and dtype, piece by piece.
 Status CompareTensors(const Checkpoint& a, const Checkpoint& b, const StoredTensor& tensor,
                       TensorDifference* result) {
   constexpr int64_t kPiece = int64_t{16} << 20;
@@ -72,14 +72,15 @@ Status CompareTensors(const Checkpoint& a, const Checkpoint& b, const StoredTens
   const auto size = static_cast<int64_t>(SizeOf(tensor.dtype));
   result->equal = true;
   double sum_of_squares = 0;
+  double squares_of_a = 0;
   for (int64_t at = 0; at < n; at += kPiece) {
     const int64_t end = std::min(n, at + kPiece);
     std::vector<char> raw_a(static_cast<size_t>((end - at) * size));
     std::vector<char> raw_b(raw_a.size());
     SALA_RETURN_IF_ERROR(a.ReadRaw(tensor, at, end, raw_a.data()));
     SALA_RETURN_IF_ERROR(b.ReadRaw(tensor, at, end, raw_b.data()));
-    if (raw_a == raw_b) continue;
-    result->equal = false;
+    const bool same = raw_a == raw_b;
+    result->equal = result->equal && same;
     std::vector<float> x(static_cast<size_t>(end - at));
     std::vector<float> y(x.size());
     SALA_RETURN_IF_ERROR(a.ReadF32(tensor.name, tensor.kind, at, end, x.data()));
@@ -89,9 +90,12 @@ Status CompareTensors(const Checkpoint& a, const Checkpoint& b, const StoredTens
       // max() would lose a NaN.
       if (!(difference <= result->max_abs)) result->max_abs = difference;
       sum_of_squares += difference * difference;
+      squares_of_a += static_cast<double>(x[i]) * static_cast<double>(x[i]);
     }
   }
-  result->rms = n > 0 ? std::sqrt(sum_of_squares / static_cast<double>(n)) : 0;
+  if (result->equal) return OkStatus();
+  result->rms = std::sqrt(sum_of_squares / static_cast<double>(n));
+  result->relative = std::sqrt(sum_of_squares / squares_of_a);
   return OkStatus();
 }
 
@@ -127,6 +131,9 @@ StatusOr<std::optional<Checkpoint>> NewestValidCheckpoint(const std::string& roo
     StatusOr<Checkpoint> checkpoint = Checkpoint::Open(directory);
     const Status status = checkpoint.ok() ? checkpoint->Verify(level) : checkpoint.status();
     if (status.ok()) return std::optional<Checkpoint>(std::move(checkpoint).value());
+    // Only damage is a reason to go back: a file system that cannot be read just now, or a newer
+    // version of the format, would otherwise cost a good checkpoint.
+    if (ExitCodeOf(status) == ExitCode::kIo || ErrorCodeOf(status) == "CKPT-VERSION") return status;
     SALA_LOG(Warn) << MessageOf(status) << "; trying the checkpoint before it";
   }
   return MakeError(ExitCode::kData, "CKPT-NONE",
@@ -165,7 +172,7 @@ Status RemoveLeftovers(const std::string& root) {
 StatusOr<std::vector<TensorDifference>> DiffCheckpoints(const Checkpoint& a, const Checkpoint& b) {
   std::vector<TensorDifference> differences;
   for (const StoredTensor& tensor : a.tensors()) {
-    TensorDifference difference{tensor.name, tensor.kind, false, "", 0, 0};
+    TensorDifference difference{tensor.name, tensor.kind, false, "", 0, 0, 0};
     const StoredTensor* other = b.Find(tensor.name, tensor.kind);
     if (other == nullptr) {
       difference.note = "only in A";
@@ -178,7 +185,7 @@ StatusOr<std::vector<TensorDifference>> DiffCheckpoints(const Checkpoint& a, con
   }
   for (const StoredTensor& tensor : b.tensors()) {
     if (a.Find(tensor.name, tensor.kind) != nullptr) continue;
-    differences.push_back({tensor.name, tensor.kind, false, "only in B", 0, 0});
+    differences.push_back({tensor.name, tensor.kind, false, "only in B", 0, 0, 0});
   }
   return differences;
 }

@@ -288,16 +288,17 @@ StatusOr<std::string> CheckpointCommit::Finish(
     const std::string name = checkpoint::StepName(global_step_);
     const std::string target = root_ + "/" + name;
     FaultPoint("before-rename");
-    // The same step saved again (after a restart from an earlier checkpoint): the old one makes
-    // room.
-    const std::string old = root_ + "/.del-" + name;
     if (PathExists(target)) {
-      SALA_RETURN_IF_ERROR(RemoveTree(old));
-      SALA_RETURN_IF_ERROR(RenamePath(target, old));
+      // The same step saved again (after a restart from an earlier checkpoint). The two change
+      // places in one step, so that a complete checkpoint has the name at every moment; the old one
+      // is then left under the temporary name.
+      SALA_RETURN_IF_ERROR(ExchangePaths(directory_, target));
+      SALA_RETURN_IF_ERROR(FsyncDirectory(root_));
+      SALA_RETURN_IF_ERROR(RemoveTree(directory_));
+    } else {
+      SALA_RETURN_IF_ERROR(RenamePath(directory_, target));
+      SALA_RETURN_IF_ERROR(FsyncDirectory(root_));
     }
-    SALA_RETURN_IF_ERROR(RenamePath(directory_, target));
-    SALA_RETURN_IF_ERROR(FsyncDirectory(root_));
-    SALA_RETURN_IF_ERROR(RemoveTree(old));
     directory_ = target;
     return target;
   };

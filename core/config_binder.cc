@@ -428,8 +428,10 @@ Status ConfigBinderAccess::Finish(ConfigBinder& binder) {
   SALA_CHECK(state.frames.empty()) << "a section or list was begun and not ended";
   if (state.problems.empty()) return OkStatus();
   std::stable_sort(state.problems.begin(), state.problems.end(), [](const auto& a, const auto& b) {
+    // What is missing comes last: it is often there, but misspelt.
     const auto place = [](const auto& p) {
-      return std::make_tuple(!p.origin.set.empty(), p.origin.line, p.origin.column);
+      return std::make_tuple(p.code == "CFG-MISSING", !p.origin.set.empty(), p.origin.line,
+                             p.origin.column);
     };
     return place(a) < place(b);
   });

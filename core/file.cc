@@ -176,6 +176,12 @@ Status FsyncFile(const std::string& path) { return Fsync(path, 0); }
 
 Status FsyncDirectory(const std::string& path) { return Fsync(path, O_DIRECTORY); }
 
+Status ExchangePaths(const std::string& a, const std::string& b) {
+  if (::renameat2(AT_FDCWD, a.c_str(), AT_FDCWD, b.c_str(), RENAME_EXCHANGE) != 0)
+    return WriteError(a, errno, "exchange with " + b);
+  return OkStatus();
+}
+
 Status RenamePath(const std::string& from, const std::string& to) {
   if (::rename(from.c_str(), to.c_str()) != 0) return WriteError(from, errno, "rename to " + to);
   return OkStatus();

@@ -25,6 +25,8 @@ Status WriteFileAtomically(const std::string& path, std::string_view bytes);
 Status FsyncFile(const std::string& path);
 Status FsyncDirectory(const std::string& path);
 Status RenamePath(const std::string& from, const std::string& to);
+// The two change names atomically (Linux renameat2).
+Status ExchangePaths(const std::string& a, const std::string& b);
 Status RemoveTree(const std::string& path);
 StatusOr<int64_t> FreeBytes(const std::string& path);  // on the file system that holds path
 

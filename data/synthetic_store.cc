@@ -116,7 +116,9 @@ class Continuation {
                TokenStoreWriter* writer)
       : options_(options), tokenizer_(tokenizer), writer_(writer) {}
 
-  Status AddDocument(const std::vector<int32_t>& ids) {
+  // Every record keeps the hash of the document it was cut from: a document held out for validation
+  // is held out in all its forms.
+  Status AddDocument(const std::vector<int32_t>& ids, uint64_t document_hash) {
     const int64_t step = options_.prompt_tokens + options_.answer_tokens;
     for (int64_t begin = 0; begin + step <= static_cast<int64_t>(ids.size()) && !Full();
          begin += step) {
@@ -132,7 +134,7 @@ class Continuation {
       EncodedChat encoded = EncodeChat(*chat, tokenizer_);
       Surround(tokenizer_, &encoded.tokens, &encoded.mask);
       SALA_RETURN_IF_ERROR(writer_->Add(
-          {.tokens = encoded.tokens, .loss_mask = encoded.mask, .hash = Xxh3(chat->text)}));
+          {.tokens = encoded.tokens, .loss_mask = encoded.mask, .hash = document_hash}));
     }
     return OkStatus();
   }
@@ -168,7 +170,7 @@ StatusOr<DatasetInfo> MaterialiseContinuation(const ContinuationOptions& options
     for (int64_t d = 0; d < file->documents() && !continuation.Full(); ++d) {
       ids.resize(static_cast<size_t>(file->length(d)));
       SALA_RETURN_IF_ERROR(file->CopyTokens(file->begin(d), file->length(d), ids.data()));
-      SALA_RETURN_IF_ERROR(continuation.AddDocument(ids));
+      SALA_RETURN_IF_ERROR(continuation.AddDocument(ids, file->hash(d)));
     }
   }
   if (writer->documents() == 0) {

@@ -95,9 +95,10 @@ Status Diff(const std::string& a, const std::string& b) {
       continue;
     }
     std::printf("%-10s %-60s %s\n", std::string(NameOf(tensor.kind)).c_str(), tensor.name.c_str(),
-                tensor.note.empty()
-                    ? Format("max |a - b| %.6g, rms %.6g", tensor.max_abs, tensor.rms).c_str()
-                    : tensor.note.c_str());
+                tensor.note.empty() ? Format("max |a - b| %.6g, rms %.6g, relative %.3g",
+                                             tensor.max_abs, tensor.rms, tensor.relative)
+                                          .c_str()
+                                    : tensor.note.c_str());
   }
   const auto total = static_cast<int64_t>(differences.size());
   std::printf("%s of %s tensors have the same bits\n", WithCommas(equal).c_str(),

@@ -2,14 +2,46 @@
 // exit code.
 #include <cstdio>
 #include <exception>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "launch/build_info.h"
 #include "launch/command.h"
+#include "parallel/communicator.h"
+#include "parallel/mpi_communicator.h"
 
 namespace {
 
 std::string FirstLine(const std::string& text) { return text.substr(0, text.find('\n')); }
+
+std::string WhatIsWrong(const CLI::App& app, const CLI::ParseError& error) {
+  // CLI11 says that a subcommand is required also where a word stands in its place.
+  const std::vector<std::string> left = app.remaining(/*recurse=*/true);
+  const bool no_command = error.get_exit_code() == static_cast<int>(CLI::ExitCodes::RequiredError);
+  if (no_command && app.get_subcommands().empty() && !left.empty())
+    return "unknown command '" + left[0] + "'";
+  return FirstLine(error.what());
+}
+
+// Under mpirun all ranks have the same command line: rank 0 says what is wrong with it, and has
+// said so before any exit code makes the launcher end the job.
+int UsageError(sala::launch::CommandLine& line, const std::string& text) {
+  std::unique_ptr<sala::parallel::MpiSession> mpi;
+  if (sala::parallel::LaunchedByMpi()) {
+    auto started = sala::parallel::MpiSession::Start(&line.argc, &line.argv);
+    if (started.ok()) mpi = std::move(started).value();
+  }
+  if (mpi == nullptr || mpi->rank() == 0) {
+    std::fprintf(stderr, "sala: error: USAGE: %s; see `sala --help` or `sala COMMAND --help`\n",
+                 text.c_str());
+  }
+  if (mpi != nullptr) {
+    const auto world = mpi->World();
+    if (world.ok()) (*world)->Barrier().IgnoreError();
+  }
+  return static_cast<int>(sala::ExitCode::kUsage);
+}
 
 int Run(int argc, char** argv) {
   using sala::launch::CommandLine;
@@ -34,9 +66,7 @@ int Run(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success))
       return line.app.exit(error);  // --help, --version
-    std::fprintf(stderr, "sala: error: USAGE: %s; see `sala --help` or `sala COMMAND --help`\n",
-                 FirstLine(error.what()).c_str());
-    return static_cast<int>(sala::ExitCode::kUsage);
+    return UsageError(line, WhatIsWrong(line.app, error));
   }
   const sala::Status status = line.action();
   if (status.ok()) return 0;

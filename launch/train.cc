@@ -27,13 +27,17 @@ struct TrainOptions {
   std::string run;
   std::string resume;
   bool print_config = false;
+  bool break_lock = false;
 };
 
 StatusOr<recipes::PipelineConfig> Load(const TrainOptions& options) {
   std::vector<std::string> sets = options.sets;
   if (!options.run.empty()) sets.push_back("run.dir=" + options.run);
   if (!options.resume.empty()) sets.push_back("run.resume=" + options.resume);
-  return recipes::LoadPipeline(options.config, sets);
+  SALA_ASSIGN_OR_RETURN(recipes::PipelineConfig config,
+                        recipes::LoadPipeline(options.config, sets));
+  config.run.break_lock = options.break_lock;
+  return config;
 }
 
 Status PrintConfig(const TrainOptions& options) {
@@ -93,7 +97,13 @@ Status TrainAsRank(const TrainOptions& options, CommandLine& line) {
   // on another rank.
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<parallel::Communicator> ending,
                         world->Split(/*colour=*/0));
-  const Status status = TrainOn(*world, options);
+  Status status = OkStatus();
+  try {
+    status = TrainOn(*world, options);
+  } catch (const std::exception& error) {
+    // Unwinding further would end in MPI_Finalize, which waits for ranks that are still training.
+    status = MakeError(ExitCode::kInternal, "INTERNAL", std::string("exception: ") + error.what());
+  }
   if (status.ok() || mpi->size() == 1) return status;
   const EndTogether end(status);
   if (!ending->Barrier().ok()) parallel::MpiSession::Abort(static_cast<int>(ExitCodeOf(status)));
@@ -120,10 +130,12 @@ void AddTrainCommand(CommandLine& line) {
   command
       ->add_option("--set", options->sets,
                    "KEY.KEY=VALUE over the file; in a pipeline STAGE.KEY=VALUE")
-      ->expected(1);
+      ->allow_extra_args(false);  // one value each, so that the file may follow
   command->add_option("--run", options->run, "run directory (run.dir)");
   command->add_option("--resume", options->resume,
                       "auto, never or a checkpoint directory (run.resume)");
+  command->add_flag("--break-lock", options->break_lock,
+                    "remove the run directory's lock: the run that held it is gone for certain");
   command->add_flag("--print-config", options->print_config, "print everything resolved and end");
   line.OnUse(command, [options, &line] { return Train(*options, line); });
 }

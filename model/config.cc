@@ -64,8 +64,12 @@ Status ModelConfig::Resolve() {
   }
   if (lightning_nh == 0) lightning_nh = num_attention_heads;
   if (lightning_head_dim == 0) lightning_head_dim = head_dim;
-  if ((attn_use_rope && head_dim % 2 != 0) || (lightning_use_rope && lightning_head_dim % 2 != 0)) {
-    return error("head_dim and lightning_head_dim must be even for the rotary embedding");
+  constexpr int64_t kMaxHeadDim = 1024;  // of the norm and rotation kernels
+  for (const int64_t d : {head_dim, lightning_head_dim}) {
+    if (d % 2 != 0 || d > kMaxHeadDim) {
+      return error("head_dim and lightning_head_dim must be even and at most " +
+                   std::to_string(kMaxHeadDim) + ", found " + std::to_string(d));
+    }
   }
   if (mixer_types.empty())
     mixer_types.assign(static_cast<size_t>(num_hidden_layers), NameOf(MixerType::kSoftmax));

@@ -110,6 +110,8 @@ Model Model::WithMixer(int64_t layer, MixerType type, const MixerTensors& mixer)
 
 BatchTables Model::MakeTables(const Context& ctx, Arena& arena, const Batch& batch,
                               const RunOptions& options) const {
+  SALA_CHECK(!batch.cu_seqlens.empty() && batch.cu_seqlens.back() == batch.size())
+      << "cu_seqlens must end at the last token";
   BatchTables tables;
   const auto table = [&](int64_t head_dim, Tensor* cos, Tensor* sin) {
     *cos = arena.New(DType::kF32, {batch.size(), head_dim / 2});

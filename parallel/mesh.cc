@@ -12,7 +12,7 @@ void MeshConfig::Bind(ConfigBinder& b) {
   b.Field("zero_stage", &zero_stage, {.min = 0, .max = 1});
 }
 
-StatusOr<std::unique_ptr<Mesh>> Mesh::Create(Communicator& world, const MeshConfig& config) {
+StatusOr<MeshConfig> ResolveMesh(int ranks, const MeshConfig& config) {
   const auto error = [](const std::string& text) {
     return MakeError(ExitCode::kConfig, "CFG-MESH", text);
   };
@@ -21,12 +21,17 @@ StatusOr<std::unique_ptr<Mesh>> Mesh::Create(Communicator& world, const MeshConf
                  std::to_string(config.tp) + "; this version splits data only: set both to 1");
   }
   MeshConfig resolved = config;
-  if (resolved.dp == 0) resolved.dp = world.size();
-  if (resolved.dp != world.size()) {
+  if (resolved.dp == 0) resolved.dp = ranks;
+  if (resolved.dp != ranks) {
     return error("parallel.dp is " + std::to_string(config.dp) + " but the job has " +
-                 std::to_string(world.size()) + " ranks; start mpirun -np " +
-                 std::to_string(config.dp) + " or set parallel.dp to 0 (all ranks)");
+                 std::to_string(ranks) + " ranks; start mpirun -np " + std::to_string(config.dp) +
+                 " or set parallel.dp to 0 (all ranks)");
   }
+  return resolved;
+}
+
+StatusOr<std::unique_ptr<Mesh>> Mesh::Create(Communicator& world, const MeshConfig& config) {
+  SALA_ASSIGN_OR_RETURN(const MeshConfig resolved, ResolveMesh(world.size(), config));
   std::unique_ptr<Mesh> mesh(new Mesh(world, resolved));
   SALA_ASSIGN_OR_RETURN(mesh->dp_group_, world.Split(0));
   return mesh;

@@ -23,9 +23,12 @@ struct MeshConfig {
   void Bind(ConfigBinder& b);
 };
 
+// The mesh of `ranks` ranks with dp filled in: CFG-MESH (78) when dp * cp * tp is not the number of
+// ranks, or an axis is not available.
+StatusOr<MeshConfig> ResolveMesh(int ranks, const MeshConfig& config);
+
 class Mesh {
  public:
-  // CFG-MESH (78) when dp * cp * tp is not the number of ranks, or an axis is not available.
   static StatusOr<std::unique_ptr<Mesh>> Create(Communicator& world, const MeshConfig& config);
 
   Communicator& world() const { return world_; }

@@ -154,7 +154,7 @@ Status CompareTensors(const Checkpoint& checkpoint, const model::ParameterStore&
 
 StatusOr<std::string> SaveCheckpoint(Session& session, const SaveRequest& request,
                                      bool must_succeed) {
-  SALA_RETURN_IF_ERROR(session.WriteStatus("saving", request.position.stage, session.global_step));
+  session.WriteStatus("saving", request.position.stage, session.global_step);
   auto saved = TrySave(session, request);
   if (saved.ok()) {
     session.failed_saves = 0;
@@ -173,8 +173,9 @@ StatusOr<std::string> SaveCheckpoint(Session& session, const SaveRequest& reques
   }
   if (ErrorCodeOf(saved.status()) == "COMM-FAILED") return saved.status();
   ++session.failed_saves;
-  SALA_LOG(Error) << "saving step " << session.global_step << " failed (" << session.failed_saves
-                  << " in a row): " << MessageOf(saved.status());
+  if (session.is_root())
+    SALA_LOG(Error) << "saving step " << session.global_step << " failed (" << session.failed_saves
+                    << " in a row): " << MessageOf(saved.status());
   if (must_succeed || request.position.stage_final ||
       session.failed_saves >= request.policy.max_failures) {
     return saved.status();
@@ -238,12 +239,17 @@ StatusOr<LoadedModel> LoadModel(const std::string& path) {
   return loaded;
 }
 
+// Rank 0 looks, so that ranks on other hosts cannot see another state of a shared file system.
 StatusOr<std::string> StageResult(Session& session, int64_t stage_index) {
   const std::string& name = session.config().stages[static_cast<size_t>(stage_index)].name;
-  const std::vector<CheckpointListing> all = ListCheckpoints(session.checkpoint_root());
-  for (auto it = all.rbegin(); it != all.rend(); ++it) {
-    if (it->stage == name && it->stage_final) return it->directory;
+  std::string found;
+  if (session.is_root()) {
+    for (const CheckpointListing& listing : ListCheckpoints(session.checkpoint_root())) {
+      if (listing.stage == name && listing.stage_final) found = listing.directory;
+    }
   }
+  SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all, session.world().AllGatherText(found));
+  if (!all[0].empty()) return all[0];
   return MakeError(ExitCode::kData, "CKPT-NONE",
                    session.checkpoint_root() + ": no final checkpoint of stage '" + name +
                        "'; run that stage first, or start from a folder with init_from");

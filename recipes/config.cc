@@ -1,6 +1,8 @@
 #include "recipes/config.h"
 
 #include <algorithm>
+#include <cctype>
+#include <limits>
 #include <set>
 #include <sstream>
 
@@ -78,6 +80,22 @@ std::string Stem(const std::string& path) {
   return dot == std::string::npos ? name : name.substr(0, dot);
 }
 
+// Names become files and streams of random numbers.
+bool IsName(const std::string& name) {
+  const auto plain = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0; };
+  return !name.empty() && name.size() <= 64 && plain(name[0]) &&
+         std::all_of(name.begin(), name.end(),
+                     [&](char c) { return plain(c) || c == '_' || c == '-' || c == '.'; });
+}
+
+// A rate that is still warming up when the phase ends is a mistake in one of the two numbers.
+void CheckWarmup(ConfigBinder& b, const ScheduleConfig& schedule, const BatchConfig& batch) {
+  if (!b.reading() || batch.steps == 0 || schedule.warmup_steps < batch.steps) return;
+  b.Error("schedule", "CFG-CONFLICT",
+          "warmup_steps " + std::to_string(schedule.warmup_steps) + " leaves nothing of " +
+              std::to_string(batch.steps) + " steps; lower it");
+}
+
 // Overrides of a pipeline by whom they are for: "" the pipeline, otherwise a stage's stem.
 StatusOr<std::vector<std::string>> OverridesFor(const std::string& stem,
                                                 const std::vector<std::string>& sets) {
@@ -128,6 +146,11 @@ Status CheckStage(const StageConfig& stage, bool first) {
             "the first stage needs `model` (random weights) or `init_from` (a checkpoint or an "
             "exported folder)");
   }
+  if (stage.init_from && stage.model) {
+    return ConfigError(
+        "CFG-CONFLICT",
+        where + "`model` describes new weights and `init_from` brings its own; remove one");
+  }
   if (!first && (stage.init_from || stage.model)) {
     return ConfigError(
         "CFG-CONFLICT",
@@ -147,7 +170,9 @@ void ScheduleConfig::Bind(ConfigBinder& b) {
           {"linear", ScheduleShape::kLinear},
           {"cosine", ScheduleShape::kCosine}});
   b.Field("peak_lr", &peak_lr, {.required = true, .min = 0});
-  b.Field("final_lr", &final_lr, {.min = 0});
+  // Not written for a constant rate, which is refused with it: a resolved configuration is read
+  // again when its stage is resumed.
+  if (b.reading() || shape != ScheduleShape::kConstant) b.Field("final_lr", &final_lr, {.min = 0});
   b.Field("warmup_steps", &warmup_steps, {.min = 0});
   if (!b.reading()) return;
   if (shape == ScheduleShape::kConstant && b.Present("final_lr")) {
@@ -163,9 +188,10 @@ void ScheduleConfig::Bind(ConfigBinder& b) {
 }
 
 void OptimizerConfig::Bind(ConfigBinder& b) {
-  b.Field("beta1", &beta1, {.min = 0, .max = 1});
-  b.Field("beta2", &beta2, {.min = 0, .max = 1});
-  b.Field("eps", &eps, {.min = 0});
+  constexpr double kBelowOne = 1 - 1e-9;  // 1 would divide by zero
+  b.Field("beta1", &beta1, {.min = 0, .max = kBelowOne});
+  b.Field("beta2", &beta2, {.min = 0, .max = kBelowOne});
+  b.Field("eps", &eps, {.min = 1e-30});  // 0 would divide by zero where no gradient ever came
   b.Field("weight_decay", &weight_decay, {.min = 0});
   b.Field("clip_norm", &clip_norm, {.min = 0});
   b.Field("matrix_lr_multiplier", &matrix_lr_multiplier, {.min = 0});
@@ -177,10 +203,16 @@ void OptimizerConfig::Bind(ConfigBinder& b) {
 }
 
 void BatchConfig::Bind(ConfigBinder& b) {
-  b.Field("seq_len_tokens", &seq_len_tokens, {.required = true, .min = 1});
-  b.Field("global_batch_tokens", &global_batch_tokens, {.required = true, .min = 1});
-  b.Field("micro_batch_sequences", &micro_batch_sequences, {.min = 1});
-  b.Field("steps", &steps, {.required = true, .min = 1});
+  // Packed positions are 32-bit, and products of these must stay far from 64 bits.
+  b.Field("seq_len_tokens", &seq_len_tokens, {.required = true, .min = 1, .max = 1 << 26});
+  b.Field("global_batch_tokens", &global_batch_tokens, {.required = true, .min = 1, .max = 1e12});
+  b.Field("micro_batch_sequences", &micro_batch_sequences, {.min = 1, .max = 1 << 20});
+  b.Field("steps", &steps, {.required = true, .min = 1, .max = 1e9});
+  if (b.reading() && seq_len_tokens * micro_batch_sequences > std::numeric_limits<int32_t>::max()) {
+    b.Error("micro_batch_sequences", "CFG-RANGE",
+            "a micro-batch of " + std::to_string(micro_batch_sequences) + " x " +
+                std::to_string(seq_len_tokens) + " tokens is above 2^31 - 1; make it smaller");
+  }
   if (b.reading() && seq_len_tokens > 0 && global_batch_tokens % seq_len_tokens != 0) {
     b.Error("global_batch_tokens", "CFG-CONFLICT",
             "found " + std::to_string(global_batch_tokens) +
@@ -204,6 +236,7 @@ void HaloPhaseConfig::Bind(ConfigBinder& b) {
   b.Section("batch", &batch, {.required = true});
   b.Section("schedule", &schedule, {.required = true});
   b.Section("optimizer", &optimizer);
+  CheckWarmup(b, schedule, batch);
 }
 
 void HaloScoreConfig::Bind(ConfigBinder& b) {
@@ -211,7 +244,7 @@ void HaloScoreConfig::Bind(ConfigBinder& b) {
   b.Field("recall_items", &recall_items, {.min = 0});
   b.Field("recall_length_tokens", &recall_length_tokens, {.min = 1});
   b.Field("bootstrap", &bootstrap, {.min = 0});
-  b.Field("eps", &eps, {.min = 0});
+  b.Field("eps", &eps, {.min = 1e-30});  // the best layer of both scores would otherwise be 0 / 0
   b.Field("difference_lambda", &difference_lambda, {.min = 0});
 }
 
@@ -261,6 +294,12 @@ void InitConfig::Bind(ConfigBinder& b) {
 
 void StageConfig::Bind(ConfigBinder& b) {
   b.Field("name", &name, {.required = true});
+  if (b.reading() && !IsName(name)) {
+    b.Error("name", "CFG-RANGE",
+            "found '" + Printable(name) +
+                "', expected letters, digits, '_', '-' and '.' (at most 64, starting with a letter "
+                "or digit)");
+  }
   b.Field("tokenizer", &tokenizer);
   b.Section("init_from", &init_from);
   b.Field("carry_optimizer", &carry_optimizer);
@@ -279,6 +318,7 @@ void StageConfig::Bind(ConfigBinder& b) {
   b.Section("batch", &batch, {.required = true});
   b.Section("schedule", &schedule, {.required = true});
   b.Section("optimizer", &optimizer);
+  CheckWarmup(b, schedule, batch);
 }
 
 void RunConfig::Bind(ConfigBinder& b) {
@@ -316,7 +356,16 @@ StatusOr<PipelineConfig> LoadPipeline(const std::string& path,
   pipeline.name = file.name;
   pipeline.run = file.run;
   std::vector<std::string> stems;
-  for (const std::string& stage : file.stages) stems.push_back(Stem(stage));
+  for (const std::string& stage : file.stages) {
+    stems.push_back(Stem(stage));
+    static const std::set<std::string> kReserved = {"all", "run", "name", "tokenizer", "stages"};
+    if (kReserved.count(stems.back()) > 0 ||
+        std::count(stems.begin(), stems.end(), stems.back()) > 1) {
+      return ConfigError("CFG-CONFLICT",
+                         path + ": stage file " + stage + ": '" + stems.back() +
+                             "' is taken, and --set could not tell the two apart; rename the file");
+    }
+  }
   SALA_RETURN_IF_ERROR(CheckOverrideHeads(stems, sets));
   std::set<std::string> names;
   for (size_t i = 0; i < file.stages.size(); ++i) {
@@ -334,6 +383,12 @@ StatusOr<PipelineConfig> LoadPipeline(const std::string& path,
                                              file.tokenizer + "; one run has one tokenizer");
     }
     SALA_RETURN_IF_ERROR(CheckStage(stage, i == 0));
+    if (stage.carry_optimizer && i > 0 && pipeline.stages.back().kind == StageKind::kHalo) {
+      return ConfigError("CFG-CONFLICT",
+                         "stage " + stage.name +
+                             ": carry_optimizer is on, but the HALO stage before it leaves no "
+                             "optimizer state (the model has changed); turn it off");
+    }
     if (!names.insert(stage.name).second) {
       return ConfigError("CFG-CONFLICT", path + ": two stages are named '" + stage.name + "'");
     }

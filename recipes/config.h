@@ -21,7 +21,7 @@ enum class ScheduleShape : uint8_t { kConstant, kExponential, kLinear, kCosine }
 struct ScheduleConfig {
   ScheduleShape shape = ScheduleShape::kConstant;
   double peak_lr = 0;
-  double final_lr = 0;       // reached at the last step; unused when constant
+  double final_lr = 0;  // approached at the end: the rate of step `steps`; unused when constant
   int64_t warmup_steps = 0;  // linear from 0: the first update has rate 0 when this is above 0
 
   void Bind(ConfigBinder& b);
@@ -166,6 +166,7 @@ struct RunConfig {
       false;            // auto: a damaged newest checkpoint ends the run instead of falling back
   int64_t threads = 1;  // compute threads per rank
   int64_t log_every_steps = 1;
+  bool break_lock = false;  // --break-lock; not a key of the file
 
   void Bind(ConfigBinder& b);
 };

@@ -7,6 +7,7 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "recipes/stage.h"
+#include "recipes/step_loop.h"
 
 namespace sala::recipes {
 namespace {
@@ -14,8 +15,20 @@ namespace {
 // Where to go on: the stage to run, and the checkpoint inside it when it was interrupted.
 struct Continuation {
   int64_t stage = 0;
-  std::string resume;  // checkpoint of that stage; "" to start it
+  std::string resume;                    // checkpoint of that stage; "" to start it
+  std::optional<StageSummary> finished;  // the stage whose result is resumed from
 };
+
+// Going back to a named checkpoint while the run holds newer ones would leave two histories under
+// one numbering, of which the next start would take the wrong one.
+Status RefuseNewer(Session& session, const Checkpoint& named) {
+  const std::vector<CheckpointListing> all = ListCheckpoints(session.checkpoint_root());
+  if (all.empty() || all.back().global_step <= named.info().global_step) return OkStatus();
+  return MakeError(
+      ExitCode::kConfig, "CFG-RESUME",
+      named.directory() + ": the run already holds the newer " + all.back().directory +
+          "; to go on from there set run.resume to auto, to go back move the newer ones away");
+}
 
 // Chosen by rank 0, which reads every byte of the checkpoint once; the others get its directory.
 StatusOr<std::string> FindResume(Session& session) {
@@ -38,11 +51,19 @@ StatusOr<std::string> FindResume(Session& session) {
   } else if (session.is_root() && run.resume != "never") {
     auto named = Checkpoint::Open(run.resume);
     status = named.ok() ? named->Verify(VerifyLevel::kFull) : named.status();
+    if (status.ok()) status = RefuseNewer(session, *named);
     chosen = run.resume;
   }
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), status));
   SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all, session.world().AllGatherText(chosen));
   return all[0];
+}
+
+// A run killed between a stage's last save and its row in the table gets the row from the
+// checkpoint.
+std::optional<StageSummary> FinishedStage(const Checkpoint& checkpoint) {
+  if (!checkpoint.info().trainer.contains("progress")) return std::nullopt;
+  return SummaryRow(PositionOf(checkpoint).stage, SummaryOf(checkpoint));
 }
 
 StatusOr<Continuation> Continue(Session& session) {
@@ -68,6 +89,7 @@ StatusOr<Continuation> Continue(Session& session) {
   next.stage = position.stage_index;
   if (position.stage_final) {
     ++next.stage;
+    next.finished = FinishedStage(checkpoint);
   } else {
     next.resume = directory;
   }
@@ -160,6 +182,8 @@ void PrintConversionVerdict(const PipelineConfig& config, const Summaries& summa
 Status CheckInputs(Session& session, int64_t first_stage) {
   for (size_t i = static_cast<size_t>(first_stage); i < session.config().stages.size(); ++i) {
     const StageConfig& stage = session.config().stages[i];
+    const Status mesh = parallel::ResolveMesh(session.world().size(), stage.parallel).status();
+    if (!mesh.ok()) return Annotate(mesh, "stage " + stage.name);
     const Status status = stage.kind == StageKind::kHalo ? CheckHaloInputs(session, stage)
                                                          : CheckPretrainInputs(session, stage);
     if (!status.ok()) return Annotate(status, "stage " + stage.name);
@@ -182,9 +206,12 @@ StatusOr<StageSummary> RunStage(Session& session, int64_t index,
     resume.emplace(std::move(opened));
     input.resume = &*resume;
   }
-  if (index > 0) {
+  // A resumed stage has its model in its own checkpoint; only HALO needs the stage before it again,
+  // its teacher.
+  const bool needs_start = input.resume == nullptr || stage.kind == StageKind::kHalo;
+  if (index > 0 && needs_start) {
     SALA_ASSIGN_OR_RETURN(input.init_path, StageResult(session, index - 1));
-  } else if (stage.init_from) {
+  } else if (index == 0 && stage.init_from && needs_start) {
     input.init_path = stage.init_from->path;
     input.carry_optimizer = stage.init_from->carry_optimizer;
     // Numbers go on from the checkpoint a stand-alone stage starts from, so that they never repeat
@@ -202,11 +229,14 @@ StatusOr<StageSummary> RunStage(Session& session, int64_t index,
 
 Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config) {
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<Session> session, Session::Open(world, config));
-  SALA_RETURN_IF_ERROR(session->WriteStatus("starting", config.stages[0].name, 0));
+  session->WriteStatus("starting", config.stages[0].name, 0);
   auto next = Continue(*session);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, next.status()));
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, CheckInputs(*session, next->stage)));
   Summaries summaries(session->path("summary.json"));
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, session->WriteConfig()));
+  if (session->is_root() && next->finished && summaries.Find(next->finished->stage) == nullptr)
+    SALA_RETURN_IF_ERROR(summaries.Add(*next->finished));
   if (session->is_root()) {
     SALA_LOG(Info) << "run " << config.name << " in " << config.run.dir << ": "
                    << config.stages.size() << " stage(s), " << world.size() << " rank(s), "
@@ -216,18 +246,23 @@ Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config) 
     auto row = RunStage(*session, i, i == next->stage ? next->resume : "");
     if (!row.ok()) {
       const bool stopped = ExitCodeOf(row.status()) == ExitCode::kRequeue;
-      SALA_RETURN_IF_ERROR(session->WriteStatus(stopped ? "stopping" : "failed",
-                                                config.stages[static_cast<size_t>(i)].name,
-                                                session->global_step));
+      session->WriteStatus(stopped ? "stopping" : "failed",
+                           config.stages[static_cast<size_t>(i)].name, session->global_step);
       return row.status();
     }
     if (session->is_root()) SALA_RETURN_IF_ERROR(summaries.Add(*row));
+    auto request = static_cast<int64_t>(PendingRequest());
+    SALA_RETURN_IF_ERROR(world.AllReduce(std::span<int64_t>(&request, 1), parallel::Reduce::kMax));
+    if (request == static_cast<int64_t>(Request::kStop) &&
+        i + 1 < static_cast<int64_t>(config.stages.size()))
+      return Stopped(*session, config.stages[static_cast<size_t>(i)].name);
   }
   if (session->is_root()) {
     PrintTable(summaries.rows());
     PrintConversionVerdict(config, summaries);
   }
-  return session->WriteStatus("done", config.stages.back().name, session->global_step);
+  session->WriteStatus("done", config.stages.back().name, session->global_step);
+  return OkStatus();
 }
 
 }  // namespace sala::recipes

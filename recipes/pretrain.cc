@@ -64,6 +64,11 @@ class PretrainTask : public StepTask {
 };
 
 StatusOr<LoadedModel> StartingModel(Session& session, const StageInput& input) {
+  if (input.resume != nullptr) {
+    SALA_ASSIGN_OR_RETURN(LoadedModel resumed, LoadModel(input.resume->directory()));
+    resumed.origin = input.resume->info().parent;
+    return resumed;
+  }
   if (!input.init_path.empty()) return LoadModel(input.init_path);
   LoadedModel fresh;
   fresh.config = *input.config->model;
@@ -150,6 +155,19 @@ Status CheckPretrainInputs(Session& session, const StageConfig& stage) {
   return stage.kind == StageKind::kSft ? RequireChatData(*stream) : OkStatus();
 }
 
+StageSummary SummaryRow(const std::string& stage, const StepLoopSummary& done) {
+  StageSummary summary;
+  summary.stage = stage;
+  summary.tokens = done.tokens;
+  summary.seconds = done.seconds;
+  const bool measured =
+      std::isfinite(done.validation_before) && std::isfinite(done.validation_after);
+  summary.loss_before = measured ? done.validation_before : done.first_loss;
+  summary.loss_after = measured ? done.validation_after : done.last_loss;
+  summary.note = measured ? "" : "training loss";
+  return summary;
+}
+
 StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& input) {
   const StageConfig& stage = *input.config;
   auto loaded = StartingModel(session, input);
@@ -176,7 +194,7 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
   loop.config_yaml = EmitStage(stage);
   loop.parent = loaded->origin;
   std::optional<Checkpoint> carry;
-  if (input.carry_optimizer) {
+  if (input.carry_optimizer && input.resume == nullptr) {
     if (!loaded->checkpoint) {
       return MakeError(ExitCode::kConfig, "CFG-CONFLICT",
                        "stage " + stage.name + ": carry_optimizer is on, but " + input.init_path +
@@ -195,16 +213,7 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
   SALA_ASSIGN_OR_RETURN(
       const StepLoopSummary done,
       RunStepLoop(session, loop, task, *stream, input.resume, carry ? &*carry : nullptr));
-  StageSummary summary;
-  summary.stage = stage.name;
-  summary.tokens = done.tokens;
-  summary.seconds = done.seconds;
-  const bool measured =
-      std::isfinite(done.validation_before) && std::isfinite(done.validation_after);
-  summary.loss_before = measured ? done.validation_before : done.first_loss;
-  summary.loss_after = measured ? done.validation_after : done.last_loss;
-  summary.note = measured ? "" : "training loss";
-  return summary;
+  return SummaryRow(stage.name, done);
 }
 
 }  // namespace sala::recipes

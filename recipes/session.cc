@@ -78,6 +78,7 @@ Status Session::PrepareDirectory() {
   for (const char* folder : {"logs", "metrics", "checkpoints", "stages"}) {
     SALA_RETURN_IF_ERROR(MakeDirectories(path(folder)));
   }
+  if (config_.run.break_lock) SALA_RETURN_IF_ERROR(RemoveTree(path("RUN.lock")));
   SALA_ASSIGN_OR_RETURN(RunLock lock, RunLock::Acquire(config_.run.dir));
   lock_.emplace(std::move(lock));
   if (config_.run.resume == "never" && !ListCheckpoints(checkpoint_root()).empty()) {
@@ -87,9 +88,6 @@ Status Session::PrepareDirectory() {
             ": run.resume is never, but the directory already holds checkpoints; choose another "
             "run.dir, or set run.resume to auto");
   }
-  for (const auto& [name, text] : EmitPipeline(config_))
-    SALA_RETURN_IF_ERROR(WriteFileAtomically(path(name), text));
-  if (!PathExists(path("tokenizer"))) SALA_RETURN_IF_ERROR(tokenizer_->SaveTo(path("tokenizer")));
   SALA_ASSIGN_OR_RETURN(train_metrics_, MetricsFile::Open(path("metrics/train.jsonl")));
   SALA_ASSIGN_OR_RETURN(valid_metrics_, MetricsFile::Open(path("metrics/valid.jsonl")));
   return RemoveLeftovers(checkpoint_root());
@@ -109,31 +107,44 @@ StatusOr<std::unique_ptr<Session>> Session::Open(parallel::Communicator& world,
   return session;
 }
 
+Status Session::WriteConfig() {
+  if (!is_root()) return OkStatus();
+  for (const auto& [name, text] : EmitPipeline(config_))
+    SALA_RETURN_IF_ERROR(WriteFileAtomically(path(name), text));
+  return PathExists(path("tokenizer")) ? OkStatus() : tokenizer_->SaveTo(path("tokenizer"));
+}
+
 Status Session::UseMesh(const parallel::MeshConfig& config) {
   SALA_ASSIGN_OR_RETURN(mesh_, parallel::Mesh::Create(world_, config));
   return OkStatus();
 }
 
-Status Session::WriteMetrics(const nlohmann::ordered_json& line) {
-  return is_root() ? train_metrics_.Write(line) : OkStatus();
+void Session::WarnOnce(const Status& status) {
+  if (status.ok() || warned_) return;
+  warned_ = true;
+  SALA_LOG(Warn) << "metrics or status are not written any more: " << MessageOf(status);
 }
 
-Status Session::WriteValidation(const nlohmann::ordered_json& line) {
-  return is_root() ? valid_metrics_.Write(line) : OkStatus();
+void Session::WriteMetrics(const nlohmann::ordered_json& line) {
+  if (is_root()) WarnOnce(train_metrics_.Write(line));
 }
 
-Status Session::WriteStatus(const std::string& state, const std::string& stage, int64_t step) {
-  if (!is_root()) return OkStatus();
+void Session::WriteValidation(const nlohmann::ordered_json& line) {
+  if (is_root()) WarnOnce(valid_metrics_.Write(line));
+}
+
+void Session::WriteStatus(const std::string& state, const std::string& stage, int64_t step) {
+  if (!is_root()) return;
   const double now = ClockSeconds();
   // The file is synced to disk: once a second is often enough for a liveness probe.
-  if (state == last_status_state_ && now - last_status_seconds_ < 1) return OkStatus();
+  if (state == last_status_state_ && now - last_status_seconds_ < 1) return;
   last_status_seconds_ = now;
   last_status_state_ = state;
   const nlohmann::ordered_json status = {{"step", step},
                                          {"stage", stage},
                                          {"state", state},
                                          {"time", static_cast<int64_t>(std::time(nullptr))}};
-  return WriteFileAtomically(path("status.json"), status.dump() + "\n");
+  WarnOnce(WriteFileAtomically(path("status.json"), status.dump() + "\n"));
 }
 
 }  // namespace sala::recipes

@@ -44,14 +44,19 @@ class Session {
   std::string path(const std::string& relative) const { return config_.run.dir + "/" + relative; }
   std::string checkpoint_root() const { return path("checkpoints"); }
 
+  // config.yaml, stages/ and tokenizer/ of this start; called once the start is known to be a good
+  // one.
+  Status WriteConfig();
+
   // Each stage may split the ranks differently.
   Status UseMesh(const parallel::MeshConfig& config);
 
-  // Rank 0 only; elsewhere these do nothing.
-  Status WriteMetrics(const nlohmann::ordered_json& line);     // metrics/train.jsonl
-  Status WriteValidation(const nlohmann::ordered_json& line);  // metrics/valid.jsonl
-  Status WriteStatus(const std::string& state, const std::string& stage,
-                     int64_t step);  // status.json
+  // Rank 0 only; elsewhere these do nothing. Training is worth more than its log: what cannot be
+  // written is warned about once and left out.
+  void WriteMetrics(const nlohmann::ordered_json& line);     // metrics/train.jsonl
+  void WriteValidation(const nlohmann::ordered_json& line);  // metrics/valid.jsonl
+  void WriteStatus(const std::string& state, const std::string& stage,
+                   int64_t step);  // status.json
 
   // Steps done over the whole pipeline; checkpoints are named after it.
   int64_t global_step = 0;
@@ -60,6 +65,8 @@ class Session {
  private:
   Session(parallel::Communicator& world, const PipelineConfig& config);
   Status PrepareDirectory();  // rank 0
+  void WarnOnce(const Status& status);
+  bool warned_ = false;
   double last_status_seconds_ = 0;
   std::string last_status_state_;
 

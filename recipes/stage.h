@@ -43,6 +43,11 @@ StatusOr<StageSummary> RunHaloStage(Session& session, const StageInput& input);
 // every id must have a row in the embedding.
 Status CheckVocabulary(Session& session, const LoadedModel& loaded);
 
+// The row of a phase that is the whole stage: held-out losses where they were measured, training
+// losses otherwise.
+struct StepLoopSummary;
+StageSummary SummaryRow(const std::string& stage, const StepLoopSummary& done);
+
 // Held-out loss of a model over a validation set, split over the data-parallel ranks. Collective.
 struct ValidationResult {
   double loss = 0;      // nats per target

@@ -44,6 +44,7 @@ struct Progress {
   double first_loss = std::numeric_limits<double>::quiet_NaN();
   double last_loss = std::numeric_limits<double>::quiet_NaN();
   double validation_before = std::numeric_limits<double>::quiet_NaN();
+  double validation_after = std::numeric_limits<double>::quiet_NaN();
 
   nlohmann::json ToJson() const {
     return {{"tokens", tokens},
@@ -54,7 +55,18 @@ struct Progress {
             {"bad_in_a_row", bad_in_a_row},
             {"first_loss", NumberOrNull(first_loss)},
             {"last_loss", NumberOrNull(last_loss)},
-            {"validation_before", NumberOrNull(validation_before)}};
+            {"validation_before", NumberOrNull(validation_before)},
+            {"validation_after", NumberOrNull(validation_after)}};
+  }
+
+  StepLoopSummary Summary() const {
+    return {.steps = step,
+            .tokens = tokens,
+            .seconds = seconds,
+            .first_loss = first_loss,
+            .last_loss = last_loss,
+            .validation_before = validation_before,
+            .validation_after = validation_after};
   }
 
   static Progress FromJson(const nlohmann::json& json, int64_t step) {
@@ -70,6 +82,7 @@ struct Progress {
     p.first_loss = NumberOr(json, "first_loss", nan);
     p.last_loss = NumberOr(json, "last_loss", nan);
     p.validation_before = NumberOr(json, "validation_before", nan);
+    p.validation_after = NumberOr(json, "validation_after", nan);
     return p;
   }
 };
@@ -104,9 +117,10 @@ class StepLoop {
   StatusOr<StepData> LoadStep();
   Status Step();
   StatusOr<Values> RunMicroBatches(const StepData& data, double* loss);
-  Status Report(const StepData& data, const Values& values, const UpdateResult& update, double lr,
-                double started);
+  void Report(const StepData& data, const Values& values, const UpdateResult& update, double lr,
+              double started);
   StatusOr<double> Validate();
+  Status NonFinite(const std::string& why) const;
   Status Save(bool final_step);
 
   Session& session_;
@@ -118,7 +132,6 @@ class StepLoop {
   ProgressDisplay display_;
   Progress progress_;
   Request request_ = Request::kNone;
-  int64_t last_saved_ = -1;
 };
 
 Status StepLoop::Start(const Checkpoint* resume, const Checkpoint* carry) {
@@ -132,9 +145,7 @@ Status StepLoop::Start(const Checkpoint* resume, const Checkpoint* carry) {
     optimizer_.set_updates(trainer.value("updates", int64_t{0}));
     SALA_RETURN_IF_ERROR(LoadParameters(*resume, task_.params()));
     SALA_RETURN_IF_ERROR(optimizer_.Load(*resume));
-    last_saved_ = progress_.step;
-    SALA_RETURN_IF_ERROR(
-        session_.WriteMetrics({{"event", "resume"}, {"step", session_.global_step}}));
+    session_.WriteMetrics({{"event", "resume"}, {"step", session_.global_step}});
     SALA_LOG(Info) << config_.position.stage << "/" << config_.position.phase
                    << ": resumed after step " << progress_.step << " from " << resume->directory();
   } else if (carry != nullptr) {
@@ -196,6 +207,14 @@ StatusOr<Values> StepLoop::RunMicroBatches(const StepData& data, double* loss) {
   return values;
 }
 
+Status StepLoop::NonFinite(const std::string& why) const {
+  return MakeError(ExitCode::kNumbers, "NUM-NONFINITE",
+                   "stage " + config_.position.stage + ", step " +
+                       std::to_string(session_.global_step) + ": loss or gradient was not finite " +
+                       std::to_string(progress_.bad_in_a_row) + " time(s) in a row, " + why +
+                       "; lower the learning rate or look at the data of these steps");
+}
+
 Status StepLoop::Step() {
   const double started = ClockSeconds();
   SALA_ASSIGN_OR_RETURN(const StepData data, LoadStep());
@@ -216,31 +235,25 @@ Status StepLoop::Step() {
   if (update.skipped) {
     ++progress_.skipped;
     ++progress_.bad_in_a_row;
-    SALA_LOG(Warn) << "step " << session_.global_step << ": loss " << loss << ", gradient norm "
-                   << update.grad_norm << ": not finite, the update is skipped ("
-                   << progress_.bad_in_a_row << " in a row)";
+    if (session_.is_root())
+      SALA_LOG(Warn) << "step " << session_.global_step << ": loss " << loss << ", gradient norm "
+                     << update.grad_norm << ": not finite, the update is skipped ("
+                     << progress_.bad_in_a_row << " in a row)";
   } else {
     progress_.bad_in_a_row = 0;
   }
   progress_.seconds += ClockSeconds() - started;
-  SALA_RETURN_IF_ERROR(Report(data, values, update, lr, started));
+  Report(data, values, update, lr, started);
   if (progress_.bad_in_a_row > config_.optimizer.max_bad_steps) {
-    return MakeError(ExitCode::kNumbers, "NUM-NONFINITE",
-                     "stage " + config_.position.stage + ", step " +
-                         std::to_string(session_.global_step) +
-                         ": loss or gradient was "
-                         "not finite " +
-                         std::to_string(progress_.bad_in_a_row) + " times in a row, the limit is " +
-                         std::to_string(config_.optimizer.max_bad_steps) +
-                         " (optimizer.max_bad_steps); lower the learning rate or look at the data "
-                         "of these steps");
+    return NonFinite("the limit is " + std::to_string(config_.optimizer.max_bad_steps) +
+                     " (optimizer.max_bad_steps)");
   }
   return OkStatus();
 }
 
-Status StepLoop::Report(const StepData& data, const Values& values, const UpdateResult& update,
-                        double lr, double started) {
-  if (!session_.is_root()) return OkStatus();
+void StepLoop::Report(const StepData& data, const Values& values, const UpdateResult& update,
+                      double lr, double started) {
+  if (!session_.is_root()) return;
   const double step_seconds = ClockSeconds() - started;
   const double rate = static_cast<double>(data.counts.tokens) / step_seconds;
   const bool last = progress_.step == config_.batch.steps;
@@ -264,17 +277,16 @@ Status StepLoop::Report(const StepData& data, const Values& values, const Update
     line["step_ms"] = step_seconds * 1e3;
     line["arena_peak_mib"] = static_cast<double>(session_.arena().peak_bytes()) / (1 << 20);
     line["data_crc"] = Hex32(data.crc);
-    SALA_RETURN_IF_ERROR(session_.WriteMetrics(line));
+    session_.WriteMetrics(line);
   }
   display_.Update(progress_.step, values.front().first + " " +
                                       Format("%.4f", values.front().second) + "  lr " +
                                       Format("%.2e", lr) + "  " + Format("%.0f", rate) + " tok/s");
-  return session_.WriteStatus("training", config_.position.stage, session_.global_step);
+  session_.WriteStatus("training", config_.position.stage, session_.global_step);
 }
 
 StatusOr<double> StepLoop::Validate() {
-  SALA_RETURN_IF_ERROR(
-      session_.WriteStatus("evaluating", config_.position.stage, session_.global_step));
+  session_.WriteStatus("evaluating", config_.position.stage, session_.global_step);
   SALA_ASSIGN_OR_RETURN(const Values values, task_.Validate(session_));
   if (values.empty()) return std::numeric_limits<double>::quiet_NaN();
   nlohmann::ordered_json line = {{"step", session_.global_step},
@@ -282,7 +294,7 @@ StatusOr<double> StepLoop::Validate() {
                                  {"phase", config_.position.phase},
                                  {"stage_step", progress_.step}};
   for (const auto& [name, value] : values) line[name] = NumberOrNull(value);
-  SALA_RETURN_IF_ERROR(session_.WriteValidation(line));
+  session_.WriteValidation(line);
   return values.front().second;
 }
 
@@ -302,18 +314,12 @@ Status StepLoop::Save(bool final_step) {
   request.config_yaml = config_.config_yaml;
   request.parent = config_.parent;
   request.policy = config_.checkpoint;
-  SALA_ASSIGN_OR_RETURN(
-      const std::string directory,
-      SaveCheckpoint(session_, request, final_step || request_ == Request::kStop));
-  if (!directory.empty()) last_saved_ = progress_.step;
-  return OkStatus();
+  return SaveCheckpoint(session_, request, final_step || request_ == Request::kStop).status();
 }
 
 StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoint* carry) {
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), Start(resume, carry)));
   const int64_t steps = config_.batch.steps;
-  StepLoopSummary summary;
-  summary.validation_after = std::numeric_limits<double>::quiet_NaN();
   if (progress_.step == 0) {
     SALA_ASSIGN_OR_RETURN(progress_.validation_before, Validate());
   }
@@ -322,33 +328,39 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
     const bool last = progress_.step == steps;
     const int64_t validate_every = config_.validation.every_steps;
     if (last || (validate_every > 0 && progress_.step % validate_every == 0)) {
-      SALA_ASSIGN_OR_RETURN(summary.validation_after, Validate());
+      SALA_ASSIGN_OR_RETURN(progress_.validation_after, Validate());
     }
+    // While steps are skipped the last good checkpoints must stay, so nothing new is saved and
+    // nothing old removed.
+    const bool bad = progress_.bad_in_a_row > 0;
+    if (bad && last) return NonFinite("at the end of the stage");
     const int64_t save_every = config_.checkpoint.every_steps;
-    if (last || request_ != Request::kNone ||
-        (save_every > 0 && progress_.step % save_every == 0)) {
+    const bool due = save_every > 0 && progress_.step % save_every == 0 && !bad;
+    if (last || due || request_ != Request::kNone) {
       SALA_RETURN_IF_ERROR(Save(last));
       ClearSaveRequest();
     }
-    if (request_ == Request::kStop) {
-      SALA_RETURN_IF_ERROR(
-          session_.WriteStatus("stopping", config_.position.stage, session_.global_step));
-      return MakeError(ExitCode::kRequeue, "STOPPED",
-                       "stopped on request after step " + std::to_string(session_.global_step) +
-                           "; the checkpoint is complete, start the same command again to go on");
-    }
+    // After the last step the pipeline stops, once the stage's result is noted.
+    if (request_ == Request::kStop && !last) return Stopped(session_, config_.position.stage);
   }
   display_.Finish();
-  summary.steps = progress_.step;
-  summary.tokens = progress_.tokens;
-  summary.seconds = progress_.seconds;
-  summary.first_loss = progress_.first_loss;
-  summary.last_loss = progress_.last_loss;
-  summary.validation_before = progress_.validation_before;
-  return summary;
+  return progress_.Summary();
 }
 
 }  // namespace
+
+Status Stopped(Session& session, const std::string& stage) {
+  session.WriteStatus("stopping", stage, session.global_step);
+  return MakeError(ExitCode::kRequeue, "STOPPED",
+                   "stopped on request after step " + std::to_string(session.global_step) +
+                       "; the checkpoint is complete, start the same command again to go on");
+}
+
+StepLoopSummary SummaryOf(const Checkpoint& checkpoint) {
+  const nlohmann::json progress =
+      checkpoint.info().trainer.value("progress", nlohmann::json::object());
+  return Progress::FromJson(progress, PositionOf(checkpoint).phase_step).Summary();
+}
 
 StatusOr<StepLoopSummary> RunStepLoop(Session& session, const StepLoopConfig& config,
                                       StepTask& task, data::SampleStream& stream,

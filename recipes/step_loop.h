@@ -77,6 +77,12 @@ StatusOr<StepLoopSummary> RunStepLoop(Session& session, const StepLoopConfig& co
                                       StepTask& task, data::SampleStream& stream,
                                       const Checkpoint* resume, const Checkpoint* carry = nullptr);
 
+// What a phase had done when this checkpoint was taken.
+StepLoopSummary SummaryOf(const Checkpoint& checkpoint);
+
+// STOPPED (exit 75), after the status file says so.
+Status Stopped(Session& session, const std::string& stage);
+
 // Samples as one packed micro-batch, padding dropped.
 model::Batch MakeBatch(const std::vector<data::PackedSample>& samples);
 

@@ -107,14 +107,19 @@ class Damage(FaultCase):
 class DeathWhileSaving(FaultCase):
     """SALA_FAULT ends every process at a point of a save, as if killed."""
 
+    @staticmethod
+    def after_two_steps(run):
+        """The run as it was when two steps were done and saved."""
+        h.copy_run(oracle(), run)
+        for checkpoint in h.checkpoints(run)[1:]:
+            shutil.rmtree(checkpoint)
+        return run
+
     def test_the_next_start_goes_on_from_the_save_before(self):
         for point in ("after-slices", "before-manifest", "after-manifest", "before-rename"):
             with self.subTest(point):
-                run = h.ROOT / "runs" / f"dies-{point}"
-                # Two steps are done and saved, then the save of step 4 dies.
-                h.copy_run(oracle(), run)
-                for checkpoint in h.checkpoints(run)[1:]:
-                    shutil.rmtree(checkpoint)
+                # The save of step 4 dies.
+                run = self.after_two_steps(h.ROOT / "runs" / f"dies-{point}")
                 result = h.run(h.train(config(), run), ranks=2, env={"SALA_FAULT": f"checkpoint:{point}"})
                 self.assertEqual(result.code, 137, result)
                 self.assertEqual([c.name for c in h.checkpoints(run)], ["step-000000002"])
@@ -180,14 +185,12 @@ class FullDisk(FaultCase):
     def test_a_full_disk_costs_no_earlier_checkpoint(self):
         disk = h.ROOT / "small-disk"
         disk.mkdir()
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, text=True, check=False)
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True, text=True, check=False)
         if mounted.returncode != 0:
             self.skipTest(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
         try:
             run = disk / "run"
-            h.copy_run(oracle(), run)
-            for checkpoint in h.checkpoints(run)[1:]:
-                shutil.rmtree(checkpoint)
+            h.copy_run(DeathWhileSaving.after_two_steps(h.ROOT / "runs" / "before-full-disk"), run)
             filler = disk / "filler"
             free = shutil.disk_usage(disk).free
             filler.write_bytes(bytes(max(0, free - 100_000)))  # less than a checkpoint

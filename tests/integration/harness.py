@@ -223,7 +223,7 @@ def halo(name, align_steps, distil_steps, **changes):
     def phase(steps, lr):
         return {"batch": batch(steps), "schedule": schedule(lr), "optimizer": {"weight_decay": 0, "matrix_lr_multiplier": 1}}
 
-    section = {"keep": [0], "softmax_layers": 2, "score": {"text_tokens": 512, "recall_items": 4, "recall_length_tokens": 128, "bootstrap": 10},
+    section = {"keep": [0], "softmax_layers": 2, "score": {"text_tokens": 512, "recall_items": 4, "recall_length_tokens": 384, "bootstrap": 10},
                "align": phase(align_steps, 0.003), "distil": phase(distil_steps, 0.002), **changes.pop("halo", {})}
     return {"kind": "halo", "name": name, "data": data(ingest("prose")), "checkpoint": {"every_steps": 2, "keep_last": 2},
             "halo": section, **changes}

@@ -71,7 +71,11 @@ class Killer:
 
     def run_to_the_end(self, config, run):
         while True:
-            job = h.Job(h.train(config, run), ranks=2)
+            if self.total() >= KILLS:
+                h.succeed(h.train(config, run), ranks=2)
+                return
+            # After the death of a rank mpirun kills the others; without this it gives them a second first.
+            job = h.Job(h.train(config, run), ranks=2, env={"OMPI_MCA_odls_base_sigkill_timeout": "0"})
             kind = self.moment(job, run)
             if kind is not None and job.running() and job.signal_rank(self.random.randrange(2), h.SIGKILL):
                 self.kills[kind] = self.kills.get(kind, 0) + 1
