@@ -130,7 +130,7 @@ StageConfig ReadingA(const std::string& corpus, const std::string& teacher) {
   halo.trainable = HaloTrainable::kLinearMixers;
   halo.nope_at = HaloMoment::kNextStage;
   halo.softmax_gate_at = HaloMoment::kNextStage;
-  halo.finetune = {.batch = Batches(20), .schedule = Cosine(1e-3)};
+  halo.finetune = HaloPhaseConfig{.batch = Batches(20), .schedule = Cosine(1e-3)};
   return stage;
 }
 
