@@ -35,8 +35,8 @@ struct ViewConfig {
 // Documents held out by a hash of their text, so the choice survives every change of the mixture.
 struct ValidationConfig {
   double fraction = 0;
-  int64_t max_tokens = int64_t{1} << 20;  // of the validation set, padding included
-  std::vector<std::string> datasets;      // measured ones, of those in the mixture; empty: all
+  int64_t max_tokens = int64_t{1} << 20;   // of the validation set, padding included
+  std::vector<std::string> datasets = {};  // measured ones, of those in the mixture; empty: all
   void Bind(ConfigBinder& b);
 };
 

@@ -88,7 +88,7 @@ TEST_F(SentencePieceTokenizerTest, OffsetsPointAtTheFirstByteOfEachToken) {
 
 TEST_F(SentencePieceTokenizerTest, StreamingGivesWholeCharacters) {
   const std::string text = "caf\xc3\xa9 \xf0\x9f\xa6\x8a\n<|im_end|>";
-  StreamDecoder decoder(tokenizer_);
+  StreamDecoder decoder(tokenizer_.get());
   std::string out;
   for (const int32_t id : tokenizer_->Encode(text)) {
     const std::string part = decoder.Push(id);
