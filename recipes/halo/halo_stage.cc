@@ -52,12 +52,6 @@ uint64_t HashOf(const model::ParameterStore& store) {
                static_cast<size_t>(store.size()) * sizeof(float)});
 }
 
-// Whether the selector measures models with layers replaced.
-bool IsScored(Selector selector) {
-  return selector != Selector::kUniform && selector != Selector::kRandom &&
-         selector != Selector::kExplicit;
-}
-
 bool AllFinite(const ModelScore& score) {
   return std::isfinite(score.recall) && std::isfinite(score.text) && std::isfinite(score.kl);
 }
@@ -113,7 +107,6 @@ class HaloStage {
   std::optional<model::Model> teacher_model_;
   HaloPlan plan_;
   model::ParameterStore mixers_;
-  ScoreItems items_;             // what layers are scored on, while none are chosen
   std::vector<int64_t> chosen_;  // layers that keep softmax attention
   std::string resume_phase_;     // "" when the stage starts
   json state_ = json::object();  // saved with every checkpoint as trainer.halo
@@ -151,12 +144,6 @@ Status HaloStage::Prepare() {
   SALA_RETURN_IF_ERROR(RestoreState());
   mixers_ = TransferMixers(teacher_.config, teacher_.params,
                            {.seed = stage_.seed, .from_teacher = halo_.align_from_teacher});
-  if (chosen_.empty() && IsScored(halo_.selector)) {
-    // Before the alignment, so that a mistake in halo.score does not cost one.
-    auto items = MakeScoreItems(stage_, session_.tokenizer());
-    SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), items.status()));
-    items_ = std::move(items).value();
-  }
   auto held_out = HeldOut(halo_.distil.batch.seq_len_tokens);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), held_out.status()));
   auto batches = HeldOutBatches(**held_out, session_.mesh());
@@ -331,7 +318,9 @@ StatusOr<json> HaloStage::ReportScores(const ScoreItems& items, const ScoreTable
 }
 
 StatusOr<std::vector<int64_t>> HaloStage::ScoredOrder() {
-  const ScoreItems& items = items_;
+  auto made = MakeScoreItems(stage_, session_.tokenizer());
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), made.status()));
+  const ScoreItems& items = *made;
   const std::string settings = Sha256Hex(json({{"teacher", HashOf(teacher_.params)},
                                                {"mixers", HashOf(mixers_)},
                                                {"items", items.Fingerprint()}})
