@@ -100,6 +100,7 @@ StatusOr<std::string> TrySave(Session& session, const SaveRequest& request) {
                           world.AllGatherText(written->json.dump()));
     if (session.is_root()) {
       std::vector<WrittenSlices> parts;
+      parts.reserve(all.size());
       for (const std::string& text : all) parts.push_back({nlohmann::json::parse(text)});
       auto finished = commit->Finish(MakeInfo(session, request, model_yaml), parts,
                                      request.config_yaml, {{"model.yaml", model_yaml}});

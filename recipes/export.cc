@@ -186,7 +186,7 @@ Status MoveIntoPlace(const std::string& temporary, const std::string& directory)
     const std::string old = directory + ".replaced-export";
     SALA_RETURN_IF_ERROR(RemoveTree(old));
     SALA_RETURN_IF_ERROR(RenamePath(directory, old));
-    if (const Status moved = RenamePath(temporary, directory); !moved.ok()) {
+    if (Status moved = RenamePath(temporary, directory); !moved.ok()) {
       static_cast<void>(RenamePath(old, directory));  // what was there comes back
       return moved;
     }
