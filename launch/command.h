@@ -24,7 +24,7 @@ struct CommandLine {
   std::function<Status()> action;  // of the subcommand that was named
   int argc = 0;
   char** argv = nullptr;
-  bool print_error = true;  // false on ranks whose error another rank prints
+  bool print_error = true;  // false where the error is printed already, here or on another rank
 
   void OnUse(CLI::App* command, std::function<Status()> run) {
     command->callback([this, run = std::move(run)] { action = run; });

@@ -107,7 +107,10 @@ Status TrainAsRank(const TrainOptions& options, CommandLine& line) {
   if (status.ok() || mpi->size() == 1) return status;
   const EndTogether end(status);
   if (!ending->Barrier().ok()) parallel::MpiSession::Abort(static_cast<int>(ExitCodeOf(status)));
-  line.print_error = mpi->rank() == 0;  // all ranks have it; one says it
+  // All ranks have it; one says it, here: behind MPI_Finalize the exit of another rank may already
+  // end the job.
+  if (mpi->rank() == 0) PrintError(status);
+  line.print_error = false;
   return status;
 }
 

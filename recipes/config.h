@@ -84,17 +84,18 @@ enum class Selector : uint8_t {
 };
 enum class AlignLoss : uint8_t { kMse, kL2Norm };
 
-// One training phase inside the HALO stage.
+// One training phase inside the HALO stage. By default all tensors have one rate and nothing
+// decays, as in the published conversion.
 struct HaloPhaseConfig {
   BatchConfig batch;
   ScheduleConfig schedule;
-  OptimizerConfig optimizer;
+  OptimizerConfig optimizer = {.weight_decay = 0, .matrix_lr_multiplier = 1};
 
   void Bind(ConfigBinder& b);
 };
 
 struct HaloScoreConfig {
-  int64_t text_tokens = 32768;  // held-out text for C (minus the loss per token) and KL
+  int64_t text_tokens = 32768;  // held-out text for C = exp(-loss per target) and for KL
   int64_t recall_items = 64;    // synthetic recall prompts, half passkey and half multi-key needle
   int64_t recall_length_tokens = 128;
   int64_t bootstrap = 200;  // resamples of items for the share in which each layer is kept; 0: off

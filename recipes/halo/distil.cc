@@ -169,7 +169,7 @@ Status FinetuneTask::MicroBatch(const Context& ctx, Arena& arena, const model::B
 
 std::vector<std::pair<std::string, double>> FinetuneTask::Values(std::span<const double> sums,
                                                                  const StepCounts& counts) const {
-  const auto targets = static_cast<double>(counts.targets);
+  const auto targets = static_cast<double>(std::max<int64_t>(1, counts.targets));
   return {{"loss", sums[0] / targets}, {"accuracy", sums[1] / targets}};
 }
 

@@ -41,15 +41,15 @@ std::string Text(const std::vector<int64_t>& layers) {
   return text.empty() ? "none" : text;
 }
 
+// NaN where the number is missing, or was not finite when it was saved.
+double NumberOf(const json& object, const char* key) {
+  const auto it = object.find(key);
+  return it != object.end() && it->is_number() ? it->get<double>() : std::nan("");
+}
+
 uint64_t HashOf(const model::ParameterStore& store) {
   return Xxh3({reinterpret_cast<const char*>(store.data()),
                static_cast<size_t>(store.size()) * sizeof(float)});
-}
-
-// Whether the selector measures models with layers replaced.
-bool IsScored(Selector selector) {
-  return selector != Selector::kUniform && selector != Selector::kRandom &&
-         selector != Selector::kExplicit;
 }
 
 bool AllFinite(const ModelScore& score) {
@@ -75,10 +75,13 @@ class HaloStage {
   Status Align();
   Status Choose();
   StatusOr<std::vector<int64_t>> ScoredOrder();
-  Status LoadScores(const std::string& settings, ScoreTable* table);
+  Status LoadScores(const std::string& settings, size_t items, ScoreTable* table);
   Status WriteScores(const std::string& settings, const ScoreTable& table);
   StatusOr<json> ReportScores(const ScoreItems& items, const ScoreTable& table);
+  // The student gets what it does not have yet of HyPE.
+  void Enter(bool remove_rope, bool add_gate);
   void Assemble();
+  StatusOr<DistilReport> Compare();
   Status Distil();
   Status Finetune();
   StatusOr<StageSummary> Finish();
@@ -104,13 +107,11 @@ class HaloStage {
   std::optional<model::Model> teacher_model_;
   HaloPlan plan_;
   model::ParameterStore mixers_;
-  ScoreItems items_;             // what layers are scored on, while none are chosen
   std::vector<int64_t> chosen_;  // layers that keep softmax attention
   std::string resume_phase_;     // "" when the stage starts
   json state_ = json::object();  // saved with every checkpoint as trainer.halo
   Hybrid student_;
   std::vector<model::Batch> held_out_;  // this rank's, of the distillation length
-  double kl_before_ = std::nan("");
 };
 
 // All ranks read and compute the same; what only one finds ends all.
@@ -143,20 +144,13 @@ Status HaloStage::Prepare() {
   SALA_RETURN_IF_ERROR(RestoreState());
   mixers_ = TransferMixers(teacher_.config, teacher_.params,
                            {.seed = stage_.seed, .from_teacher = halo_.align_from_teacher});
-  if (chosen_.empty() && IsScored(halo_.selector)) {
-    // Before the alignment, so that a mistake in halo.score does not cost one.
-    auto items = MakeScoreItems(stage_, session_.tokenizer());
-    SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), items.status()));
-    items_ = std::move(items).value();
-  }
   auto held_out = HeldOut(halo_.distil.batch.seq_len_tokens);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), held_out.status()));
   auto batches = HeldOutBatches(**held_out, session_.mesh());
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), batches.status()));
   held_out_ = std::move(batches).value();
-  if (const std::string warning = HaloWarning(halo_); !warning.empty() && is_root())
-    SALA_LOG(Warn) << warning;
   if (is_root()) {
+    for (const std::string& warning : HaloWarnings(halo_, plan_)) SALA_LOG(Warn) << warning;
     SALA_LOG(Info) << "stage " << stage_.name << ": teacher " << input_.init_path << ", "
                    << teacher_.config.num_hidden_layers << " layers, " << plan_.softmax_layers
                    << " keep softmax attention (by decision: " << Text(plan_.forced)
@@ -244,17 +238,18 @@ Status HaloStage::Align() {
 
 // Rank 0 reads; a file of other settings, or a broken one, is no reason to stop: scoring starts
 // again.
-Status HaloStage::LoadScores(const std::string& settings, ScoreTable* table) {
+Status HaloStage::LoadScores(const std::string& settings, size_t items, ScoreTable* table) {
   std::string text;
   if (is_root() && PathExists(file("scores.json")))
     text = ReadFile(file("scores.json")).value_or("");
   SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all, session_.world().AllGatherText(text));
-  const json saved = json::parse(all[0], nullptr, false);
-  if (!saved.is_object() || saved.value("settings", "") != settings) return OkStatus();
   try {
-    *table = ScoreTable::FromJson(saved.at("items"));
+    const json saved = json::parse(all[0]);
+    if (saved.at("settings") != settings) return OkStatus();
+    ScoreTable found = ScoreTable::FromJson(saved.at("items"));
+    if (!found.Fits(items, teacher_.config.num_hidden_layers)) return OkStatus();
+    *table = std::move(found);
   } catch (const json::exception&) {
-    *table = ScoreTable();
     return OkStatus();
   }
   if (is_root()) {
@@ -290,11 +285,7 @@ StatusOr<json> HaloStage::ReportScores(const ScoreItems& items, const ScoreTable
   std::vector<ModelScore> scores;
   for (size_t layer = 0; layer < table.layers.size(); ++layer) {
     scores.push_back(Summarise(items, table.layers[layer]));
-    if (AllFinite(scores.back())) continue;
-    return MakeError(ExitCode::kNumbers, "NUM-NONFINITE",
-                     "score: the teacher with layer " + std::to_string(layer) +
-                         " replaced gives numbers that are not finite; its linear mixer diverged: "
-                         "lower halo.align.schedule.peak_lr");
+    if (!AllFinite(scores.back())) return DivergedMixer(std::to_string(layer));
   }
   const std::vector<double> keep = KeepScores(rule.selector, ScoresOf(items, table), rule.options);
   const std::vector<double> shares =
@@ -327,13 +318,15 @@ StatusOr<json> HaloStage::ReportScores(const ScoreItems& items, const ScoreTable
 }
 
 StatusOr<std::vector<int64_t>> HaloStage::ScoredOrder() {
-  const ScoreItems& items = items_;
+  auto made = MakeScoreItems(stage_, session_.tokenizer());
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), made.status()));
+  const ScoreItems& items = *made;
   const std::string settings = Sha256Hex(json({{"teacher", HashOf(teacher_.params)},
                                                {"mixers", HashOf(mixers_)},
                                                {"items", items.Fingerprint()}})
                                              .dump());
   ScoreTable table;
-  SALA_RETURN_IF_ERROR(LoadScores(settings, &table));
+  SALA_RETURN_IF_ERROR(LoadScores(settings, items.size(), &table));
   Scorer scorer(session_.ctx(), session_.arena(), session_.mesh().dp_group(), *teacher_model_,
                 mixers_, items);
   if (is_root()) {
@@ -386,13 +379,23 @@ Status HaloStage::Choose() {
   return WriteJson("selection.json", selection);
 }
 
+void HaloStage::Enter(bool remove_rope, bool add_gate) {
+  student_ = EnterHype(std::move(student_), {.remove_rope = remove_rope,
+                                             .add_gate = add_gate,
+                                             .gate_init = halo_.softmax_gate_init,
+                                             .seed = stage_.seed});
+}
+
 void HaloStage::Assemble() {
-  student_ = EnterHype(AssembleHybrid(teacher_.config, teacher_.params, mixers_, chosen_),
-                       {.remove_rope = halo_.nope_at == HaloMoment::kDistil,
-                        .add_gate = halo_.softmax_gate_at == HaloMoment::kDistil,
-                        .gate_init = halo_.softmax_gate_init,
-                        .seed = stage_.seed});
+  student_ = AssembleHybrid(teacher_.config, teacher_.params, mixers_, chosen_);
   mixers_ = model::ParameterStore();
+  Enter(halo_.nope_at == HaloMoment::kDistil, halo_.softmax_gate_at == HaloMoment::kDistil);
+}
+
+StatusOr<DistilReport> HaloStage::Compare() {
+  const model::Model model(student_.config, student_.params);
+  return CompareModels(session_.ctx(), session_.arena(), *teacher_model_, model, held_out_,
+                       session_.mesh().dp_group());
 }
 
 Status HaloStage::Distil() {
@@ -403,9 +406,11 @@ Status HaloStage::Distil() {
                    .recompute = stage_.recompute},
                   held_out_);
   SALA_ASSIGN_OR_RETURN(const StepLoopSummary summary, RunPhase("distil", halo_.distil, task));
-  kl_before_ =
+  const double before =
       std::isfinite(summary.validation_before) ? summary.validation_before : summary.first_loss;
-  if (std::isfinite(kl_before_)) state_["kl_before"] = kl_before_;
+  if (std::isfinite(before)) state_["kl_before"] = before;
+  SALA_ASSIGN_OR_RETURN(const DistilReport trained, Compare());
+  state_["distilled"] = {{"kl", trained.kl}, {"student_loss", trained.student_loss}};
   return OkStatus();
 }
 
@@ -437,17 +442,7 @@ Status HaloStage::FitScale() {
 }
 
 StatusOr<StageSummary> HaloStage::Finish() {
-  const auto compare = [this] {
-    const model::Model model(student_.config, student_.params);
-    return CompareModels(session_.ctx(), session_.arena(), *teacher_model_, model, held_out_,
-                         session_.mesh().dp_group());
-  };
-  SALA_ASSIGN_OR_RETURN(const DistilReport trained, compare());
-  student_ = EnterHype(std::move(student_), {.remove_rope = true,
-                                             .add_gate = true,
-                                             .gate_init = halo_.softmax_gate_init,
-                                             .seed = stage_.seed});
-  SALA_ASSIGN_OR_RETURN(const DistilReport final, compare());
+  SALA_ASSIGN_OR_RETURN(const DistilReport final, Compare());
   if (!halo_.logit_scale_grid.empty()) SALA_RETURN_IF_ERROR(FitScale());
 
   StageSummary summary;
@@ -458,18 +453,20 @@ StatusOr<StageSummary> HaloStage::Finish() {
   }
   summary.loss_before = final.tokens > 0 ? final.teacher_loss : std::nan("");
   summary.loss_after = final.tokens > 0 ? final.student_loss : std::nan("");
-  const double before = state_.value("kl_before", std::nan(""));
-  summary.note = "softmax layers " + Text(chosen_) + "; KL " + Text("%.4f", before) + " -> " +
-                 Text("%.4f", trained.kl) + ", handed on with " + Text("%.4f", final.kl);
+  const json distilled = state_.value("distilled", json::object());
+  const double kl_distilled = NumberOf(distilled, "kl");
+  summary.note = "softmax layers " + Text(chosen_) + "; KL " +
+                 Text("%.4f", NumberOf(state_, "kl_before")) + " -> " + Text("%.4f", kl_distilled) +
+                 ", handed on with " + Text("%.4f", final.kl);
   state_["result"] = {
-      {"kl_trained", trained.kl},           {"kl_final", final.kl},
+      {"kl_trained", kl_distilled},         {"kl_final", final.kl},
       {"teacher_loss", final.teacher_loss}, {"student_loss", final.student_loss},
       {"agreement", final.agreement},       {"teacher_entropy", final.teacher_entropy}};
   if (is_root()) {
     SALA_LOG(Info) << "stage " << stage_.name << ": " << summary.note
                    << " (no rotary embedding, gated softmax layers); "
                    << "held-out loss: teacher " << Text("%.4f", final.teacher_loss) << ", hybrid "
-                   << Text("%.4f", trained.student_loss) << ", handed on "
+                   << Text("%.4f", NumberOf(distilled, "student_loss")) << ", handed on "
                    << Text("%.4f", final.student_loss);
   }
 
@@ -496,6 +493,7 @@ StatusOr<StageSummary> HaloStage::Run() {
   }
   Assemble();
   if (resume_phase_ != "finetune") SALA_RETURN_IF_ERROR(Distil());
+  Enter(true, true);  // what is handed on, and what a finetuning phase therefore trains
   if (halo_.finetune) SALA_RETURN_IF_ERROR(Finetune());
   return Finish();
 }

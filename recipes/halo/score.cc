@@ -78,6 +78,15 @@ ScoreTable ScoreTable::FromJson(const nlohmann::json& json) {
   return table;
 }
 
+bool ScoreTable::Fits(size_t items, int64_t teacher_layers) const {
+  const auto fits = [items](const ItemValues& values) {
+    return values.loss_sum.size() == items && values.correct.size() == items &&
+           values.kl_sum.size() == items;
+  };
+  return fits(teacher) && static_cast<int64_t>(layers.size()) <= teacher_layers &&
+         std::all_of(layers.begin(), layers.end(), fits);
+}
+
 ModelScore Summarise(const ScoreItems& items, const ItemValues& values,
                      const std::vector<double>& weights) {
   const auto weight = [&weights](size_t i) { return weights.empty() ? 1.0 : weights[i]; };
@@ -157,6 +166,13 @@ std::vector<double> BootstrapShares(const ScoreItems& items, const ScoreTable& t
   }
   for (double& share : shares) share /= static_cast<double>(std::max<int64_t>(1, resamples));
   return shares;
+}
+
+Status DivergedMixer(const std::string& layers) {
+  return MakeError(ExitCode::kNumbers, "NUM-NONFINITE",
+                   "score: the teacher with linear mixers in layers " + layers +
+                       " gives numbers that are not finite; a mixer diverged: lower "
+                       "halo.align.schedule.peak_lr");
 }
 
 Scorer::Scorer(const Context& ctx, Arena& arena, parallel::Communicator& comm,
@@ -270,6 +286,7 @@ StatusOr<double> Scorer::ScoreSet(const std::vector<int64_t>& replaced, ScoreTab
   }
   SALA_RETURN_IF_ERROR(Share(&values));
   const double kl = Summarise(items_, values).kl;
+  if (!std::isfinite(kl)) return DivergedMixer(name);
   table->sets[name] = kl;
   return kl;
 }

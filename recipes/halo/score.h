@@ -51,6 +51,8 @@ struct ScoreTable {
 
   nlohmann::json ToJson() const;
   static ScoreTable FromJson(const nlohmann::json& json);  // throws on another layout
+  // Whether the table can be of this many items and of a teacher with this many layers.
+  bool Fits(size_t items, int64_t teacher_layers) const;
 };
 
 // What the rule and the report see.
@@ -79,6 +81,9 @@ struct KeepRule {
 std::vector<double> BootstrapShares(const ScoreItems& items, const ScoreTable& table,
                                     const KeepRule& rule, int64_t resamples, int64_t seed);
 
+// NUM-NONFINITE (76): scores of the teacher with these layers ("0,3") replaced are not finite.
+Status DivergedMixer(const std::string& layers);
+
 class Scorer {
  public:
   // Everything must outlive the scorer. `mixers` is laid out by AllMixerSpecs.
@@ -89,7 +94,8 @@ class Scorer {
   // layer.
   Status ScoreLayers(ScoreTable* table, const std::function<Status(const ScoreTable&)>& done);
 
-  // KL per token of the teacher with these layers replaced, looked up in or added to table.sets.
+  // KL per token of the teacher with these layers replaced, looked up in or added to table.sets;
+  // DivergedMixer when it is not finite.
   StatusOr<double> ScoreSet(const std::vector<int64_t>& replaced, ScoreTable* table);
 
  private:

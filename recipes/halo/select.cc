@@ -1,6 +1,7 @@
 #include "recipes/halo/select.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <numeric>
 
@@ -152,6 +153,7 @@ StatusOr<std::vector<int64_t>> GreedyOrder(int64_t layers, const std::vector<int
       std::vector<int64_t> candidate = replaced;
       candidate.insert(std::upper_bound(candidate.begin(), candidate.end(), layer), layer);
       SALA_ASSIGN_OR_RETURN(const double value, damage(candidate));
+      SALA_CHECK(std::isfinite(value)) << "damage of a replaced set";
       if (value < least || chosen < 0) {
         least = value;
         chosen = layer;

@@ -58,7 +58,7 @@ std::vector<int64_t> RandomOrder(int64_t layers, int64_t seed);
 
 // Replaces one layer at a time, always the one after which `damage` of the replaced set (sorted) is
 // least, until `count` softmax layers remain (arXiv 2601.11667). Order: what remains, then the
-// replaced ones, last replaced first.
+// replaced ones, last replaced first. `damage` gives finite numbers or an error.
 using DamageOf = std::function<StatusOr<double>(const std::vector<int64_t>& replaced)>;
 StatusOr<std::vector<int64_t>> GreedyOrder(int64_t layers, const std::vector<int64_t>& forced,
                                            int64_t count, const DamageOf& damage);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "recipes/halo/select.h"
 #include "recipes/halo/transfer.h"
@@ -59,10 +60,24 @@ Status CheckLogitScale(const StageConfig& stage) {
   return OkStatus();
 }
 
+std::string FrozenLayersWarning(const HaloConfig& halo) {
+  if (halo.trainable != HaloTrainable::kLinearMixers) return "";
+  const bool nope = halo.nope_at == HaloMoment::kDistil;
+  const bool random_gate = halo.softmax_gate_at == HaloMoment::kDistil &&
+                           halo.softmax_gate_init == GateInit::kSmallNormal;
+  if (!nope && !random_gate) return "";
+  return std::string("halo.trainable is linear_mixers while softmax layers ") +
+         (nope ? "lose their rotary embedding (nope_at: distil)"
+               : "get a random gate (softmax_gate_at: distil)") +
+         ": these layers are frozen and cannot adapt, which gave 4 to 9 times the KL in trials; "
+         "use next_stage, or "
+         "trainable: all";
+}
+
 }  // namespace
 
 StatusOr<HaloPlan> PlanHalo(const StageConfig& stage, const model::ModelConfig& teacher) {
-  SALA_RETURN_IF_ERROR(CheckTeacher(teacher));
+  SALA_RETURN_IF_ERROR(CheckTeacher(teacher, stage.halo->align_from_teacher));
   SALA_RETURN_IF_ERROR(CheckScoring(stage));
   SALA_RETURN_IF_ERROR(CheckLogitScale(stage));
   const HaloConfig& halo = *stage.halo;
@@ -82,6 +97,7 @@ StatusOr<HaloPlan> PlanHalo(const StageConfig& stage, const model::ModelConfig& 
                        "; make them agree");
     }
     plan.softmax_layers = count;
+    plan.layer_0_may_be_linear = all.empty() || all.front() != 0;
     return plan;
   }
 
@@ -98,21 +114,27 @@ StatusOr<HaloPlan> PlanHalo(const StageConfig& stage, const model::ModelConfig& 
         (automatic ? ", by default a quarter of the " + std::to_string(layers) + " layers" : "") +
         "); raise softmax_layers or keep fewer");
   }
+  plan.layer_0_may_be_linear =
+      plan.softmax_layers < layers && (plan.forced.empty() || plan.forced.front() != 0);
   return plan;
 }
 
-std::string HaloWarning(const HaloConfig& halo) {
-  if (halo.trainable != HaloTrainable::kLinearMixers) return "";
-  const bool nope = halo.nope_at == HaloMoment::kDistil;
-  const bool random_gate = halo.softmax_gate_at == HaloMoment::kDistil &&
-                           halo.softmax_gate_init == GateInit::kSmallNormal;
-  if (!nope && !random_gate) return "";
-  return std::string("halo.trainable is linear_mixers while softmax layers ") +
-         (nope ? "lose their rotary embedding (nope_at: distil)"
-               : "get a random gate (softmax_gate_at: distil)") +
-         ": these layers are frozen and cannot adapt, which gave 4 to 9 times the KL in trials; "
-         "use next_stage, or "
-         "trainable: all";
+std::vector<std::string> HaloWarnings(const HaloConfig& halo, const HaloPlan& plan) {
+  std::vector<std::string> warnings;
+  if (std::string frozen = FrozenLayersWarning(halo); !frozen.empty())
+    warnings.push_back(std::move(frozen));
+  if (plan.softmax_layers == 0) {
+    warnings.emplace_back(
+        "no layer keeps softmax attention (halo.softmax_layers, by default a quarter of the layers "
+        "rounded down): a model of linear layers alone recalls badly; set halo.softmax_layers");
+  }
+  if (plan.layer_0_may_be_linear) {
+    warnings.emplace_back(
+        "layer 0 may become linear: the reference implementation counts the tokens of its cache "
+        "by layer 0, which a linear layer does not fill; put 0 into halo.keep if the result shall "
+        "generate there");
+  }
+  return warnings;
 }
 
 }  // namespace sala::recipes

@@ -15,13 +15,14 @@ namespace sala::recipes {
 struct HaloPlan {
   int64_t softmax_layers = 0;            // how many layers keep softmax attention
   std::vector<int64_t> forced;           // of them, by decision (halo.keep), sorted
-  std::vector<int64_t> explicit_layers;  // selector explicit: all others, sorted
+  std::vector<int64_t> explicit_layers;  // selector explicit: those it names, sorted
+  bool layer_0_may_be_linear = false;
 };
 
 // CFG-HALO (78), naming the keys. `stage.halo` is present.
 StatusOr<HaloPlan> PlanHalo(const StageConfig& stage, const model::ModelConfig& teacher);
 
-// Settings that are allowed but known to give a bad result; empty: none.
-std::string HaloWarning(const HaloConfig& halo);
+// Settings that are allowed but known to give a bad result.
+std::vector<std::string> HaloWarnings(const HaloConfig& halo, const HaloPlan& plan);
 
 }  // namespace sala::recipes

@@ -32,10 +32,24 @@ void ExpandHeads(const ConstTensor& from, const ModelConfig& config, const Tenso
   }
 }
 
+// Not the stream of a new model's weights: a teacher trained from the same seed has tensors of
+// these names.
+PhiloxStream StreamOf(int64_t seed, const ParameterSpec& spec) {
+  return PhiloxStream("v1|" + std::to_string(seed) + "|halo||0|parameter|" + spec.name);
+}
+
+void InitialiseNormal(int64_t seed, const ParameterSpec& spec, double deviation,
+                      const Tensor& tensor) {
+  PhiloxStream rng = StreamOf(seed, spec);
+  auto* data = tensor.Data<float>();
+  for (int64_t i = 0; i < spec.numel; ++i)
+    data[i] = static_cast<float>(deviation * rng.NextNormal());
+}
+
 // What common frameworks give a linear layer by default; the published code leaves the gate to it
 // (halo.md 3).
 void InitialiseGate(int64_t seed, const ParameterSpec& spec, const Tensor& gate) {
-  PhiloxStream rng("v1|" + std::to_string(seed) + "|halo||0|parameter|" + spec.name);
+  PhiloxStream rng = StreamOf(seed, spec);
   const double bound = 1.0 / std::sqrt(static_cast<double>(spec.shape[1]));
   auto* data = gate.Data<float>();
   for (int64_t i = 0; i < spec.numel; ++i)
@@ -48,29 +62,26 @@ bool EndsWith(const std::string& text, const std::string& end) {
 
 }  // namespace
 
-Status CheckTeacher(const ModelConfig& teacher) {
+Status CheckTeacher(const ModelConfig& teacher, bool from_teacher) {
   if (teacher.has_lightning()) {
     return HaloError(
         "the teacher already has linear layers (mixer_types); HALO converts a model whose layers "
         "are all softmax: "
         "name another model in init_from.path");
   }
-  const std::string widths = "lightning_nh " + std::to_string(teacher.lightning_nh) +
-                             " x lightning_head_dim " + std::to_string(teacher.lightning_head_dim);
-  const std::string expected = "num_attention_heads " +
-                               std::to_string(teacher.num_attention_heads) + " x head_dim " +
-                               std::to_string(teacher.head_dim);
-  if (teacher.lightning_width() != teacher.attention_width()) {
-    return HaloError(
-        "the teacher's " + widths + " is not as wide as its " + expected +
-        ": weights cannot be transferred; set lightning_nh and lightning_head_dim to fit");
+  if (!from_teacher || (teacher.lightning_nh == teacher.num_attention_heads &&
+                        teacher.lightning_head_dim == teacher.head_dim)) {
+    return OkStatus();
   }
-  if (teacher.attn_qk_norm && teacher.qk_norm && teacher.lightning_head_dim != teacher.head_dim) {
-    return HaloError("the teacher's q/k norm gains are for heads of " +
-                     std::to_string(teacher.head_dim) + ", but " + widths +
-                     "; set lightning_head_dim to head_dim");
-  }
-  return OkStatus();
+  const auto heads = [](int64_t n, int64_t d) {
+    return std::to_string(n) + " x " + std::to_string(d);
+  };
+  return HaloError("the teacher's lightning_nh x lightning_head_dim is " +
+                   heads(teacher.lightning_nh, teacher.lightning_head_dim) +
+                   ", its num_attention_heads x head_dim " +
+                   heads(teacher.num_attention_heads, teacher.head_dim) +
+                   ": weights are transferred head by head; make them equal, or set "
+                   "halo.align_from_teacher: false");
 }
 
 ModelConfig AllLinear(const ModelConfig& teacher) {
@@ -103,7 +114,7 @@ ParameterStore TransferMixers(const ModelConfig& teacher_config, const Parameter
     } else if (gain && !(options.from_teacher && teacher.Has(spec.name))) {
       std::fill_n(tensor.Data<float>(), spec.numel, 1.0F);
     } else if (!options.from_teacher) {
-      model::InitialiseNormal(options.seed, spec.name, deviation, tensor);
+      InitialiseNormal(options.seed, spec, deviation, tensor);
     } else if (EndsWith(spec.name, "k_proj.weight") || EndsWith(spec.name, "v_proj.weight")) {
       ExpandHeads(teacher.Get(spec.name), teacher_config, tensor);
     } else {

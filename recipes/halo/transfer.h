@@ -14,9 +14,9 @@
 
 namespace sala::recipes {
 
-// CFG-HALO (78) when linear mixers cannot be made from this teacher: not all layers softmax, or
-// other widths.
-Status CheckTeacher(const model::ModelConfig& teacher);
+// CFG-HALO (78) when linear mixers cannot be made for this teacher: not all layers softmax, or,
+// where its weights are transferred, linear heads of another number or size than its query heads.
+Status CheckTeacher(const model::ModelConfig& teacher, bool from_teacher);
 
 // The teacher's configuration with every layer linear: the one the mixers are trained and saved
 // under.

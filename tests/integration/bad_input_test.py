@@ -368,7 +368,7 @@ class Numbers(BadInputCase):
         config = self.config(schedule={"shape": "constant", "peak_lr": 1e30}, batch=h.batch(12), checkpoint={"every_steps": 1, "keep_last": 3})
         for ranks in (None, 2):
             run = h.ROOT / "runs" / f"diverges-{ranks}"
-            result = self.refuse(h.train(config, run, "optimizer.max_bad_steps=2"), 76, "NUM-NONFINITE", "stage only", "3 times in a row", "max_bad_steps", "learning rate", ranks=ranks)
+            result = self.refuse(h.train(config, run, "optimizer.max_bad_steps=2"), 76, "NUM-NONFINITE", "stage only", "3 time(s) in a row", "max_bad_steps", "learning rate", ranks=ranks)
             self.assertIn("not finite, the update is skipped", result.err)
             skipped = [line for line in h.metrics(run).values() if line["skipped"]]
             self.assertEqual(len(skipped), 3)

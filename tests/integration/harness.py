@@ -202,26 +202,26 @@ def batch(steps, sequences=4, seq_len=SEQ, micro=2):
     return {"seq_len_tokens": seq_len, "global_batch_tokens": sequences * seq_len, "micro_batch_sequences": micro, "steps": steps}
 
 
-def schedule(peak_lr=0.01):
-    return {"shape": "constant", "peak_lr": peak_lr, "warmup_steps": 2}
+def schedule(steps, peak_lr=0.01):
+    return {"shape": "constant", "peak_lr": peak_lr, "warmup_steps": min(2, steps - 1)}
 
 
 def pretrain(name, steps, first=False, **changes):
     stage = {"kind": "pretrain", "name": name}
     if first:
         stage["model"] = model()
-    return {**stage, "batch": batch(steps), "schedule": schedule(), "optimizer": {"clip_norm": 1.0},
+    return {**stage, "batch": batch(steps), "schedule": schedule(steps), "optimizer": {"clip_norm": 1.0},
             "data": data(ingest("prose")), "checkpoint": {"every_steps": 2, "keep_last": 2}, **changes}
 
 
 def sft(name, steps, **changes):
-    return {"kind": "sft", "name": name, "batch": batch(steps), "schedule": schedule(0.002),
+    return {"kind": "sft", "name": name, "batch": batch(steps), "schedule": schedule(steps, 0.002),
             "data": data(chat(), packing="best_fit"), "checkpoint": {"every_steps": 2, "keep_last": 2}, **changes}
 
 
 def halo(name, align_steps, distil_steps, **changes):
     def phase(steps, lr):
-        return {"batch": batch(steps), "schedule": schedule(lr), "optimizer": {"weight_decay": 0, "matrix_lr_multiplier": 1}}
+        return {"batch": batch(steps), "schedule": schedule(steps, lr), "optimizer": {"weight_decay": 0, "matrix_lr_multiplier": 1}}
 
     section = {"keep": [0], "softmax_layers": 2, "score": {"text_tokens": 512, "recall_items": 4, "recall_length_tokens": 384, "bootstrap": 10},
                "align": phase(align_steps, 0.003), "distil": phase(distil_steps, 0.002), **changes.pop("halo", {})}

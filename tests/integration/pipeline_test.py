@@ -71,12 +71,12 @@ class Pipeline(unittest.TestCase):
             self.assertEqual(h.manifest(self.final[after])["parent"]["save_id"], h.manifest(self.final[before])["save_id"])
 
     def test_learning_rates_are_those_of_the_schedules(self):
-        # docs/configuration.md, with x from 0 at the first step without warm-up to 1 at the last one.
+        # docs/configuration.md; stage_step counts from 1, n from 0.
         rates = {(line["stage"], line["stage_step"]): line["lr"] for line in h.metrics(self.run_directory).values()}
-        expected = {("base", 1): 0, ("base", 6): 0.01, ("base", 11): 0.02, ("base", 120): 0.005,
+        expected = {("base", 1): 0, ("base", 6): 0.01, ("base", 11): 0.02, ("base", 66): 0.0125, ("base", 120): 0.02 - 0.015 * 109 / 110,
                     ("stable", 1): 0, ("stable", 3): 0.01, ("stable", 20): 0.01,
-                    ("long_decay", 1): 0.005, ("long_decay", 2): 0.005 * 0.2 ** (1 / 3), ("long_decay", 4): 0.001,
-                    ("sft", 1): 0.002, ("sft", 4): 0.0001}
+                    ("long_decay", 1): 0.005, ("long_decay", 2): 0.005 * 0.2 ** (1 / 4), ("long_decay", 4): 0.005 * 0.2 ** (3 / 4),
+                    ("sft", 1): 0.002, ("sft", 3): 0.00105}
         for step, rate in expected.items():
             self.assertTrue(math.isclose(rates[step], rate, rel_tol=1e-12), (step, rates[step], rate))
 

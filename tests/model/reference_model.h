@@ -65,49 +65,7 @@ class ReferenceModel {
                                     batch.labels.data());
   }
 
- private:
-  const Number* Get(const std::string& name) const {
-    const auto it = specs_.find(name);
-    return it == specs_.end() ? nullptr : parameters_.data() + it->second.offset;
-  }
-
-  Vector Norm(const Vector& x, const std::string& weight) const {
-    Vector y(x.size());
-    ref::RmsNormForward(static_cast<int64_t>(x.size()) / config_.hidden_size, config_.hidden_size,
-                        x.data(), Get(weight), config_.rms_norm_eps, y.data(),
-                        static_cast<Number*>(nullptr));
-    return y;
-  }
-
-  Vector Project(const Vector& x, const std::string& name) const {
-    const auto& shape = specs_.at(name).shape;
-    const int64_t out = shape[0];
-    const int64_t in = shape[1];
-    const int64_t t = static_cast<int64_t>(x.size()) / in;
-    Vector y(static_cast<size_t>(t * out));
-    ref::Gemm<Number>(t, out, in, Number(1.0), x.data(), in, 1, Get(name), 1, in, y.data(), out,
-                      kernels::Write::kOverwrite);
-    return y;
-  }
-
-  void AddScaled(const Vector& branch, Vector* x) const {
-    for (size_t i = 0; i < x->size(); ++i) (*x)[i] += config_.residual_scale() * branch[i];
-  }
-
-  // cos and sin of the float32 angle (the kernels' rule), as double.
-  void Tables(const Batch& batch, int64_t d, std::vector<double>* cos,
-              std::vector<double>* sin) const {
-    for (int32_t position : batch.positions) {
-      for (int64_t i = 0; i < d / 2; ++i) {
-        const auto frequency = static_cast<float>(
-            std::pow(config_.rope_theta, -2.0 * static_cast<double>(i) / static_cast<double>(d)));
-        const float angle = static_cast<float>(position) * frequency;
-        cos->push_back(std::cos(static_cast<double>(angle)));
-        sin->push_back(std::sin(static_cast<double>(angle)));
-      }
-    }
-  }
-
+  // Output of one layer's mixer, [T, H], for its normalised input; only its own tensors are read.
   Vector Mixer(int64_t layer, const Vector& x, const Batch& batch,
                const RunOptions& options) const {
     const std::string prefix = "model.layers." + std::to_string(layer) + ".self_attn.";
@@ -155,6 +113,49 @@ class ReferenceModel {
                              config_.rms_norm_eps, u.data());
     }
     return Project(u, prefix + "o_proj.weight");
+  }
+
+ private:
+  const Number* Get(const std::string& name) const {
+    const auto it = specs_.find(name);
+    return it == specs_.end() ? nullptr : parameters_.data() + it->second.offset;
+  }
+
+  Vector Norm(const Vector& x, const std::string& weight) const {
+    Vector y(x.size());
+    ref::RmsNormForward(static_cast<int64_t>(x.size()) / config_.hidden_size, config_.hidden_size,
+                        x.data(), Get(weight), config_.rms_norm_eps, y.data(),
+                        static_cast<Number*>(nullptr));
+    return y;
+  }
+
+  Vector Project(const Vector& x, const std::string& name) const {
+    const auto& shape = specs_.at(name).shape;
+    const int64_t out = shape[0];
+    const int64_t in = shape[1];
+    const int64_t t = static_cast<int64_t>(x.size()) / in;
+    Vector y(static_cast<size_t>(t * out));
+    ref::Gemm<Number>(t, out, in, Number(1.0), x.data(), in, 1, Get(name), 1, in, y.data(), out,
+                      kernels::Write::kOverwrite);
+    return y;
+  }
+
+  void AddScaled(const Vector& branch, Vector* x) const {
+    for (size_t i = 0; i < x->size(); ++i) (*x)[i] += config_.residual_scale() * branch[i];
+  }
+
+  // cos and sin of the float32 angle (the kernels' rule), as double.
+  void Tables(const Batch& batch, int64_t d, std::vector<double>* cos,
+              std::vector<double>* sin) const {
+    for (int32_t position : batch.positions) {
+      for (int64_t i = 0; i < d / 2; ++i) {
+        const auto frequency = static_cast<float>(
+            std::pow(config_.rope_theta, -2.0 * static_cast<double>(i) / static_cast<double>(d)));
+        const float angle = static_cast<float>(position) * frequency;
+        cos->push_back(std::cos(static_cast<double>(angle)));
+        sin->push_back(std::sin(static_cast<double>(angle)));
+      }
+    }
   }
 
   Vector Linear(const Vector& q, const Vector& k, const Vector& v, int64_t n) const {

@@ -1,9 +1,13 @@
 #include "recipes/halo/align.h"
 
 #include <cmath>
+#include <complex>
+#include <functional>
+#include <numeric>
 
 #include "core/rng.h"
 #include "recipes/optimizer.h"
+#include "tests/model/reference_model.h"
 #include "tests/recipes/halo/tiny.h"
 
 namespace sala::recipes {
@@ -13,6 +17,7 @@ using testing::Bits;
 using testing::RandomBatch;
 using testing::RandomTeacher;
 using testing::TeacherConfig;
+using testing::Values;
 
 class AlignTest : public testing::TaskTest {
  protected:
@@ -22,40 +27,86 @@ class AlignTest : public testing::TaskTest {
     return Run(task, gradients).front().second;
   }
 
+  // Loss of one layer in complex numbers: the same mixer from the kernels' references.
+  std::complex<double> ReferenceLoss(AlignLoss loss, int64_t layer,
+                                     const std::vector<std::complex<double>>& parameters) const {
+    using Reference = model::testing::ReferenceModel<std::complex<double>>;
+    const Reference reference(AllLinear(config_), mixers_.specs(), parameters);
+    const auto l = static_cast<size_t>(layer);
+    const Reference::Vector y = reference.Mixer(layer, inputs_[l], batch_, {});
+    const int64_t width = config_.hidden_size;
+    std::complex<double> sum = 0;
+    for (int64_t t = 0; t < batch_.size(); ++t) {
+      std::complex<double> squares = 0;
+      for (int64_t i = t * width; i < (t + 1) * width; ++i) {
+        const std::complex<double> difference =
+            y[static_cast<size_t>(i)] - targets_[l][static_cast<size_t>(i)];
+        squares += difference * difference;
+      }
+      sum += loss == AlignLoss::kMse ? squares / static_cast<double>(width)
+                                     : std::sqrt(squares / static_cast<double>(width));
+    }
+    return sum / static_cast<double>(batch_.size() * config_.num_hidden_layers);
+  }
+
+  // Slopes along random directions of each tensor against derivatives by complex steps (exact in
+  // double: no difference is formed).
   void CheckGradient(AlignLoss loss) {
     AlignTask task(model_, mixers_, loss, nullptr);
     model::ParameterStore gradients(mixers_.specs());
-    Loss(task, &gradients);
-    model::ParameterStore unused(mixers_.specs());
-    const std::vector<float> start = Bits(mixers_);
+    const double computed_loss = Loss(task, &gradients);
+    RecordTeacher();
+    std::vector<std::complex<double>> parameters(mixers_.data(), mixers_.data() + mixers_.size());
+    double expected_loss = 0;
+    for (int64_t layer = 0; layer < config_.num_hidden_layers; ++layer)
+      expected_loss += ReferenceLoss(loss, layer, parameters).real();
+    EXPECT_NEAR(computed_loss, expected_loss, 1e-5 * expected_loss);
+
     for (const model::ParameterSpec& spec : mixers_.specs()) {
-      // Along the gradient itself, so that the difference stands well above rounding.
+      const int64_t layer = std::stoll(spec.name.substr(std::string("model.layers.").size()));
       const float* gradient = gradients.data() + spec.offset;
-      double norm = 0;
-      for (int64_t i = 0; i < spec.numel; ++i)
-        norm += static_cast<double>(gradient[i]) * gradient[i];
-      norm = std::sqrt(norm);
+      const double norm =
+          std::sqrt(std::inner_product(gradient, gradient + spec.numel, gradient, 0.0,
+                                       std::plus<>(), [](double a, double b) { return a * b; }));
       ASSERT_GT(norm, 0) << spec.name;
-      constexpr double kStep = 2e-2;
-      const auto loss_at = [&](double step) {
+      PhiloxStream rng("v1|5|halo_test||0|direction|" + spec.name);
+      double largest = 0;
+      for (int direction = 0; direction < 4; ++direction) {
+        constexpr double kStep = 1e-30;
+        std::vector<std::complex<double>> moved = parameters;
+        double slope = 0;
         for (int64_t i = 0; i < spec.numel; ++i) {
-          mixers_.data()[spec.offset + i] = static_cast<float>(
-              start[static_cast<size_t>(spec.offset + i)] + step * gradient[i] / norm);
+          const double d = rng.NextNormal();
+          slope += d * gradient[i];
+          moved[static_cast<size_t>(spec.offset + i)].imag(kStep * d);
         }
-        return Loss(task, &unused);
-      };
-      const double up = loss_at(kStep);
-      const double down = loss_at(-kStep);
-      const double up2 = loss_at(2 * kStep);
-      const double down2 = loss_at(-2 * kStep);
-      std::copy(start.begin(), start.end(), mixers_.data());
-      // Fourth-order central difference: truncation of order step^4 = 1.6e-7 times derivatives of
-      // order 1, relative to a gradient of 1e-3 and more: 1e-3. Rounding: loss 2^-24 * 1 / step,
-      // far below.
-      const double slope = (8 * (up - down) - (up2 - down2)) / (12 * kStep);
-      EXPECT_NEAR(slope / norm, 1.0, 5e-3) << spec.name;
+        const double expected = ReferenceLoss(loss, layer, moved).imag() / kStep;
+        // A float32 gradient sums over 48 tokens, heads and features through some ten rounded
+        // tensors: sqrt(10 * 48 * 24) * 2^-24 = 6e-6 of its norm, and the difference of output and
+        // target cancels a digit: 6e-5.
+        EXPECT_NEAR(slope, expected, 6e-5 * norm) << spec.name << " direction " << direction;
+        largest = std::max(largest, std::abs(expected));
+      }
+      // So an error of 1 % in the whole tensor is 50 times the tolerance.
+      EXPECT_GT(largest, 0.3 * norm) << spec.name;
     }
   }
+
+  void RecordTeacher() {
+    const ArenaScope scope(arena_);
+    const auto numbers = [](const ConstTensor& x) {
+      const std::vector<float> values = Values(x);
+      return std::vector<std::complex<double>>(values.begin(), values.end());
+    };
+    model_.ForwardOnly(ctx_, arena_, batch_, {}, 0, {},
+                       [&](int64_t, const ConstTensor& normed, const ConstTensor& target) {
+                         inputs_.push_back(numbers(normed));
+                         targets_.push_back(numbers(target));
+                       });
+  }
+
+  // Of the teacher's layers.
+  std::vector<std::vector<std::complex<double>>> inputs_, targets_;
 };
 
 TEST_F(AlignTest, GradientOfTheSquaredError) { CheckGradient(AlignLoss::kMse); }

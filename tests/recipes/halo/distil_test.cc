@@ -97,6 +97,13 @@ TEST_F(DistilTest, CrossEntropyIsAddedWithItsWeight) {
   }
 }
 
+TEST_F(DistilTest, ABatchWithoutTargetsHasFiniteValues) {
+  Hybrid student = AssembleHybrid(config_, teacher_, mixers_, {1});
+  FinetuneTask finetune(model_, student, true, nothing_held_out_);
+  for (const auto& [name, value] : finetune.Values(std::vector{0.0, 0.0}, {.tokens = 5}))
+    EXPECT_EQ(value, 0.0) << name;
+}
+
 TEST_F(DistilTest, FrozenTensorsKeepTheirBits) {
   const auto comm = parallel::MakeSelfCommunicator();
   const auto mesh = parallel::Mesh::Create(*comm, {});

@@ -11,6 +11,7 @@
 #include "core/hash.h"
 #include "core/rng.h"
 #include "data/token_store.h"
+#include "recipes/checkpointing.h"
 #include "recipes/stage.h"
 #include "tests/core/temp_dir.h"
 
@@ -123,12 +124,32 @@ StageConfig HaloStageConfig(const std::string& corpus) {
   return stage;
 }
 
+// Reading A, the defaults, in a few updates of each phase: only linear mixers train in the
+// distillation, softmax layers change their form behind it, the finetuning trains everything.
+StageConfig ReadingA(const std::string& corpus, const std::string& teacher) {
+  StageConfig stage = HaloStageConfig(corpus);
+  stage.init_from = InitConfig{.path = teacher};
+  stage.checkpoint.every_steps = 10;
+  HaloConfig& halo = *stage.halo;
+  halo.softmax_layers = 0;
+  halo.selector = Selector::kExplicit;
+  halo.explicit_layers = {2};
+  halo.align.batch = Batches(10);
+  halo.distil.batch = Batches(20);
+  halo.trainable = HaloTrainable::kLinearMixers;
+  halo.nope_at = HaloMoment::kNextStage;
+  halo.softmax_gate_at = HaloMoment::kNextStage;
+  halo.finetune = HaloPhaseConfig{.batch = Batches(20), .schedule = Cosine(1e-3)};
+  return stage;
+}
+
 class HaloStageTest : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
     directory_ = new TempDir();
     WriteCorpus(directory_->path() + "/corpus");
     Run("run");
+    Run("a");
   }
   static void TearDownTestSuite() {
     delete directory_;
@@ -137,11 +158,16 @@ class HaloStageTest : public ::testing::Test {
 
   static std::string Path(const std::string& run) { return directory_->path() + "/" + run; }
 
+  // Runs whose names begin with "a" are of reading A, with the teacher of "run".
   static void Run(const std::string& run) {
     PipelineConfig config;
     config.name = "tiny";
     config.run.dir = Path(run);
-    config.stages = {BaseStage(Path("corpus")), HaloStageConfig(Path("corpus"))};
+    if (run.front() == 'a') {
+      config.stages = {ReadingA(Path("corpus"), Teacher())};
+    } else {
+      config.stages = {BaseStage(Path("corpus")), HaloStageConfig(Path("corpus"))};
+    }
     const auto comm = parallel::MakeSelfCommunicator();
     const Status status = RunPipeline(*comm, config);
     ASSERT_TRUE(status.ok()) << MessageOf(status);
@@ -153,10 +179,29 @@ class HaloStageTest : public ::testing::Test {
     return std::move(Checkpoint::Open(all.back().directory)).value();
   }
 
-  // The run as it was after the checkpoint of this phase and step, all later ones gone: what a kill
-  // leaves behind.
-  static void KilledAfter(const std::string& run, const std::string& phase, int64_t step) {
-    ASSERT_EQ(std::system(("cp -r '" + Path("run") + "' '" + Path(run) + "'").c_str()), 0);
+  static std::string Teacher() {
+    for (const CheckpointListing& listing : ListCheckpoints(Path("run") + "/checkpoints")) {
+      if (listing.stage == "base" && listing.stage_final) return listing.directory;
+    }
+    ADD_FAILURE() << "no teacher";
+    return "";
+  }
+
+  static LoadedModel At(const std::string& run, const std::string& phase, int64_t step) {
+    for (const CheckpointListing& listing : ListCheckpoints(Path(run) + "/checkpoints")) {
+      const StagePosition position = PositionOf(*Checkpoint::Open(listing.directory));
+      if (position.phase == phase && position.phase_step == step)
+        return std::move(LoadModel(listing.directory)).value();
+    }
+    ADD_FAILURE() << run << " has no checkpoint of " << phase << " " << step;
+    return {};
+  }
+
+  // A copy of the run as it was after the checkpoint of this phase and step, all later ones gone:
+  // what a kill leaves behind.
+  static void KilledAfter(const std::string& whole, const std::string& run,
+                          const std::string& phase, int64_t step) {
+    ASSERT_EQ(std::system(("cp -r '" + Path(whole) + "' '" + Path(run) + "'").c_str()), 0);
     bool found = false;
     for (const CheckpointListing& listing : ListCheckpoints(Path(run) + "/checkpoints")) {
       const Checkpoint checkpoint = std::move(Checkpoint::Open(listing.directory)).value();
@@ -170,8 +215,8 @@ class HaloStageTest : public ::testing::Test {
     ASSERT_TRUE(found) << phase << " " << step;
   }
 
-  static void ExpectSameResult(const std::string& run) {
-    const Checkpoint expected = Final("run");
+  static void ExpectSameResult(const std::string& whole, const std::string& run) {
+    const Checkpoint expected = Final(whole);
     const Checkpoint result = Final(run);
     const auto differences = DiffCheckpoints(expected, result);
     ASSERT_TRUE(differences.ok());
@@ -242,33 +287,93 @@ TEST_F(HaloStageTest, ResultIsAHybridWithTheChosenLayers) {
 }
 
 TEST_F(HaloStageTest, KilledInAnyPhaseAndResumedGivesTheSameBits) {
-  KilledAfter("align", "align", 2 * kCheckpointSteps);
-  Run("align");
-  ExpectSameResult("align");
+  KilledAfter("run", "from_align", "align", 2 * kCheckpointSteps);
+  Run("from_align");
+  ExpectSameResult("run", "from_align");
 
   // Between the phases, with half of the layers scored.
-  KilledAfter("score", "align", kAlignSteps);
-  nlohmann::json scores = nlohmann::json::parse(*ReadFile(Path("score") + "/halo/scores.json"));
+  KilledAfter("run", "from_score", "align", kAlignSteps);
+  nlohmann::json scores =
+      nlohmann::json::parse(*ReadFile(Path("from_score") + "/halo/scores.json"));
   auto& layers = scores.at("items").at("layers");
   layers.erase(layers.begin() + 2, layers.end());
-  ASSERT_TRUE(WriteFileAtomically(Path("score") + "/halo/scores.json", scores.dump()).ok());
-  Run("score");
-  ExpectSameResult("score");
+  ASSERT_TRUE(WriteFileAtomically(Path("from_score") + "/halo/scores.json", scores.dump()).ok());
+  Run("from_score");
+  ExpectSameResult("run", "from_score");
 
-  KilledAfter("distil", "distil", 2 * kCheckpointSteps);
-  Run("distil");
-  ExpectSameResult("distil");
+  KilledAfter("run", "from_distil", "distil", 2 * kCheckpointSteps);
+  Run("from_distil");
+  ExpectSameResult("run", "from_distil");
 
   // After the last update, before the result was saved.
-  KilledAfter("end", "distil", kDistilSteps);
-  Run("end");
-  ExpectSameResult("end");
+  KilledAfter("run", "from_end", "distil", kDistilSteps);
+  Run("from_end");
+  ExpectSameResult("run", "from_end");
+}
+
+bool IsLinearMixer(const model::ModelConfig& config, const std::string& name) {
+  const std::string prefix = "model.layers.";
+  return name.find(".self_attn.") != std::string::npos &&
+         config.mixer(std::stoll(name.substr(prefix.size()))) == model::MixerType::kLightning;
+}
+
+std::vector<float> ValuesOf(LoadedModel& model, const std::string& name) {
+  const Tensor tensor = model.params.Get(name);
+  return {tensor.Data<float>(), tensor.Data<float>() + tensor.numel()};
+}
+
+TEST_F(HaloStageTest, FrozenMeansFrozenThroughKillAndResume) {
+  KilledAfter("a", "a_distil", "distil", 10);
+  Run("a_distil");
+  ExpectSameResult("a", "a_distil");
+  LoadedModel teacher = std::move(LoadModel(Teacher())).value();
+  LoadedModel before = At("a_distil", "distil", 10);
+  LoadedModel after = At("a_distil", "distil", 20);
+  EXPECT_TRUE(after.config.attn_use_rope);
+  EXPECT_FALSE(after.config.attn_use_output_gate);
+  int64_t frozen = 0;
+  for (const model::ParameterSpec& spec : after.params.specs()) {
+    const std::vector<float> values = ValuesOf(after, spec.name);
+    if (IsLinearMixer(after.config, spec.name)) {
+      EXPECT_NE(values, ValuesOf(before, spec.name)) << spec.name;
+      continue;
+    }
+    EXPECT_EQ(values, ValuesOf(teacher, spec.name)) << spec.name;
+    ++frozen;
+  }
+  // Embedding, head, last norm; five of each layer besides its mixer; six of each softmax mixer.
+  EXPECT_EQ(frozen, 3 + 4 * 5 + 2 * 6);
+}
+
+TEST_F(HaloStageTest, FinetuningTrainsTheFormThatIsHandedOn) {
+  LoadedModel first = At("a", "finetune", 10);
+  LoadedModel last = At("a", "finetune", 20);
+  for (const LoadedModel* model : {&first, &last}) {
+    EXPECT_FALSE(model->config.attn_use_rope);
+    EXPECT_TRUE(model->config.attn_use_output_gate);
+  }
+  for (const model::ParameterSpec& spec : last.params.specs())
+    EXPECT_NE(ValuesOf(first, spec.name), ValuesOf(last, spec.name)) << spec.name;
+  LoadedModel result =
+      std::move(LoadModel(ListCheckpoints(Path("a") + "/checkpoints").back().directory)).value();
+  EXPECT_EQ(result.config.attn_use_rope, last.config.attn_use_rope);
+  for (const model::ParameterSpec& spec : result.params.specs())
+    EXPECT_EQ(ValuesOf(result, spec.name), ValuesOf(last, spec.name)) << spec.name;
+}
+
+TEST_F(HaloStageTest, KilledAroundFinetuningAndResumedGivesTheSameBits) {
+  KilledAfter("a", "a_before", "distil", 20);
+  Run("a_before");
+  ExpectSameResult("a", "a_before");
+  KilledAfter("a", "a_finetune", "finetune", 10);
+  Run("a_finetune");
+  ExpectSameResult("a", "a_finetune");
 }
 
 TEST_F(HaloStageTest, RefusesAStageWithoutATeacher) {
   PipelineConfig config;
   config.name = "alone";
-  config.run.dir = Path("alone");
+  config.run.dir = Path("no_teacher");
   config.stages = {HaloStageConfig(Path("corpus"))};
   const auto comm = parallel::MakeSelfCommunicator();
   const Status status = RunPipeline(*comm, config);

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 
 #include <cmath>
+#include <limits>
 
 #include "model/loss.h"
 #include "recipes/halo/items.h"
@@ -142,6 +143,39 @@ TEST_F(ScoreTest, SetsOfOneLayerEqualTheSwapAndAreRemembered) {
   EXPECT_EQ(table.sets.size(), 2u);
   table.sets["0,2"] = 7;
   EXPECT_EQ(*scorer.ScoreSet({0, 2}, &table), 7);
+}
+
+TEST_F(ScoreTest, ADivergedMixerIsAnErrorAndNotRemembered) {
+  const auto comm = parallel::MakeSelfCommunicator();
+  mixers_.data()[mixers_.Spec("model.layers.2.self_attn.q_proj.weight").offset] =
+      std::numeric_limits<float>::quiet_NaN();
+  Scorer scorer(ctx_, arena_, *comm, model_, mixers_, items_);
+  ScoreTable table;
+  const auto damage = [&](const std::vector<int64_t>& replaced) {
+    return scorer.ScoreSet(replaced, &table);
+  };
+  const auto order = GreedyOrder(4, {0}, 1, damage);
+  EXPECT_EQ(ErrorCodeOf(order.status()), "NUM-NONFINITE");
+  EXPECT_EQ(ExitCodeOf(order.status()), ExitCode::kNumbers);
+  EXPECT_THAT(MessageOf(order.status()), ::testing::HasSubstr("in layers 2 gives"));
+  EXPECT_EQ(table.sets.size(), 1u);  // of layer 1 alone
+}
+
+TEST_F(ScoreTest, TablesOfOtherSizesDoNotFit) {
+  const auto comm = parallel::MakeSelfCommunicator();
+  const ScoreTable table = Score(*comm);
+  EXPECT_TRUE(table.Fits(items_.size(), 4));
+  EXPECT_FALSE(table.Fits(items_.size(), 3));
+  EXPECT_FALSE(table.Fits(items_.size() + 1, 4));
+  ScoreTable short_layer = table;
+  short_layer.layers[3].correct.pop_back();
+  EXPECT_FALSE(short_layer.Fits(items_.size(), 4));
+  ScoreTable short_teacher = table;
+  short_teacher.teacher.kl_sum.pop_back();
+  EXPECT_FALSE(short_teacher.Fits(items_.size(), 4));
+  ScoreTable part = table;
+  part.layers.resize(2);
+  EXPECT_TRUE(part.Fits(items_.size(), 4));
 }
 
 TEST_F(ScoreTest, SummaryOfKnownNumbers) {

@@ -9,6 +9,7 @@ namespace {
 
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::IsEmpty;
 
 StageConfig Stage() {
   StageConfig stage;
@@ -92,19 +93,54 @@ TEST(HaloPlan, RefusesContradictions) {
   ExpectRefused(stage, "halo.logit_scale_grid");
 }
 
-TEST(HaloWarning, NamesFrozenLayersThatChange) {
+TEST(HaloWarnings, NameFrozenLayersThatChange) {
+  const HaloPlan plan{.softmax_layers = 2, .forced = {0}, .explicit_layers = {}};
+  const auto warnings = [&plan](const HaloConfig& halo) { return HaloWarnings(halo, plan); };
   HaloConfig halo;
-  EXPECT_EQ(HaloWarning(halo), "");
+  EXPECT_THAT(warnings(halo), IsEmpty());
   halo.nope_at = HaloMoment::kDistil;
-  EXPECT_THAT(HaloWarning(halo), HasSubstr("nope_at"));
+  EXPECT_THAT(warnings(halo), ElementsAre(HasSubstr("nope_at")));
   halo.trainable = HaloTrainable::kAll;
-  EXPECT_EQ(HaloWarning(halo), "");
+  EXPECT_THAT(warnings(halo), IsEmpty());
   halo.trainable = HaloTrainable::kLinearMixers;
   halo.nope_at = HaloMoment::kNextStage;
   halo.softmax_gate_at = HaloMoment::kDistil;
-  EXPECT_THAT(HaloWarning(halo), HasSubstr("softmax_gate_at"));
+  EXPECT_THAT(warnings(halo), ElementsAre(HasSubstr("softmax_gate_at")));
   halo.softmax_gate_init = GateInit::kIdentity;
-  EXPECT_EQ(HaloWarning(halo), "");
+  EXPECT_THAT(warnings(halo), IsEmpty());
+}
+
+TEST(HaloWarnings, NameALinearLayer0AndAStudentWithoutSoftmax) {
+  const auto warnings = [](const StageConfig& stage, int64_t layers) {
+    return HaloWarnings(*stage.halo, *PlanHalo(stage, Teacher(layers)));
+  };
+  StageConfig stage = Stage();
+  EXPECT_THAT(warnings(stage, 8), ElementsAre(HasSubstr("layer 0 may become linear")));
+  stage.halo->softmax_layers = 8;  // nothing is converted
+  EXPECT_THAT(warnings(stage, 8), IsEmpty());
+  stage.halo->softmax_layers = 0;
+  EXPECT_THAT(warnings(stage, 3), ElementsAre(HasSubstr("no layer keeps softmax attention"),
+                                              HasSubstr("layer 0 may become linear")));
+  stage.halo->keep = {-8};
+  EXPECT_THAT(warnings(stage, 8), IsEmpty());
+
+  stage.halo->keep = {-1};
+  stage.halo->selector = Selector::kExplicit;
+  stage.halo->explicit_layers = {3};
+  EXPECT_THAT(warnings(stage, 8), ElementsAre(HasSubstr("layer 0 may become linear")));
+  stage.halo->explicit_layers = {3, 0};
+  EXPECT_THAT(warnings(stage, 8), IsEmpty());
+}
+
+TEST(HaloPhase, DefaultsToOneRateForAllTensorsAndNoDecay) {
+  const HaloPhaseConfig phase;
+  EXPECT_EQ(phase.optimizer.weight_decay, 0);
+  for (double multiplier :
+       {phase.optimizer.matrix_lr_multiplier, phase.optimizer.embedding_lr_multiplier,
+        phase.optimizer.vector_lr_multiplier, phase.optimizer.head_lr_multiplier,
+        phase.optimizer.mixer_lr_multiplier}) {
+    EXPECT_EQ(multiplier, 1);
+  }
 }
 
 }  // namespace

@@ -75,20 +75,50 @@ TEST_F(TransferTest, RandomStartTakesNothingFromTheTeacher) {
   EXPECT_THAT(Values(mixers.Get(std::string(kPrefix) + "q_norm.weight")), ::testing::Each(1.0F));
 }
 
+TEST_F(TransferTest, RandomStartIsNotTheTeachersOwn) {
+  const model::ModelConfig config = TeacherConfig();
+  model::ParameterStore teacher(model::ParameterSpecs(config));
+  model::InitialiseParameters(config, 3, teacher);  // the seed of the transfer below
+  model::ParameterStore mixers =
+      TransferMixers(config, teacher, {.seed = 3, .from_teacher = false});
+  const std::string prefix = kPrefix;
+  const double deviation = config.initializer_range / std::sqrt(config.width_multiplier());
+  for (const char* name : {"q_proj.weight", "o_proj.weight"}) {
+    const std::vector<float> a = Values(teacher.Get(prefix + name));
+    const std::vector<float> b = Values(mixers.Get(prefix + name));
+    ASSERT_EQ(a.size(), b.size());
+    double product = 0;
+    double square = 0;
+    for (size_t i = 0; i < a.size(); ++i) {
+      product += static_cast<double>(a[i]) * b[i];
+      square += static_cast<double>(b[i]) * b[i];
+    }
+    // Of n independent pairs the mean product has deviation 1 / sqrt(n), the mean square sqrt(2 /
+    // n), in units of the variance: five of them.
+    const auto n = static_cast<double>(a.size());
+    EXPECT_LT(std::abs(product) / (n * deviation * deviation), 5 / std::sqrt(n)) << name;
+    EXPECT_NEAR(square / (n * deviation * deviation), 1.0, 5 * std::sqrt(2 / n)) << name;
+  }
+}
+
 TEST_F(TransferTest, RefusesTeachersThatDoNotFit) {
   model::ModelConfig config = TeacherConfig();
-  EXPECT_TRUE(CheckTeacher(config).ok());
+  EXPECT_TRUE(CheckTeacher(config, true).ok());
   config.lightning_nh = 3;
-  EXPECT_EQ(ErrorCodeOf(CheckTeacher(config)), "CFG-HALO");
-  EXPECT_THAT(MessageOf(CheckTeacher(config)), ::testing::HasSubstr("lightning_nh 3"));
-  config.lightning_nh = 3;
-  config.lightning_head_dim = 8;  // as wide, but the gains of the q/k norm are for heads of 6
-  EXPECT_THAT(MessageOf(CheckTeacher(config)), ::testing::HasSubstr("gains"));
+  EXPECT_EQ(ErrorCodeOf(CheckTeacher(config, true)), "CFG-HALO");
+  EXPECT_EQ(ExitCodeOf(CheckTeacher(config, true)), ExitCode::kConfig);
+  EXPECT_THAT(MessageOf(CheckTeacher(config, true)), ::testing::HasSubstr("is 3 x 6"));
+  config.lightning_head_dim = 8;  // as wide as 4 x 6, but heads are not heads
+  EXPECT_THAT(MessageOf(CheckTeacher(config, true)), ::testing::HasSubstr("head by head"));
   config.attn_qk_norm = false;
-  EXPECT_TRUE(CheckTeacher(config).ok());
+  EXPECT_FALSE(CheckTeacher(config, true).ok());
+  EXPECT_TRUE(CheckTeacher(config, false).ok());  // random weights need not fit
   config = TeacherConfig();
   config.mixer_types[1] = "lightning-attn";
-  EXPECT_THAT(MessageOf(CheckTeacher(config)), ::testing::HasSubstr("already has linear layers"));
+  for (bool from_teacher : {true, false}) {
+    EXPECT_THAT(MessageOf(CheckTeacher(config, from_teacher)),
+                ::testing::HasSubstr("already has linear layers"));
+  }
 }
 
 // The linear mixer of docs/math/halo.md 1 in double precision, written as the recurrence, with the
