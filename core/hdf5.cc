@@ -187,6 +187,23 @@ struct Hdf5Writer::State {
     }
     return OkStatus();
   }
+
+  // The groups in front of the last part of a dataset's name. Made here, as the library would stamp
+  // those it makes by itself with the time of day: equal content has to be equal bytes.
+  Status MakeGroups(const std::string& name) {
+    const Handle create(H5Pcreate(H5P_GROUP_CREATE), H5Pclose);
+    H5Pset_obj_track_times(create.get(), false);
+    for (size_t at = name.find('/', 1); at != std::string::npos; at = name.find('/', at + 1)) {
+      const std::string group = name.substr(0, at);
+      if (H5Lexists(file.get(), group.c_str(), H5P_DEFAULT) > 0) continue;
+      if (!Handle(H5Gcreate2(file.get(), group.c_str(), H5P_DEFAULT, create.get(), H5P_DEFAULT),
+                  H5Gclose)
+               .ok()) {
+        return WriteError(path, "create group `" + group + "`");
+      }
+    }
+    return OkStatus();
+  }
 };
 
 Hdf5Writer::Hdf5Writer(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -200,9 +217,12 @@ StatusOr<Hdf5Writer> Hdf5Writer::Create(const std::string& path, int64_t align_t
   H5Pset_libver_bounds(access.get(), H5F_LIBVER_V18, H5F_LIBVER_V110);
   H5Pset_alignment(access.get(), static_cast<hsize_t>(align_threshold), kAlignment);
   H5Pset_fclose_degree(access.get(), H5F_CLOSE_STRONG);
+  const Handle create(H5Pcreate(H5P_FILE_CREATE), H5Pclose);
+  H5Pset_obj_track_times(create.get(), false);
   auto state = std::make_unique<State>();
   state->path = path;
-  state->file = Handle(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access.get()), H5Fclose);
+  state->file =
+      Handle(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, create.get(), access.get()), H5Fclose);
   if (!state->file.ok()) return WriteError(path, "create");
   return Hdf5Writer(std::move(state));
 }
@@ -239,10 +259,9 @@ Status Hdf5Writer::WriteDataset(const std::string& name, Hdf5Type type,
   H5Pset_alloc_time(create.get(), H5D_ALLOC_TIME_EARLY);
   H5Pset_fill_time(create.get(), H5D_FILL_TIME_NEVER);
   H5Pset_obj_track_times(create.get(), false);
-  const Handle link(H5Pcreate(H5P_LINK_CREATE), H5Pclose);
-  H5Pset_create_intermediate_group(link.get(), 1);
+  SALA_RETURN_IF_ERROR(state_->MakeGroups(name));
   const Handle dataset(H5Dcreate2(state_->file.get(), name.c_str(), element.get(), space.get(),
-                                  link.get(), create.get(), H5P_DEFAULT),
+                                  H5P_DEFAULT, create.get(), H5P_DEFAULT),
                        H5Dclose);
   if (!dataset.ok()) return WriteError(state_->path, "make dataset `" + name + "`");
   const bool empty = std::find(shape.begin(), shape.end(), 0) != shape.end();
