@@ -87,8 +87,10 @@ class AlignTest : public testing::TaskTest {
         EXPECT_NEAR(slope, expected, 6e-5 * norm) << spec.name << " direction " << direction;
         largest = std::max(largest, std::abs(expected));
       }
-      // So an error of 1 % in the whole tensor is 50 times the tolerance.
-      EXPECT_GT(largest, 0.3 * norm) << spec.name;
+      // Along a random direction the slope is normal with deviation |g|; all four stay below a
+      // tenth of it once in 25,000 draws. An error of 1 % in the whole tensor is then at least 16
+      // times the tolerance.
+      EXPECT_GT(largest, 0.1 * norm) << spec.name;
     }
   }
 
