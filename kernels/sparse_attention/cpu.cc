@@ -107,6 +107,7 @@ void SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTensor& k
     }
   }
   std::vector<SelectorWork> work;
+  work.reserve(static_cast<size_t>(ctx.pool->threads()));
   for (int i = 0; i < ctx.pool->threads(); ++i) {
     work.emplace_back(ctx, config, longest, TileTokens(config.block_size, group), group, d);
   }
