@@ -70,6 +70,15 @@ TEST(Attention, LongDocumentMatchesReference) {
   ExpectMatchesReference(c);
 }
 
+TEST(Attention, HeadsOfTheReleasedModelMatchReference) {
+  for (const int64_t n : {1, 64, 65, 129}) {
+    KernelTest kernel;
+    AttentionCase c(n, {16, 1, 128});
+    c.Dense(kernel.ctx(), {{0, c.t}});
+    ExpectMatchesReference(c);
+  }
+}
+
 TEST(Attention, PackedDocumentsHaveTheBitsOfSeparateOnes) {
   KernelTest kernel;
   const auto documents = DocumentsOf({1, 1, 1, 64, 63, 1, 130, 2, 65, 1});
