@@ -6,8 +6,8 @@
 # -Wno-restrict: g++ 12 raises it wrongly for "literal" + std::string (GCC bug 105651).
 function(sala_compile_options TARGET)
   target_compile_options(${TARGET} PRIVATE
-    -Wall -Wextra -Werror -Wshadow -Wnon-virtual-dtor -Wno-unused-parameter -Wno-restrict
-    -ffp-contract=off -fno-math-errno -fno-trapping-math)
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Werror -Wshadow -Wnon-virtual-dtor -Wno-unused-parameter -Wno-restrict
+    -ffp-contract=off -fno-math-errno -fno-trapping-math>)
   target_include_directories(${TARGET} PUBLIC ${CMAKE_SOURCE_DIR})
   if(SALA_SANITIZE)
     target_compile_options(${TARGET} PUBLIC -fsanitize=${SALA_SANITIZE} -fno-omit-frame-pointer)
@@ -17,10 +17,12 @@ function(sala_compile_options TARGET)
   endif()
 endfunction()
 
-# sala_room(NAME USES rooms... LINKS libraries...): one library target sala_NAME of all .cc files below the folder.
+# sala_room(NAME [SHARED] USES rooms... LINKS libraries...): one library target sala_NAME of all .cc files below the folder, without
+# those in folders named cuda or nccl, which belong to the CUDA module (SalaCuda.cmake). SHARED: that module links the room too.
 function(sala_room NAME)
-  cmake_parse_arguments(ROOM "" "" "USES;LINKS" ${ARGN})
+  cmake_parse_arguments(ROOM "SHARED" "" "USES;LINKS" ${ARGN})
   file(GLOB_RECURSE SOURCES CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/*.cc)
+  list(FILTER SOURCES EXCLUDE REGEX "/(cuda|nccl)/")
   if(NOT SOURCES)  # a room that is headers only so far
     add_library(sala_${NAME} INTERFACE)
     foreach(USED ${ROOM_USES})
@@ -30,6 +32,9 @@ function(sala_room NAME)
   endif()
   add_library(sala_${NAME} STATIC ${SOURCES})
   sala_compile_options(sala_${NAME})
+  if(ROOM_SHARED)
+    set_target_properties(sala_${NAME} PROPERTIES POSITION_INDEPENDENT_CODE ON)
+  endif()
   foreach(USED ${ROOM_USES})
     target_link_libraries(sala_${NAME} PUBLIC sala_${USED})
   endforeach()
@@ -37,11 +42,11 @@ function(sala_room NAME)
 endfunction()
 
 # sala_tests(NAME LINKS targets... [TIMEOUT seconds]): one GoogleTest program of the .cc files in this folder and below,
-# excluding *_bench.cc.
+# excluding *_bench.cc and *_cuda_test.cc (tests/cuda).
 function(sala_tests NAME)
   cmake_parse_arguments(TESTS "" "TIMEOUT" "LINKS" ${ARGN})
   file(GLOB_RECURSE SOURCES CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/*.cc)
-  list(FILTER SOURCES EXCLUDE REGEX "_bench\\.cc$")
+  list(FILTER SOURCES EXCLUDE REGEX "(_bench|_cuda_test)\\.cc$")
   if(NOT SOURCES)
     return()
   endif()

@@ -8,26 +8,38 @@
 
 namespace sala {
 namespace {
-constexpr size_t kAlignment = 64;
+constexpr size_t kHostAlignment = 64;
+constexpr size_t kDeviceAlignment = 256;  // what cudaMalloc gives and wide loads like
 }  // namespace
 
-void Arena::FreeDeleter::operator()(void* pointer) const { std::free(pointer); }
+void Arena::FreeDeleter::operator()(void* pointer) const {
+  if (device != nullptr) {
+    device->Free(pointer);
+  } else {
+    std::free(pointer);
+  }
+}
 
-Arena::Arena(size_t block_bytes) : block_bytes_(block_bytes) {}
+Arena::Arena(size_t block_bytes, Device* device)
+    : block_bytes_(block_bytes),
+      device_(device),
+      alignment_(device == nullptr ? kHostAlignment : kDeviceAlignment) {}
+
+void Arena::AddBlock(size_t bytes) {
+  const size_t size = (bytes + alignment_ - 1) / alignment_ * alignment_;
+  void* data = device_ == nullptr ? std::aligned_alloc(alignment_, size) : device_->Allocate(size);
+  SALA_CHECK(data != nullptr) << "out of memory: arena asked for " << size << " bytes";
+  blocks_.push_back({{data, FreeDeleter{device_}}, size});
+}
 
 void* Arena::Allocate(size_t bytes) {
-  const size_t size = std::max(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  const size_t size = std::max(alignment_, (bytes + alignment_ - 1) / alignment_ * alignment_);
   while (block_ < blocks_.size() && offset_ + size > blocks_[block_].size) {
     ++block_;
     offset_ = 0;
   }
   if (block_ == blocks_.size()) {
-    Block block;
-    block.size = std::max(size, block_bytes_);
-    block.data.reset(std::aligned_alloc(kAlignment, block.size));
-    SALA_CHECK(block.data != nullptr)
-        << "out of memory: arena asked for " << block.size << " bytes";
-    blocks_.push_back(std::move(block));
+    AddBlock(std::max(size, block_bytes_));
     offset_ = 0;
   }
   void* pointer = static_cast<char*>(blocks_[block_].data.get()) + offset_;
@@ -38,13 +50,28 @@ void* Arena::Allocate(size_t bytes) {
 }
 
 Tensor Arena::New(DType dtype, std::initializer_list<int64_t> shape) {
-  return Tensor(Allocate(static_cast<size_t>(NumElements(shape)) * SizeOf(dtype)), dtype, shape);
+  return Tensor(Allocate(static_cast<size_t>(NumElements(shape)) * SizeOf(dtype)), dtype, shape,
+                device_ == nullptr ? DeviceKind::kCpu : DeviceKind::kCuda);
 }
 
 Tensor Arena::NewZeroed(DType dtype, std::initializer_list<int64_t> shape) {
   Tensor tensor = New(dtype, shape);
-  std::memset(tensor.raw(), 0, static_cast<size_t>(tensor.numel()) * SizeOf(dtype));
+  const size_t bytes = static_cast<size_t>(tensor.numel()) * SizeOf(dtype);
+  if (device_ != nullptr) {
+    device_->Zero(tensor.raw(), bytes);
+  } else {
+    std::memset(tensor.raw(), 0, bytes);
+  }
   return tensor;
+}
+
+void Arena::Reserve(size_t bytes) {
+  SALA_CHECK(used_ == 0) << "an arena in use cannot be laid out anew";
+  if (blocks_.size() == 1 && blocks_[0].size >= bytes) return;
+  blocks_.clear();
+  block_ = 0;
+  offset_ = 0;
+  if (bytes > 0) AddBlock(bytes);
 }
 
 void Arena::Release(const Mark& mark) {

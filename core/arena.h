@@ -9,8 +9,8 @@
 //   arena.peak_bytes();                              // the most that was ever in use
 //
 // Memory comes in blocks that are kept for the arena's life, so a step that repeats allocates
-// nothing new. Pointers are aligned to 64 bytes. Not thread-safe: one arena per rank, used from the
-// thread that drives the model.
+// nothing new. Sizes are rounded up to 64 bytes (256 on a device) and pointers aligned to that. Not
+// thread-safe: one arena per rank, used from the thread that drives the model.
 #pragma once
 
 #include <cstddef>
@@ -19,19 +19,23 @@
 #include <memory>
 #include <vector>
 
+#include "core/device.h"
 #include "core/tensor.h"
 
 namespace sala {
 
 class Arena {
  public:
-  explicit Arena(size_t block_bytes = size_t{64} << 20);
+  // Memory of the host, or of `device`, which must outlive the arena.
+  explicit Arena(size_t block_bytes = size_t{64} << 20, Device* device = nullptr);
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
   void* Allocate(size_t bytes);
   Tensor New(DType dtype, std::initializer_list<int64_t> shape);
   Tensor NewZeroed(DType dtype, std::initializer_list<int64_t> shape);
+  // Makes sure that `bytes` fit without a new block, as one block. Only while nothing is in use.
+  void Reserve(size_t bytes);
 
   struct Mark {
     size_t block = 0;
@@ -47,14 +51,18 @@ class Arena {
 
  private:
   struct FreeDeleter {
+    Device* device = nullptr;
     void operator()(void* pointer) const;
   };
   struct Block {
     std::unique_ptr<void, FreeDeleter> data;
     size_t size = 0;
   };
+  void AddBlock(size_t bytes);
 
   size_t block_bytes_;
+  Device* device_;
+  size_t alignment_;
   std::vector<Block> blocks_;
   size_t block_ = 0;   // index of the block being filled
   size_t offset_ = 0;  // in that block

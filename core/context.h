@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "core/arena.h"
+#include "core/device.h"
 #include "core/tensor.h"
 
 namespace sala {
@@ -39,6 +40,12 @@ struct Context {
   ThreadPool* pool = nullptr;  // never null when a kernel is called
   Arena* scratch = nullptr;  // work space; a kernel gives back all it takes before it returns. Only
                              // the calling thread may use it
+  Device* gpu = nullptr;     // where device is kCuda; scratch is memory of this device
+
+  bool cuda() const { return device == DeviceKind::kCuda; }
+  // Number type of parameters and activations: float32 on a CPU, bfloat16 on a GPU. Statistics,
+  // states, gradients of parameters and masters are float32 on both.
+  DType activation() const { return cuda() ? DType::kBF16 : DType::kF32; }
 };
 
 }  // namespace sala

@@ -20,8 +20,10 @@ struct AdamWOptions {
   double grad_scale = 1;
 };
 
-// All f32 [n]; param, exp_avg, exp_avg_sq updated in place.
+// All f32 [n]; param, exp_avg, exp_avg_sq updated in place. `rounded` bf16 [n], GPU only, may be
+// empty: overwritten with the new param rounded to bfloat16, what the model computes with.
 void AdamWStep(const Context& ctx, const Tensor& param, const ConstTensor& grad,
-               const Tensor& exp_avg, const Tensor& exp_avg_sq, const AdamWOptions& options);
+               const Tensor& exp_avg, const Tensor& exp_avg_sq, const AdamWOptions& options,
+               const Tensor& rounded = {});
 
 }  // namespace sala::kernels

@@ -3,6 +3,7 @@
 #include "kernels/adamw/adamw.h"
 #include "kernels/common/tensor_check.h"
 #include "kernels/common/vector_math.h"
+#include "kernels/cuda_kernels.h"
 
 namespace sala::kernels {
 namespace {
@@ -41,8 +42,12 @@ SALA_VECTORIZE void Update(int64_t n, const Factors& given, const float* grad, f
 }  // namespace
 
 void AdamWStep(const Context& ctx, const Tensor& param, const ConstTensor& grad,
-               const Tensor& exp_avg, const Tensor& exp_avg_sq, const AdamWOptions& options) {
+               const Tensor& exp_avg, const Tensor& exp_avg_sq, const AdamWOptions& options,
+               const Tensor& rounded) {
+  if (ctx.cuda())
+    return Cuda(ctx).AdamWStep(ctx, param, grad, exp_avg, exp_avg_sq, options, rounded);
   CheckCpu(ctx);
+  SALA_CHECK(rounded.empty()) << "on a CPU the model computes with the float32 parameters";
   SALA_CHECK(param.rank() == 1) << ShapeText(param);
   const int64_t n = param.dim(0);
   for (const ConstTensor& x :

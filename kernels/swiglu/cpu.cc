@@ -1,5 +1,6 @@
 #include "kernels/common/tensor_check.h"
 #include "kernels/common/vector_math.h"
+#include "kernels/cuda_kernels.h"
 #include "kernels/swiglu/swiglu.h"
 
 namespace sala::kernels {
@@ -33,6 +34,7 @@ void Check(const Context& ctx, const ConstTensor& gate, const ConstTensor& other
 
 void SwiGluForward(const Context& ctx, const ConstTensor& gate, const ConstTensor& up,
                    const Tensor& y) {
+  if (ctx.cuda()) return Cuda(ctx).SwiGluForward(ctx, gate, up, y);
   Check(ctx, gate, up);
   Check(ctx, gate, y);
   ctx.pool->For(gate.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
@@ -44,6 +46,7 @@ void SwiGluForward(const Context& ctx, const ConstTensor& gate, const ConstTenso
 
 void SwiGluBackward(const Context& ctx, const ConstTensor& dy, const ConstTensor& gate,
                     const ConstTensor& up, const Tensor& dgate, const Tensor& dup) {
+  if (ctx.cuda()) return Cuda(ctx).SwiGluBackward(ctx, dy, gate, up, dgate, dup);
   for (const ConstTensor& other : {dy, up, ConstTensor(dgate), ConstTensor(dup)}) {
     Check(ctx, gate, other);
   }

@@ -1,4 +1,6 @@
 // SwiGLU: y = silu(gate) * up, silu(x) = x * sigmoid(x).
+//
+// On a GPU f32 reads bf16 below, and widths and row strides are multiples of 8.
 #pragma once
 
 #include "core/context.h"

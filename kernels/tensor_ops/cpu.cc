@@ -1,0 +1,55 @@
+#include <cstring>
+
+#include "kernels/common/tensor_check.h"
+#include "kernels/cuda_kernels.h"
+#include "kernels/tensor_ops/tensor_ops.h"
+
+namespace sala::kernels {
+namespace {
+
+constexpr int64_t kGrain = 1 << 14;
+
+void CheckFlat(const ConstTensor& a, const ConstTensor& b) {
+  SALA_CHECK(a.contiguous() && b.contiguous() && a.numel() == b.numel())
+      << ShapeText(a) << " and " << ShapeText(b) << " must be contiguous and of one size";
+}
+
+}  // namespace
+
+void Cast(const Context& ctx, const ConstTensor& from, const Tensor& to) {
+  if (ctx.cuda()) return Cuda(ctx).Cast(ctx, from, to);
+  CheckCpu(ctx);
+  CheckFlat(from, to);
+  std::memcpy(to.Data<float>(), from.Data<float>(),
+              static_cast<size_t>(from.numel()) * sizeof(float));
+}
+
+void Add(const Context& ctx, const ConstTensor& term, const Tensor& sum) {
+  if (ctx.cuda()) return Cuda(ctx).Add(ctx, term, sum);
+  CheckCpu(ctx);
+  CheckFlat(term, sum);
+  const auto* t = term.Data<float>();
+  auto* s = sum.Data<float>();
+  ctx.pool->For(sum.numel(), kGrain, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) s[i] += t[i];
+  });
+}
+
+void AddRows(const Context& ctx, const ConstTensor& parts, const Tensor& to) {
+  if (ctx.cuda()) return Cuda(ctx).AddRows(ctx, parts, to);
+  CheckCpu(ctx);
+  const int64_t n = parts.dim(0);
+  const int64_t m = parts.dim(1);
+  CheckShape(parts, {n, m});
+  CheckVector(to, m);
+  const auto* p = parts.Data<float>();
+  auto* out = to.Data<float>();
+  ctx.pool->For(m, kGrain, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) out[i] = 0;
+    for (int64_t r = 0; r < n; ++r) {
+      for (int64_t i = begin; i < end; ++i) out[i] += p[r * m + i];
+    }
+  });
+}
+
+}  // namespace sala::kernels

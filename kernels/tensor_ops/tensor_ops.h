@@ -1,0 +1,20 @@
+// Copies, sums and changes of number type of whole tensors.
+#pragma once
+
+#include "core/context.h"
+
+namespace sala::kernels {
+
+// to = from, rounded to the number type of `to` (float32 and bfloat16, nearest even). Contiguous,
+// same number of elements, same device. The same type: a copy. On a CPU float32 to float32 only.
+void Cast(const Context& ctx, const ConstTensor& from, const Tensor& to);
+
+// sum += term, contiguous, both of the context's activation type (computed in float32, rounded
+// once) or both float32.
+void Add(const Context& ctx, const ConstTensor& term, const Tensor& sum);
+
+// to[i] = parts[0][i] + parts[1][i] + ... + parts[n-1][i] in this order; parts f32 [n, m]
+// contiguous, to f32 [m], overwritten. What an ordered sum over ranks adds.
+void AddRows(const Context& ctx, const ConstTensor& parts, const Tensor& to);
+
+}  // namespace sala::kernels
