@@ -8,7 +8,7 @@
 
 namespace sala {
 
-void Buffer::Free::operator()(void* pointer) const {
+void BufferFree::operator()(void* pointer) const {
   if (device != nullptr) {
     device->Free(pointer);
   } else {
@@ -18,17 +18,17 @@ void Buffer::Free::operator()(void* pointer) const {
 
 Buffer::Buffer(size_t bytes, Device* device) : bytes_(bytes) {
   if (bytes == 0) {
-    data_ = {nullptr, Free{device}};
+    data_ = {nullptr, BufferFree{device}};
     return;
   }
   if (device != nullptr) {
-    data_ = {device->Allocate(bytes), Free{device}};
+    data_ = {device->Allocate(bytes), BufferFree{device}};
     device->Zero(data_.get(), bytes);
     return;
   }
   constexpr size_t kAlignment = 64;
   data_ = {std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment),
-           Free{}};
+           BufferFree{}};
   SALA_CHECK(data_ != nullptr) << "out of memory: " << bytes << " bytes";
   std::memset(data_.get(), 0, bytes);
 }

@@ -9,6 +9,12 @@
 
 namespace sala {
 
+// Gives memory back to where it came from.
+struct BufferFree {
+  Device* device = nullptr;
+  void operator()(void* pointer) const;
+};
+
 class Buffer {
  public:
   Buffer() = default;
@@ -26,12 +32,8 @@ class Buffer {
   Device* device() const { return data_.get_deleter().device; }
 
  private:
-  struct Free {
-    Device* device = nullptr;
-    void operator()(void* pointer) const;
-  };
   size_t bytes_ = 0;
-  std::unique_ptr<void, Free> data_;
+  std::unique_ptr<void, BufferFree> data_;
 };
 
 }  // namespace sala
