@@ -34,11 +34,12 @@ std::vector<ParameterSpec> MixerSpecs(const ModelConfig& config, int64_t layer, 
   specs.push_back(Matrix(prefix + "q_proj.weight", width, hidden));
   specs.push_back(Matrix(prefix + "k_proj.weight", kv_width, hidden));
   specs.push_back(Matrix(prefix + "v_proj.weight", kv_width, hidden));
-  specs.push_back(Matrix(prefix + "o_proj.weight", hidden, width));
+  // Next to q, k and v: all that read the same input are one matrix product (model/projection.h).
   if (softmax && config.attn_use_output_gate)
     specs.push_back(Matrix(prefix + "o_gate.weight", width, hidden));
   if (!softmax && config.use_output_gate)
     specs.push_back(Matrix(prefix + "z_proj.weight", width, hidden));
+  specs.push_back(Matrix(prefix + "o_proj.weight", hidden, width));
   if (softmax ? config.attn_qk_norm : config.qk_norm) {
     specs.push_back(Vector(prefix + "q_norm.weight", head_dim));
     specs.push_back(Vector(prefix + "k_norm.weight", head_dim));
