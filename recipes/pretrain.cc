@@ -101,6 +101,14 @@ Status RequireChatData(const data::SampleStream& stream) {
 }  // namespace
 
 Status CheckVocabulary(Session& session, const LoadedModel& loaded) {
+  const std::string& expected = loaded.tokenizer_fingerprint;
+  if (!expected.empty() && expected != session.tokenizer().fingerprint()) {
+    return MakeError(ExitCode::kData, "TOK-MISMATCH",
+                     loaded.origin.value("path", "") + ": trained with the tokenizer " +
+                         expected.substr(0, 12) + "..., this run's is " +
+                         session.tokenizer().fingerprint().substr(0, 12) +
+                         "...; use the tokenizer folder of that model");
+  }
   const int64_t tokens = session.tokenizer().vocab_size();
   if (tokens > loaded.config.vocab_size) {
     return MakeError(ExitCode::kData, "TOK-VOCAB",
@@ -108,15 +116,6 @@ Status CheckVocabulary(Session& session, const LoadedModel& loaded) {
                          " tokens, the model has " + std::to_string(loaded.config.vocab_size) +
                          " (model.vocab_size); use the model's own tokenizer or set vocab_size to "
                          "0 for a new model");
-  }
-  if (!loaded.checkpoint) return OkStatus();
-  const std::string& expected = loaded.checkpoint->info().tokenizer_fingerprint;
-  if (!expected.empty() && expected != session.tokenizer().fingerprint()) {
-    return MakeError(ExitCode::kData, "TOK-MISMATCH",
-                     loaded.checkpoint->directory() + ": trained with the tokenizer " +
-                         expected.substr(0, 12) + "..., this run's is " +
-                         session.tokenizer().fingerprint().substr(0, 12) +
-                         "...; use the tokenizer folder of that run");
   }
   return OkStatus();
 }
