@@ -156,7 +156,7 @@ Status Session::UseMesh(const parallel::MeshConfig& config) {
 void Session::WarnOnce(const Status& status) {
   if (status.ok() || warned_) return;
   warned_ = true;
-  SALA_LOG(Warn) << "metrics or status are not written any more: " << MessageOf(status);
+  SALA_LOG(Warn) << "metrics, status or summary are not written any more: " << MessageOf(status);
 }
 
 void Session::WriteMetrics(const nlohmann::ordered_json& line) {
@@ -165,6 +165,10 @@ void Session::WriteMetrics(const nlohmann::ordered_json& line) {
 
 void Session::WriteValidation(const nlohmann::ordered_json& line) {
   if (is_root()) WarnOnce(valid_metrics_.Write(line));
+}
+
+void Session::WriteSummary(const nlohmann::ordered_json& rows) {
+  if (is_root()) WarnOnce(WriteFileAtomically(path("summary.json"), rows.dump(1) + "\n"));
 }
 
 void Session::WriteStatus(const std::string& state, const std::string& stage, int64_t step) {

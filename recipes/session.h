@@ -57,7 +57,8 @@ class Session {
   void WriteMetrics(const nlohmann::ordered_json& line);     // metrics/train.jsonl
   void WriteValidation(const nlohmann::ordered_json& line);  // metrics/valid.jsonl
   void WriteStatus(const std::string& state, const std::string& stage,
-                   int64_t step);  // status.json
+                   int64_t step);                         // status.json
+  void WriteSummary(const nlohmann::ordered_json& rows);  // summary.json
 
   // Steps done over the whole pipeline; checkpoints are named after it.
   int64_t global_step = 0;
