@@ -27,8 +27,8 @@ enum ReportSum : size_t {
 };
 
 kernels::CrossEntropyResult LossOf(const Context& ctx, const model::Model& model,
-                                   const Tensor& hidden, const model::Batch& batch) {
-  return kernels::CrossEntropy(ctx, hidden, model.tensors().head, batch.labels_view(),
+                                   const Tensor& hidden, const ConstTensor& labels) {
+  return kernels::CrossEntropy(ctx, hidden, model.tensors().head, labels,
                                {.logit_scale = model.logit_scale()}, {}, {}, {});
 }
 
@@ -59,14 +59,15 @@ StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const mod
         {.teacher_logit_scale = teacher.logit_scale(),
          .student_logit_scale = student.logit_scale()},
         {}, {});
-    const kernels::CrossEntropyResult student_loss = LossOf(ctx, student, student_hidden, batch);
+    const ConstTensor labels = model::ToDevice(ctx, arena, batch.labels);
+    const kernels::CrossEntropyResult student_loss = LossOf(ctx, student, student_hidden, labels);
     std::array<double, kReportSums> sums{};
     sums[kReportKl] = kl.loss_sum;
     sums[kReportEntropy] = kl.teacher_entropy;
     sums[kReportAgree] = static_cast<double>(kl.agree);
     sums[kReportTokens] = static_cast<double>(kl.tokens);
     sums[kStudentLoss] = student_loss.loss_sum;
-    sums[kTeacherLoss] = LossOf(ctx, teacher, teacher_hidden, batch).loss_sum;
+    sums[kTeacherLoss] = LossOf(ctx, teacher, teacher_hidden, labels).loss_sum;
     sums[kTargets] = static_cast<double>(student_loss.targets);
     mine.insert(mine.end(), sums.begin(), sums.end());
   }
@@ -92,11 +93,12 @@ StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& se
   return batches;
 }
 
-StudentTask::StudentTask(const model::Model& teacher, Hybrid& student,
+StudentTask::StudentTask(const Context& ctx, const model::Model& teacher, Hybrid& student,
                          const std::vector<model::Batch>& held_out)
     : teacher_(teacher),
       student_(student),
-      model_(student.config, student.params),
+      parameters_(ctx, student.params),
+      model_(student.config, parameters_.store()),
       held_out_(held_out) {}
 
 StatusOr<DistilReport> StudentTask::Compare(Session& session) const {

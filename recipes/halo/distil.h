@@ -47,11 +47,11 @@ StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& se
 class StudentTask : public StepTask {
  public:
   const model::ModelConfig& config() const override { return student_.config; }
-  model::ParameterStore& params() override { return student_.params; }
+  model::ComputeParameters& parameters() override { return parameters_; }
 
  protected:
   // All references must outlive the task; held_out may be empty.
-  StudentTask(const model::Model& teacher, Hybrid& student,
+  StudentTask(const Context& ctx, const model::Model& teacher, Hybrid& student,
               const std::vector<model::Batch>& held_out);
 
   StatusOr<DistilReport> Compare(Session& session) const;
@@ -61,6 +61,7 @@ class StudentTask : public StepTask {
  private:
   const model::Model& teacher_;
   Hybrid& student_;
+  model::ComputeParameters parameters_;
   model::Model model_;  // the student
   const std::vector<model::Batch>& held_out_;
 };
@@ -69,9 +70,9 @@ class StudentTask : public StepTask {
 // frozen tensors keep their bits.
 class DistilTask : public StudentTask {
  public:
-  DistilTask(const model::Model& teacher, Hybrid& student, const DistilOptions& options,
-             const std::vector<model::Batch>& held_out)
-      : StudentTask(teacher, student, held_out), options_(options) {}
+  DistilTask(const Context& ctx, const model::Model& teacher, Hybrid& student,
+             const DistilOptions& options, const std::vector<model::Batch>& held_out)
+      : StudentTask(ctx, teacher, student, held_out), options_(options) {}
 
   bool Trainable(const model::ParameterSpec& spec) const override {
     return IsTrainable(options_.trainable, config(), spec);
@@ -92,9 +93,9 @@ class DistilTask : public StudentTask {
 // Next-token cross entropy of all parameters; Validate gives the student's loss first, then the KL.
 class FinetuneTask : public StudentTask {
  public:
-  FinetuneTask(const model::Model& teacher, Hybrid& student, bool recompute,
+  FinetuneTask(const Context& ctx, const model::Model& teacher, Hybrid& student, bool recompute,
                const std::vector<model::Batch>& held_out)
-      : StudentTask(teacher, student, held_out), recompute_(recompute) {}
+      : StudentTask(ctx, teacher, student, held_out), recompute_(recompute) {}
 
   Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
                     const StepCounts& counts, model::ParameterStore& gradients,
