@@ -94,7 +94,8 @@ struct RunningGrid {
   const Grid* grid;
   uint64_t block_count;
   std::atomic<uint64_t> next{0};
-  sanitizer::Tag* end;  // released by each thread that ends, acquired by the end of the launch
+  sanitizer::Tag* start;  // released by the launch, acquired by each thread that begins
+  sanitizer::Tag* end;    // released by each thread that ends, acquired by the end of the launch
 };
 
 class Block {

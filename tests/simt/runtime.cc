@@ -68,7 +68,9 @@ void RunGrid(const Grid& grid) {
   RunningGrid running;
   running.grid = &grid;
   running.block_count = static_cast<uint64_t>(grid.blocks.x) * grid.blocks.y * grid.blocks.z;
-  running.end = static_cast<sanitizer::Tag*>(std::calloc(1, sizeof(sanitizer::Tag)));
+  auto* tags = static_cast<sanitizer::Tag*>(std::calloc(2, sizeof(sanitizer::Tag)));
+  running.start = tags;
+  running.end = tags + 1;
   const int threads = static_cast<int>(grid.threads.x * grid.threads.y * grid.threads.z);
   auto work = [&running, threads] {
     std::unique_ptr<Block> block = Cache().Take(threads);
@@ -82,7 +84,7 @@ void RunGrid(const Grid& grid) {
   work();
   for (std::thread& other : others) other.join();
   sanitizer::Acquire(running.end);
-  std::free(running.end);
+  std::free(tags);
 }
 
 }  // namespace
