@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "tests/simt/device.h"
+#include "tests/simt/sanitizer.h"
 
 namespace device = simt::device;
 
@@ -47,6 +48,7 @@ struct ncclComm {
 namespace {
 
 using Bytes = std::vector<char>;
+using simt::sanitizer::Unwatched;  // around MPI, whose memory is its own affair
 
 constexpr size_t kChunkBytes = size_t{16} << 20;  // of one rank, in one MPI call
 constexpr int kMakeTag = 29000;                   // of the messages that make a communicator
@@ -155,7 +157,10 @@ void RunAllReduce(const Communicator& comm, const void* send, void* receive, siz
     Bytes mine(At(send, first * element), At(send, (first + n) * element));
     Bytes all(mine.size() * comm.size);
     const auto bytes = static_cast<int>(mine.size());
-    MPI_Allgather(mine.data(), bytes, MPI_BYTE, all.data(), bytes, MPI_BYTE, comm.mpi);
+    {
+      const Unwatched unwatched;
+      MPI_Allgather(mine.data(), bytes, MPI_BYTE, all.data(), bytes, MPI_BYTE, comm.mpi);
+    }
     JoinParts(type, all.data(), comm.size, n, op, At(receive, first * element));
   });
 }
@@ -167,7 +172,10 @@ void RunReduce(const Communicator& comm, const void* send, void* receive, size_t
     Bytes mine(At(send, first * element), At(send, (first + n) * element));
     Bytes all(comm.rank == root ? mine.size() * comm.size : 0);
     const auto bytes = static_cast<int>(mine.size());
-    MPI_Gather(mine.data(), bytes, MPI_BYTE, all.data(), bytes, MPI_BYTE, root, comm.mpi);
+    {
+      const Unwatched unwatched;
+      MPI_Gather(mine.data(), bytes, MPI_BYTE, all.data(), bytes, MPI_BYTE, root, comm.mpi);
+    }
     if (comm.rank == root) {
       JoinParts(type, all.data(), comm.size, n, op, At(receive, first * element));
     }
@@ -186,7 +194,10 @@ void RunReduceScatter(const Communicator& comm, const void* send, void* receive,
     }
     Bytes all(mine.size());
     const auto bytes = static_cast<int>(n * element);
-    MPI_Alltoall(mine.data(), bytes, MPI_BYTE, all.data(), bytes, MPI_BYTE, comm.mpi);
+    {
+      const Unwatched unwatched;
+      MPI_Alltoall(mine.data(), bytes, MPI_BYTE, all.data(), bytes, MPI_BYTE, comm.mpi);
+    }
     JoinParts(type, all.data(), comm.size, n, op, &result[first * element]);
   });
   std::memcpy(receive, result.data(), result.size());
@@ -194,9 +205,14 @@ void RunReduceScatter(const Communicator& comm, const void* send, void* receive,
 
 void RunBroadcast(const Communicator& comm, const void* send, void* receive, size_t bytes,
                   int root) {
-  if (comm.rank == root && send != receive) std::memmove(receive, send, bytes);
   ForChunks(bytes, 1, [&](size_t first, size_t n) {
-    MPI_Bcast(At(receive, first), static_cast<int>(n), MPI_BYTE, root, comm.mpi);
+    Bytes piece(n);
+    if (comm.rank == root) std::memcpy(piece.data(), At(send, first), n);
+    {
+      const Unwatched unwatched;
+      MPI_Bcast(piece.data(), static_cast<int>(n), MPI_BYTE, root, comm.mpi);
+    }
+    std::memcpy(At(receive, first), piece.data(), n);
   });
 }
 
@@ -204,8 +220,11 @@ void RunAllGather(const Communicator& comm, const void* send, void* receive, siz
   const Bytes mine(At(send, 0), At(send, bytes));  // apart: send may be a piece of receive
   ForChunks(bytes, 1, [&](size_t first, size_t n) {
     Bytes all(n * comm.size);
-    MPI_Allgather(mine.data() + first, static_cast<int>(n), MPI_BYTE, all.data(),
-                  static_cast<int>(n), MPI_BYTE, comm.mpi);
+    const auto count = static_cast<int>(n);
+    {
+      const Unwatched unwatched;
+      MPI_Allgather(&mine[first], count, MPI_BYTE, all.data(), count, MPI_BYTE, comm.mpi);
+    }
     for (int r = 0; r < comm.size; ++r) {
       std::memcpy(At(receive, r * bytes + first), &all[r * n], n);
     }
@@ -247,6 +266,15 @@ void RunAlone(const std::vector<Message>& messages) {
 void RunMessages(const std::vector<Message>& messages) {
   RunAlone(messages);
   std::vector<MPI_Request> requests;
+  for (const Message& message : messages) {
+    if (message.comm->size == 1) continue;
+    if (message.sends) {
+      simt::sanitizer::ReadRange(message.from, message.bytes);
+    } else {
+      simt::sanitizer::WriteRange(message.to, message.bytes);
+    }
+  }
+  const Unwatched unwatched;
   for (const Message& message : messages) {
     if (message.comm->size == 1) continue;
     ForChunks(message.bytes, 1, [&](size_t first, size_t n) {
