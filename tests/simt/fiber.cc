@@ -51,15 +51,25 @@ constexpr size_t kCacheLine = 64;
 
 Stacks::Stacks(int count) : count_(count), guard_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
   stride_ = StackBytes() + 2 * guard_;  // the guard page and one page for the shift
-  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  void* memory =
-      mmap(nullptr, static_cast<size_t>(count) * stride_, PROT_READ | PROT_WRITE, flags, -1, 0);
+  Map(nullptr);
+}
+
+void Stacks::Map(void* place) {
+  const int fixed = place != nullptr ? MAP_FIXED : 0;
+  void* memory = mmap(place, static_cast<size_t>(count_) * stride_, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);
   if (memory == MAP_FAILED) {
     std::perror("simt: stacks of a block");
     std::abort();
   }
   base_ = static_cast<char*>(memory);
-  for (int i = 0; i < count; ++i) mprotect(base_ + i * stride_, guard_, PROT_NONE);
+  if (sanitizer::HasThread()) return;  // mapped anew for each block: guards would cost too much
+  for (int i = 0; i < count_; ++i) mprotect(base_ + i * stride_, guard_, PROT_NONE);
+}
+
+// ThreadSanitizer watches mmap.
+void Stacks::Renew() {
+  if (sanitizer::HasThread()) Map(base_);
 }
 
 Stacks::~Stacks() { munmap(base_, static_cast<size_t>(count_) * stride_); }

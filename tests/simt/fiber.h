@@ -45,8 +45,13 @@ class Stacks {
   size_t size() const { return stride_ - guard_; }
   // The first switch to `context` calls entry on stack `index`. entry must not return.
   void Start(Context* context, int index, void (*entry)()) const;
+  // Makes ThreadSanitizer forget who used the stacks: the threads of the next block are not ordered
+  // after those of the last one. Contents are lost.
+  void Renew();
 
  private:
+  void Map(void* place);
+
   int count_;
   size_t guard_;
   size_t stride_;

@@ -68,7 +68,9 @@ void RunGrid(const Grid& grid) {
   RunningGrid running;
   running.grid = &grid;
   running.block_count = static_cast<uint64_t>(grid.blocks.x) * grid.blocks.y * grid.blocks.z;
-  running.end = static_cast<sanitizer::Tag*>(std::calloc(1, sizeof(sanitizer::Tag)));
+  auto* tags = static_cast<sanitizer::Tag*>(std::calloc(2, sizeof(sanitizer::Tag)));
+  running.start = tags;
+  running.end = tags + 1;
   const int threads = static_cast<int>(grid.threads.x * grid.threads.y * grid.threads.z);
   auto work = [&running, threads] {
     std::unique_ptr<Block> block = Cache().Take(threads);
@@ -82,7 +84,7 @@ void RunGrid(const Grid& grid) {
   work();
   for (std::thread& other : others) other.join();
   sanitizer::Acquire(running.end);
-  std::free(running.end);
+  std::free(tags);
 }
 
 }  // namespace
@@ -242,8 +244,10 @@ void AsyncCommit() {
 }
 
 void AsyncWait(int keep) {
-  Running("cp.async.wait_group");
+  Block& block = Running("cp.async.wait_group");
   CopyQueue& queue = current_fiber->async;
+  if (queue.groups.size() - queue.landed_groups <= static_cast<size_t>(keep)) return;
+  block.LetOthersGoFirst();  // copies arrive as late as they can
   while (queue.groups.size() - queue.landed_groups > static_cast<size_t>(keep)) {
     const size_t end = queue.groups[queue.landed_groups++].copies;
     for (; queue.landed_copies < end; ++queue.landed_copies) {
