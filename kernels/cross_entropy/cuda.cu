@@ -2,7 +2,7 @@
 // of logits.
 //
 // The logits of a chunk are float32: 4 bytes each. With bfloat16 logits the chunk would take half,
-// but a logit of 16 would be off by up to 2^-5: the loss of a token by as much, and the two best
+// but a logit of 16 would be off by up to 1/16: the loss of a token by as much, and the two best
 // candidates would often tie, so that "correct" would count ties. The gradient is an operand of two
 // products on tensor cores and must be bfloat16; it is written over its own row of logits, in the
 // first half of the row's bytes, so that a chunk needs no second buffer. Products take its rows at
