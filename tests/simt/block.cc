@@ -180,6 +180,7 @@ void Block::Yield(Fiber& me) {
   ++stats_.switches;
   Fiber* next = Next(me.warp);
   if (next == nullptr) Deadlock();
+  if (next == &me) return;  // the only one left
   current_fiber = next;
   Jump(&me.context, &next->context, next, false);
   threadIdx = me.index;
@@ -462,7 +463,8 @@ void* Block::TakeShared(int64_t index, int64_t bytes, const Where& where) {
     piece_count_ = static_cast<int>(index) + 1;
     shared_used_ += (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
     if (shared_used_ > static_cast<int64_t>(running_->grid->shared_bytes)) {
-      ReportAt(where, "shared memory: " + std::to_string(shared_used_) + " bytes taken, " +
+      ReportAt(where, "shared memory: " + std::to_string(shared_used_) +
+                          " bytes taken (pieces rounded up to 128), " +
                           std::to_string(running_->grid->shared_bytes) + " given at launch");
     }
     // Made and filled in the name of the scheduler, and every thread comes after that.
