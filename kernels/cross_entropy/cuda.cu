@@ -93,17 +93,18 @@ __global__ void __launch_bounds__(kRowThreads) CrossEntropyRowKernel(Chunk chunk
   }
 }
 
-void Check(const Op& op, const ConstTensor& hidden, const ConstTensor& weight,
-           const ConstTensor& labels, const CrossEntropyOptions& options, const Tensor& token_loss,
-           const Tensor& dhidden, const Tensor& dweight) {
+void Check(const ConstTensor& hidden, const ConstTensor& weight, const ConstTensor& labels,
+           const CrossEntropyOptions& options, const Tensor& token_loss, const Tensor& dhidden,
+           const Tensor& dweight) {
   SALA_CHECK(hidden.rank() == 2 && weight.rank() == 2)
       << ShapeText(hidden) << ", " << ShapeText(weight);
   SALA_CHECK(options.chunk_tokens >= 1) << options.chunk_tokens;
   const int64_t tokens = hidden.dim(0);
   const int64_t vocabulary = weight.dim(0);
   const int64_t width = weight.dim(1);
-  SALA_CHECK(vocabulary >= 1 && vocabulary <= int64_t{1} << 30 && width % 8 == 0)
-      << "vocabulary " << vocabulary << ", width " << width << ": a GPU takes multiples of 8";
+  SALA_CHECK(vocabulary >= 1 && vocabulary <= int64_t{1} << 30)
+      << "vocabulary " << vocabulary << ": a GPU takes 1 to 2^30";
+  SALA_CHECK(width % 8 == 0) << "width " << width << ": a GPU takes multiples of 8";
   CheckShape(hidden, {tokens, width}, DType::kBF16);
   CheckShape(weight, {vocabulary, width}, DType::kBF16);
   CheckVector(labels, tokens, DType::kI32);
@@ -119,7 +120,7 @@ CrossEntropyResult cuda::CrossEntropy(const Context& ctx, const ConstTensor& hid
                                       const CrossEntropyOptions& options, const Tensor& token_loss,
                                       const Tensor& dhidden, const Tensor& dweight) {
   const Op op(ctx, "CrossEntropy", weight);
-  Check(op, hidden, weight, labels, options, token_loss, dhidden, dweight);
+  Check(hidden, weight, labels, options, token_loss, dhidden, dweight);
   const int64_t tokens = hidden.dim(0);
   const int64_t vocabulary = weight.dim(0);
   if (tokens == 0) return {};

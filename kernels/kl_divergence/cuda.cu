@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kRowThreads) KlDivergenceRowKernel(Chunk chunk
   }
 }
 
-void Check(const Op& op, const ConstTensor& teacher_hidden, const ConstTensor& teacher_weight,
+void Check(const ConstTensor& teacher_hidden, const ConstTensor& teacher_weight,
            const ConstTensor& student_hidden, const ConstTensor& student_weight,
            const KlDivergenceOptions& options, const Tensor& dhidden, const Tensor& dweight) {
   for (const ConstTensor& x : {teacher_hidden, teacher_weight, student_hidden, student_weight}) {
@@ -103,7 +103,8 @@ void Check(const Op& op, const ConstTensor& teacher_hidden, const ConstTensor& t
   const int64_t tokens = student_hidden.dim(0);
   const int64_t vocabulary = student_weight.dim(0);
   const int64_t width = student_weight.dim(1);
-  SALA_CHECK(vocabulary >= 1 && vocabulary <= int64_t{1} << 30) << vocabulary;
+  SALA_CHECK(vocabulary >= 1 && vocabulary <= int64_t{1} << 30)
+      << "vocabulary " << vocabulary << ": a GPU takes 1 to 2^30";
   CheckShape(teacher_hidden, {tokens, teacher_weight.dim(1)}, DType::kBF16);
   CheckShape(teacher_weight, {vocabulary, teacher_weight.dim(1)}, DType::kBF16);
   CheckShape(student_hidden, {tokens, width}, DType::kBF16);
@@ -123,8 +124,7 @@ KlDivergenceResult cuda::KlDivergence(const Context& ctx, const ConstTensor& tea
                                       const KlDivergenceOptions& options, const Tensor& dhidden,
                                       const Tensor& dweight) {
   const Op op(ctx, "KlDivergence", student_weight);
-  Check(op, teacher_hidden, teacher_weight, student_hidden, student_weight, options, dhidden,
-        dweight);
+  Check(teacher_hidden, teacher_weight, student_hidden, student_weight, options, dhidden, dweight);
   const int64_t tokens = student_hidden.dim(0);
   const int64_t vocabulary = student_weight.dim(0);
   if (tokens == 0) return {};

@@ -22,9 +22,12 @@
 #include <cublasLt.h>
 
 #include <compare>
+#include <cstdint>
 #include <map>
 #include <memory>
-#include <optional>
+#include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels/common/cuda.h"
@@ -102,7 +105,7 @@ struct Call {
 // The library's handle and the plans, kept with the device.
 class CublasLt {
  public:
-  // The algorithm is run as planned; makes the plan when the product is new.
+  // Runs the product as planned; plans it when it is new.
   void Run(const Call& call, const Product& product) {
     if (handle_ == nullptr) {
       cublasLtHandle_t handle = nullptr;
@@ -261,8 +264,7 @@ class CublasLt {
   std::map<Product, Plan> plans_;
 };
 
-void CheckMatrix(const Op& op, const char* name, const ConstTensor& x, int64_t rows,
-                 int64_t columns, bool is_c) {
+void CheckMatrix(const char* name, const ConstTensor& x, int64_t rows, int64_t columns, bool is_c) {
   const bool dtype = x.dtype() == DType::kBF16 || (is_c && x.dtype() == DType::kF32);
   SALA_CHECK(x.rank() == 2 && x.dim(0) == rows && x.dim(1) == columns && dtype &&
              x.device() == DeviceKind::kCuda)
@@ -291,9 +293,9 @@ void Gemm(const char* name, bool a_transposed, bool b_transposed, const Context&
   const int64_t m = c.dim(0);
   const int64_t n = c.dim(1);
   const int64_t k = a.dim(a_transposed ? 0 : 1);
-  CheckMatrix(op, name, a, a_transposed ? k : m, a_transposed ? m : k, false);
-  CheckMatrix(op, name, b, b_transposed ? n : k, b_transposed ? k : n, false);
-  CheckMatrix(op, name, c, m, n, true);
+  CheckMatrix(name, a, a_transposed ? k : m, a_transposed ? m : k, false);
+  CheckMatrix(name, b, b_transposed ? n : k, b_transposed ? k : n, false);
+  CheckMatrix(name, c, m, n, true);
   if (m == 0 || n == 0) return;
   if (k == 0) {
     if (options.write == Write::kAccumulate) return;

@@ -169,19 +169,20 @@ TEST_F(CrossEntropyCuda, TiesGoToTheLowestId) {
   constexpr int64_t kVocabulary = 9000;
   for (const int64_t first : {3, 300, 4000}) {
     for (const int64_t second : {first + 1, first + 9, first + 1000, first + 4096}) {
-      Matrix hidden = Matrix::Filled(2, 8, 0);
-      hidden.at(0, 0) = hidden.at(1, 0) = 1;
+      Matrix hidden = Matrix::Filled(3, 8, 0);
+      for (int64_t t = 0; t < 3; ++t) hidden.at(t, 0) = 1;
       Matrix weight = Matrix::Filled(kVocabulary, 8, 0);
       for (int64_t v = 0; v < kVocabulary; ++v) weight.at(v, 0) = -2;
       weight.at(first, 0) = weight.at(second, 0) = 1.5F;
       const DeviceMatrix h(DType::kBF16, hidden), w(DType::kBF16, weight);
-      const DeviceIntegers labels({static_cast<int32_t>(first), static_cast<int32_t>(second)});
-      const DeviceMatrix token_loss(DType::kF32, 1, 2);
+      const auto lower = static_cast<int32_t>(first);
+      const DeviceIntegers labels({lower, lower, static_cast<int32_t>(second)});
+      const DeviceMatrix token_loss(DType::kF32, 1, 3);
       const CrossEntropyResult result = CrossEntropy(ctx(), h.tensor(), w.tensor(), labels.tensor(),
                                                      {}, token_loss.vector(), {}, {});
-      EXPECT_EQ(result.correct, 1) << first << ", " << second;
+      EXPECT_EQ(result.correct, 2) << first << ", " << second;
       const Matrix losses = token_loss.Download();
-      EXPECT_EQ(losses.at(0, 0), losses.at(0, 1));
+      EXPECT_EQ(losses.at(0, 0), losses.at(0, 2));
       EXPECT_NEAR(losses.at(0, 0), std::log(2 + (kVocabulary - 2) * std::exp(-3.5)),
                   RowSumError(kVocabulary, 3.5) + 10 * kF32Round);
     }
