@@ -83,14 +83,14 @@ class TsanFibers {
     if (!sanitizer::HasThread()) return;
     const std::lock_guard<std::mutex> lock(mutex_);
     const size_t wanted = std::max(2 * fibers.size(), kLeast);
-    for (; made_ < wanted; ++made_) idle_.push_front(Idle{sanitizer::CreateFiber()});
     for (Fiber& fiber : fibers) {
-      if (idle_.empty()) {
+      if (made_ < wanted || idle_.empty()) {
         ++made_;
-        idle_.push_back(Idle{sanitizer::CreateFiber()});
+        fiber.tsan = sanitizer::CreateFiber();
+      } else {
+        fiber.tsan = idle_.front().handle;
+        idle_.pop_front();
       }
-      fiber.tsan = idle_.front().handle;
-      idle_.pop_front();
     }
   }
   void Give(std::vector<Fiber>& fibers) {
@@ -147,6 +147,17 @@ void Block::Jump(Context* save, Context* load, Fiber* to, bool last) {
 
 // The next thread to run: of this warp as long as one of its lanes can, else of the next warp.
 Fiber* Block::Next(int warp_number) {
+  Fiber* next = NextRunnable(warp_number);
+  if (next != nullptr || !has_patient_) return next;
+  has_patient_ = false;
+  for (Warp& warp : warps_) {
+    warp.runnable |= warp.patient;
+    warp.patient = 0;
+  }
+  return NextRunnable(warp_number);
+}
+
+Fiber* Block::NextRunnable(int warp_number) {
   const int start = warp_position_[warp_number];
   for (int step = 0; step < warp_count_; ++step) {
     int number = start + step;
@@ -172,6 +183,13 @@ void Block::Yield(Fiber& me) {
   current_fiber = next;
   Jump(&me.context, &next->context, next, false);
   threadIdx = me.index;
+}
+
+void Block::LetOthersGoFirst() {
+  Fiber& me = *current_fiber;
+  warps_[me.warp].patient |= Bit(me.lane);
+  has_patient_ = true;
+  Yield(me);
 }
 
 void Block::Wake(Warp& warp, unsigned lanes) {
@@ -208,14 +226,14 @@ void Block::Exit(Fiber& me) {
   me.state = State::kExited;
   warp.exited |= Bit(me.lane);
   --live_;
-  // Who exits does not count any more: others may have waited for this thread alone.
   for (int g = 0; g < warp.group_count; ++g) {
-    const unsigned needed = warp.groups[g].mask & warp.exists & ~warp.exited;
-    if (warp.groups[g].arrived == needed) {
-      Complete(warp, g, nullptr);
-      g = -1;
-    }
+    const Group& group = warp.groups[g];
+    if ((group.mask & Bit(me.lane)) == 0) continue;
+    ReportAt(group.where, "divergence: lane " + std::to_string(me.lane) + " of warp " +
+                              std::to_string(me.warp) + " ends while others wait for it in this " +
+                              group.op->name + "\n" + Threads());
   }
+  // A barrier does not count who has exited: others may have waited for this thread alone.
   if (live_ > 0 && arrived_ == live_) OpenBarrier(*FirstAtBarrier());
   Fiber* next = Next(me.warp);
   if (next == nullptr && live_ > 0) Deadlock();
@@ -238,7 +256,7 @@ void Block::Prepare(uint64_t number) {
     const int lanes = std::min(kWarpSize, thread_count_ - w * kWarpSize);
     warp.exists = lanes == kWarpSize ? ~0U : Bit(lanes) - 1;
     warp.runnable = warp.exists;
-    warp.exited = warp.at_barrier = 0;
+    warp.exited = warp.at_barrier = warp.patient = 0;
     warp.group_count = 0;
     warp.fibers = &fibers_[w * kWarpSize];
     std::iota(warp.order, warp.order + kWarpSize, 0);
@@ -260,10 +278,23 @@ void Block::Prepare(uint64_t number) {
     stacks_.Start(&fiber.context, i, &FiberMain);
   }
   TheTsanFibers().Take(fibers_);
+  NameTsanFibers();
   live_ = thread_count_;
   arrived_ = barrier_count_ = 0;
+  has_patient_ = false;
   piece_count_ = 0;
   shared_used_ = 0;
+}
+
+// What reports of ThreadSanitizer call the threads.
+void Block::NameTsanFibers() const {
+  if (!sanitizer::HasThread()) return;
+  for (const Fiber& fiber : fibers_) {
+    char name[64];
+    std::snprintf(name, sizeof name, "block %u,%u,%u thread %u,%u,%u", blockIdx.x, blockIdx.y,
+                  blockIdx.z, fiber.index.x, fiber.index.y, fiber.index.z);
+    __tsan_set_fiber_name(fiber.tsan, name);
+  }
 }
 
 void Block::RunOne(uint64_t number) {
@@ -369,6 +400,10 @@ uint64_t Block::Collective(const WarpOp& op, unsigned mask, uint64_t in, uint64_
   me.where = where;
   me.doing = op.name;
   if ((mask & Bit(me.lane)) == 0) ReportAt(where, "the calling lane is not in its own mask");
+  if ((mask & warp.exited) != 0) {
+    ReportAt(where, std::string("divergence: the mask of this ") + op.name +
+                        " names lanes that have ended\n" + Threads());
+  }
   warp.lanes.in[me.lane] = in;
   warp.lanes.aux[me.lane] = aux;
   int number = 0;
@@ -383,8 +418,8 @@ uint64_t Block::Collective(const WarpOp& op, unsigned mask, uint64_t in, uint64_
   group.arrived |= Bit(me.lane);
   const bool ordered = sanitizer::HasThread() && (op.orders_memory || options().lenient);
   if (ordered) sanitizer::Release(InTag(me));
-  if (group.arrived == (mask & warp.exists & ~warp.exited)) {
-    Complete(warp, number, &me);
+  if (group.arrived == (mask & warp.exists)) {
+    Complete(warp, number, me);
   } else {
     me.state = State::kInWarp;
     Yield(me);
@@ -393,8 +428,8 @@ uint64_t Block::Collective(const WarpOp& op, unsigned mask, uint64_t in, uint64_
   return warp.lanes.out[me.lane];
 }
 
-// By the last lane to arrive, or (me is null) by one that exits.
-void Block::Complete(Warp& warp, int group_number, Fiber* me) {
+// By the last lane to arrive.
+void Block::Complete(Warp& warp, int group_number, const Fiber& me) {
   const Group group = warp.groups[group_number];
   warp.groups[group_number] = warp.groups[--warp.group_count];
   if (group.op->full_warp && group.arrived != ~0U) {
@@ -403,8 +438,6 @@ void Block::Complete(Warp& warp, int group_number, Fiber* me) {
   }
   ++stats_.collectives;
   if (sanitizer::HasThread() && (group.op->orders_memory || options().lenient)) {
-    const Fiber* as = me != nullptr ? me : warp.fibers + std::countr_zero(group.arrived);
-    const sanitizer::AsFiber in_its_name(as->tsan);
     for (unsigned lanes = group.arrived; lanes != 0; lanes &= lanes - 1) {
       sanitizer::Acquire(InTag(warp.fibers[std::countr_zero(lanes)]));
     }
@@ -414,7 +447,7 @@ void Block::Complete(Warp& warp, int group_number, Fiber* me) {
   }
   warp.lanes.mask = group.arrived;
   group.op->run(warp.lanes);
-  Wake(warp, me != nullptr ? group.arrived & ~Bit(me->lane) : group.arrived);
+  Wake(warp, group.arrived & ~Bit(me.lane));
 }
 
 // ---------------------------------------------------------------------------- shared memory

@@ -73,6 +73,7 @@ struct Warp {
   unsigned exited;
   unsigned runnable;  // waiting for its turn
   unsigned at_barrier;
+  unsigned patient;             // can run, but wants all others to go first
   Fiber* fibers;                // of lane 0
   uint8_t order[kWarpSize];     // lanes as they take turns
   uint8_t position[kWarpSize];  // of a lane in `order`
@@ -113,7 +114,8 @@ class Block {
   uint64_t Collective(const WarpOp& op, unsigned mask, uint64_t in, uint64_t aux,
                       const Where& where);
   void* TakeShared(int64_t index, int64_t bytes, const Where& where);
-  void AsyncWait(int keep);
+  // Returns when no other thread can run without waiting likewise.
+  void LetOthersGoFirst();
   // A list of threads and where they are, for reports.
   std::string Threads() const;
   std::string Description() const;
@@ -122,13 +124,15 @@ class Block {
   static void FiberMain();
   void RunOne(uint64_t number);
   void Prepare(uint64_t number);
+  void NameTsanFibers() const;
   void Exit(Fiber& me);
   Fiber* Next(int warp_number);
+  Fiber* NextRunnable(int warp_number);
   Fiber* FirstAtBarrier();
   void Yield(Fiber& me);
   void Jump(Context* save, Context* load, Fiber* to, bool last);
   void OpenBarrier(Fiber& as);
-  void Complete(Warp& warp, int group_number, Fiber* me);
+  void Complete(Warp& warp, int group_number, const Fiber& me);
   void CheckPieces();
   void FreePiece(Piece& piece);
   [[noreturn]] void Deadlock();
@@ -148,6 +152,7 @@ class Block {
   std::vector<Warp> warps_;
   std::vector<int> warp_order_;
   std::vector<int> warp_position_;
+  bool has_patient_ = false;
   std::vector<Piece> pieces_;
   int piece_count_ = 0;
   int64_t shared_used_ = 0;
@@ -177,7 +182,6 @@ inline bool SamePlace(const Where& a, const Where& b) {
          (a.file_name() == b.file_name() || std::string_view(a.file_name()) == b.file_name());
 }
 std::string PlaceName(const Where& where);
-bool TakesPart(const Warp& warp, int lane);
 // Adds to what TakeStats gives.
 void AddStats(const Stats& stats);
 

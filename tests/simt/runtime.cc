@@ -244,8 +244,10 @@ void AsyncCommit() {
 }
 
 void AsyncWait(int keep) {
-  Running("cp.async.wait_group");
+  Block& block = Running("cp.async.wait_group");
   CopyQueue& queue = current_fiber->async;
+  if (queue.groups.size() - queue.landed_groups <= static_cast<size_t>(keep)) return;
+  block.LetOthersGoFirst();  // copies arrive as late as they can
   while (queue.groups.size() - queue.landed_groups > static_cast<size_t>(keep)) {
     const size_t end = queue.groups[queue.landed_groups++].copies;
     for (; queue.landed_copies < end; ++queue.landed_copies) {
