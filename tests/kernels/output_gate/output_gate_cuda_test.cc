@@ -90,7 +90,8 @@ TEST_F(OutputGateCuda, AgreesWithReference) {
       }
       for (int64_t i = 0; i < width; ++i) {
         const auto at = static_cast<size_t>(t * width + i);
-        dout_size[at] = r * weight_at(i) * dn(i) + (c.norm ? r * r * r * mean : 0.0) * std::abs(od[at]);
+        dout_size[at] =
+            r * weight_at(i) * dn(i) + (c.norm ? r * r * r * mean : 0.0) * std::abs(od[at]);
         // 1 - s loses digits where s is near 1: relative to s itself.
         dz_size[at] = r * weight_at(i) * dn(i) * std::abs(od[at]);
         dw_size[static_cast<size_t>(i)] += dn(i) * std::abs(od[at]) * r;
@@ -124,7 +125,8 @@ TEST_F(OutputGateCuda, AgreesWithReference) {
 // Gates far from zero: sigmoid must end at 0 and 1, not at NaN.
 TEST_F(OutputGateCuda, SaturatesWithoutOverflow) {
   Matrix o = Matrix::Filled(1, 8, 2.0F), z(1, 8), dy = Matrix::Filled(1, 8, 1.0F);
-  const std::vector<float> gates = {-3e38F, -1000.0F, -100.0F, -80.0F, 80.0F, 100.0F, 1000.0F, 3e38F};
+  const std::vector<float> gates = {-3e38F, -1000.0F, -100.0F, -80.0F,
+                                    80.0F,  100.0F,   1000.0F, 3e38F};
   for (int64_t i = 0; i < 8; ++i) z.at(0, i) = gates[static_cast<size_t>(i)];
   const DeviceMatrix dev_o(DType::kBF16, o), dev_z(DType::kBF16, z), dev_dy(DType::kBF16, dy);
   const DeviceMatrix y(DType::kBF16, 1, 8), dout(DType::kBF16, 1, 8), dz(DType::kBF16, 1, 8);

@@ -32,7 +32,8 @@ TEST_F(QkNormRopeCuda, TableRoundsTheAngleAsTheCpuDoes) {
     // Both are float64 results, off by a unit or two of theirs, rounded to float32: equal but where
     // the two lie on different sides of a tie, 2^-28 of all, and then a unit of float32 apart.
     const auto near = [](const Matrix& expected) {
-      return [values = expected.values()](size_t i) { return 2.01 * kF32Round * std::abs(values[i]); };
+      return
+          [values = expected.values()](size_t i) { return 2.01 * kF32Round * std::abs(values[i]); };
     };
     ExpectClose(cos.Download(), host_cos.values(), near(host_cos));
     ExpectClose(sin.Download(), host_sin.values(), near(host_sin));
@@ -64,7 +65,7 @@ std::vector<Case> Cases() {
     cases.push_back({tokens, 1, 32, true, true});
   }
   if (!kSlowBuild) {
-    cases.push_back({2, 130, 16, true, true});      // heads in two blocks
+    cases.push_back({2, 130, 16, true, true});       // heads in two blocks
     cases.push_back({8200 + 7, 1, 16, true, true});  // more tokens than 8 for each of 1024 blocks
   }
   return cases;
@@ -116,7 +117,8 @@ TEST_F(QkNormRopeCuda, AgreesWithReference) {
     std::vector<double> dw_size = Absolute(old_dweight.values());
     for (int64_t h = 0; h < tokens * c.heads; ++h) {
       double square = 0;
-      for (int64_t i = 0; i < c.d; ++i) square += xd[static_cast<size_t>(h * c.d + i)] * xd[static_cast<size_t>(h * c.d + i)];
+      for (int64_t i = 0; i < c.d; ++i)
+        square += xd[static_cast<size_t>(h * c.d + i)] * xd[static_cast<size_t>(h * c.d + i)];
       const double r = c.norm ? 1.0 / std::sqrt(square / static_cast<double>(c.d) + kEps) : 1.0;
       const auto pair = [&](const std::vector<double>& v, int64_t i, bool weighted) {
         double sum = 0;
@@ -129,14 +131,16 @@ TEST_F(QkNormRopeCuda, AgreesWithReference) {
       };
       double mean = 0;
       for (int64_t i = 0; i < c.d; ++i) {
-        mean += pair(dyd, i, false) * std::abs(wd[static_cast<size_t>(i)] * xd[static_cast<size_t>(h * c.d + i)]) /
+        mean += pair(dyd, i, false) *
+                std::abs(wd[static_cast<size_t>(i)] * xd[static_cast<size_t>(h * c.d + i)]) /
                 static_cast<double>(c.d);
       }
       for (int64_t i = 0; i < c.d; ++i) {
         const auto at = static_cast<size_t>(h * c.d + i);
         const double dn = pair(dyd, i, false);
         size[at] = r * pair(xd, i, true);
-        dx_size[at] = c.norm ? r * std::abs(wd[static_cast<size_t>(i)]) * dn + r * r * r * mean * std::abs(xd[at])
+        dx_size[at] = c.norm ? r * std::abs(wd[static_cast<size_t>(i)]) * dn +
+                                   r * r * r * mean * std::abs(xd[at])
                              : dn;
         dw_size[static_cast<size_t>(i)] += dn * std::abs(xd[at]) * r;
       }
