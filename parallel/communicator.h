@@ -2,9 +2,9 @@
 // (CPU buffers); a CUDA build adds `nccl` behind the same interface.
 //
 // Every call is collective: all ranks of the communicator call it in the same order with matching
-// sizes. Sums of floating point numbers are added in rank order, so they have the same bits in
-// every run and on every rank. Failures of the library below end in COMM-FAILED (exit 71) with
-// operation, rank and host.
+// sizes. Sums of floating point numbers are added over ranks by the tree of parallel/ordered_sum.h,
+// so they have the same bits in every run and on every rank. Failures of the library below end in
+// COMM-FAILED (exit 71) with operation, rank and host.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ class Communicator {
   virtual Status AllReduce(std::span<int64_t> values, Reduce op) = 0;
 
   // `send` [sum of counts] holds every rank's contribution to all segments; `recv` [counts[rank]]
-  // becomes the sum over ranks, in rank order, of segment `rank`. May not overlap.
+  // becomes the sum over ranks of segment `rank`. May not overlap.
   virtual Status ReduceScatterSum(std::span<const float> send, std::span<const int64_t> counts,
                                   std::span<float> recv) = 0;
 

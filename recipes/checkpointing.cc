@@ -228,6 +228,7 @@ StatusOr<LoadedModel> LoadModel(const std::string& path) {
     SALA_ASSIGN_OR_RETURN(HfFolder folder, LoadHfFolder(path));
     loaded.config = std::move(folder.config);
     loaded.params = std::move(folder.params);
+    loaded.tokenizer_fingerprint = folder.tokenizer_fingerprint;
     loaded.origin = {{"path", path}, {"save_id", ""}};
     return loaded;
   }
@@ -236,6 +237,7 @@ StatusOr<LoadedModel> LoadModel(const std::string& path) {
   loaded.params = model::ParameterStore(model::ParameterSpecs(loaded.config));
   SALA_RETURN_IF_ERROR(LoadParameters(checkpoint, loaded.params));
   loaded.origin = {{"path", path}, {"save_id", checkpoint.info().save_id}};
+  loaded.tokenizer_fingerprint = checkpoint.info().tokenizer_fingerprint;
   loaded.checkpoint.emplace(std::move(checkpoint));
   return loaded;
 }

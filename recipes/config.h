@@ -49,8 +49,14 @@ struct BatchConfig {
   int64_t global_batch_tokens = 0;    // a multiple of seq_len_tokens; not necessarily of the ranks
   int64_t micro_batch_sequences = 1;  // sequences per forward pass of a rank
   int64_t steps = 0;
+  // Gradients, losses and norms are added in an order that does not know the number of ranks: 1, 2,
+  // 4, ... ranks give the same bits.
+  bool rank_independent_sums = false;
 
   int64_t global_batch_sequences() const { return global_batch_tokens / seq_len_tokens; }
+  int64_t micro_batches() const {  // of a step, the last one perhaps smaller
+    return (global_batch_sequences() + micro_batch_sequences - 1) / micro_batch_sequences;
+  }
   void Bind(ConfigBinder& b);
 };
 

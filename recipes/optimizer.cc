@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
 
 #include "kernels/adamw/adamw.h"
@@ -17,6 +18,10 @@ bool InLinearMixer(const model::ModelConfig& model, const std::string& name) {
   const int64_t layer = std::stoll(name.substr(sizeof(kPrefix) - 1));
   return model.mixer(layer) == model::MixerType::kLightning;
 }
+
+// At most 1024 pieces, so that they are one short message and a shard is at most a thousandth of
+// the buffer larger than another; a multiple of the alignment of shards.
+int64_t NormPiece(int64_t n) { return std::max<int64_t>(1, (n + 16383) / 16384) * 16; }
 
 }  // namespace
 
@@ -50,10 +55,18 @@ double WeightDecay(const OptimizerConfig& config, const model::ParameterSpec& sp
 Optimizer::Optimizer(const OptimizerConfig& config, const model::ModelConfig& model,
                      model::ParameterStore& params,
                      const std::function<bool(const model::ParameterSpec&)>& trainable,
-                     const parallel::Mesh& mesh)
+                     const parallel::Mesh& mesh, bool rank_independent)
     : config_(config), params_(params), mesh_(mesh) {
   const bool split = mesh.config().zero_stage >= 1;
-  partition_ = parallel::FlatPartition::Even(params.size(), mesh.dp_size());
+  if (rank_independent) {
+    const int64_t piece = NormPiece(params.size());
+    partition_ = parallel::FlatPartition::Even(params.size(), mesh.dp_size(), piece);
+    for (int64_t begin = 0; begin < params.size(); begin += piece) norm_borders_.push_back(begin);
+    norm_borders_.push_back(params.size());
+  } else {
+    partition_ = parallel::FlatPartition::Even(params.size(), mesh.dp_size());
+    norm_borders_ = partition_.begin;
+  }
   begin_ = split ? partition_.begin[static_cast<size_t>(mesh.dp_rank())] : 0;
   end_ = split ? partition_.begin[static_cast<size_t>(mesh.dp_rank()) + 1] : params.size();
   for (const model::ParameterSpec& spec : params.specs()) {
@@ -72,6 +85,25 @@ Optimizer::Optimizer(const OptimizerConfig& config, const model::ModelConfig& mo
   exp_avg_sq_.resize(n);
 }
 
+// Of the whole gradient, of which this rank has its shard: a sum for each piece, zero where another
+// rank has it, added in order of the pieces.
+StatusOr<double> Optimizer::SumOfSquares(const Context& ctx, const float* shard) {
+  const auto rank = static_cast<size_t>(mesh_.dp_rank());
+  const int64_t shard_begin = partition_.begin[rank];
+  const int64_t shard_end = partition_.begin[rank + 1];
+  std::vector<double> pieces(norm_borders_.size() - 1, 0.0);
+  for (size_t p = 0; p < pieces.size(); ++p) {
+    const int64_t begin = norm_borders_[p];
+    const int64_t end = norm_borders_[p + 1];
+    if (begin < shard_begin || end > shard_end || begin == end) continue;
+    pieces[p] =
+        kernels::SumOfSquares(ctx, ConstTensor(shard + (begin - shard_begin), {end - begin}));
+  }
+  SALA_RETURN_IF_ERROR(
+      mesh_.dp_group().AllReduce(std::span<double>(pieces), parallel::Reduce::kSum));
+  return std::accumulate(pieces.begin(), pieces.end(), 0.0);
+}
+
 StatusOr<UpdateResult> Optimizer::Update(const Context& ctx, model::ParameterStore& gradients,
                                          double learning_rate, bool loss_finite) {
   parallel::Communicator& group = mesh_.dp_group();
@@ -84,10 +116,7 @@ StatusOr<UpdateResult> Optimizer::Update(const Context& ctx, model::ParameterSto
   SALA_RETURN_IF_ERROR(
       group.ReduceScatterSum({gradients.data(), static_cast<size_t>(gradients.size())},
                              partition_.counts, {shard, static_cast<size_t>(shard_count)}));
-  double sum_of_squares =
-      shard_count == 0 ? 0.0 : kernels::SumOfSquares(ctx, ConstTensor(shard, {shard_count}));
-  SALA_RETURN_IF_ERROR(
-      group.AllReduce(std::span<double>(&sum_of_squares, 1), parallel::Reduce::kSum));
+  SALA_ASSIGN_OR_RETURN(const double sum_of_squares, SumOfSquares(ctx, shard));
   if (!split) {
     SALA_RETURN_IF_ERROR(
         group.AllGather({shard, static_cast<size_t>(shard_count)}, partition_.counts, grad_));

@@ -24,11 +24,12 @@ struct UpdateResult {
 class Optimizer {
  public:
   // `trainable` decides per tensor; frozen tensors keep their bits. The store must outlive the
-  // optimizer. float32 parameters are their own masters.
+  // optimizer. float32 parameters are their own masters. `rank_independent`: the global norm is
+  // added from pieces whose borders do not depend on the number of ranks.
   Optimizer(const OptimizerConfig& config, const model::ModelConfig& model,
             model::ParameterStore& params,
             const std::function<bool(const model::ParameterSpec&)>& trainable,
-            const parallel::Mesh& mesh);
+            const parallel::Mesh& mesh, bool rank_independent = false);
 
   // Sums `gradients` (same layout as the store, destroyed) over the ranks, clips, updates this
   // rank's part, gathers the parameters. `loss_finite` must be the same on all ranks.
@@ -47,6 +48,8 @@ class Optimizer {
   int64_t end() const { return end_; }
 
  private:
+  StatusOr<double> SumOfSquares(const Context& ctx, const float* shard);
+
   // The part of one tensor that lies in this rank's range and is updated.
   struct Segment {
     const model::ParameterSpec* spec;
@@ -58,6 +61,7 @@ class Optimizer {
   model::ParameterStore& params_;
   const parallel::Mesh& mesh_;
   parallel::FlatPartition partition_;
+  std::vector<int64_t> norm_borders_;  // of the pieces of the norm; a shard is some of them
   int64_t begin_ = 0;
   int64_t end_ = 0;
   std::vector<Segment> segments_;

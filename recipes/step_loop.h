@@ -83,6 +83,10 @@ StepLoopSummary SummaryOf(const Checkpoint& checkpoint);
 // STOPPED (exit 75), after the status file says so.
 Status Stopped(Session& session, const std::string& stage);
 
+// CFG-MESH (78) when the micro-batches of a step cannot be shared out over this many ranks as
+// `rank_independent_sums` asks.
+Status CheckShares(const BatchConfig& batch, int ranks);
+
 // Samples as one packed micro-batch, padding dropped.
 model::Batch MakeBatch(const std::vector<data::PackedSample>& samples);
 

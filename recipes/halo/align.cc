@@ -5,6 +5,7 @@
 #include "kernels/mse/mse.h"
 #include "kernels/qk_norm_rope/qk_norm_rope.h"
 #include "model/mixer.h"
+#include "parallel/ordered_sum.h"
 #include "recipes/halo/transfer.h"
 
 namespace sala::recipes {
@@ -158,12 +159,15 @@ std::vector<std::pair<std::string, double>> AlignTask::Values(std::span<const do
 StatusOr<std::vector<std::pair<std::string, double>>> AlignTask::Evaluate(
     const Context& ctx, Arena& arena, const std::vector<model::Batch>& batches,
     parallel::Communicator& comm) {
-  std::vector<double> sums(static_cast<size_t>(config_.num_hidden_layers) * kLayerSums + 1, 0.0);
-  for (const model::Batch& batch : batches) {
-    Pass(ctx, arena, batch, 1.0, {}, std::span<double>(sums).first(sums.size() - 1));
-    sums.back() += static_cast<double>(batch.size());
+  const int64_t width = config_.num_hidden_layers * kLayerSums + 1;
+  std::vector<double> mine(batches.size() * static_cast<size_t>(width), 0.0);
+  for (size_t i = 0; i < batches.size(); ++i) {
+    const std::span<double> sums =
+        std::span(mine).subspan(i * static_cast<size_t>(width), static_cast<size_t>(width));
+    Pass(ctx, arena, batches[i], 1.0, {}, sums.first(sums.size() - 1));
+    sums.back() = static_cast<double>(batches[i].size());
   }
-  SALA_RETURN_IF_ERROR(comm.AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
+  SALA_ASSIGN_OR_RETURN(const std::vector<double> sums, parallel::SumDealtItems(comm, mine, width));
   return Values(std::span<const double>(sums).first(sums.size() - 1),
                 {.tokens = static_cast<int64_t>(sums.back())});
 }

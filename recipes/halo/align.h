@@ -36,8 +36,8 @@ class AlignTask : public StepTask {
                                                      const StepCounts& counts) const override;
   StatusOr<std::vector<std::pair<std::string, double>>> Validate(Session& session) override;
 
-  // Values() of all held-out batches given, without gradients; `comm` sums over its ranks, each
-  // having its own batches.
+  // Values() of all held-out batches given, without gradients; collective over `comm`, to
+  // whose ranks the batches are dealt: batch i lies on rank i mod P.
   StatusOr<std::vector<std::pair<std::string, double>>> Evaluate(
       const Context& ctx, Arena& arena, const std::vector<model::Batch>& batches,
       parallel::Communicator& comm);

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "model/loss.h"
+#include "parallel/ordered_sum.h"
 
 namespace sala::recipes {
 namespace {
@@ -47,7 +48,7 @@ StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const mod
                                      const model::Model& student,
                                      const std::vector<model::Batch>& batches,
                                      parallel::Communicator& comm) {
-  std::array<double, kReportSums> sums{};
+  std::vector<double> mine;
   const model::RunOptions options;
   for (const model::Batch& batch : batches) {
     const ArenaScope scope(arena);
@@ -59,15 +60,18 @@ StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const mod
          .student_logit_scale = student.logit_scale()},
         {}, {});
     const kernels::CrossEntropyResult student_loss = LossOf(ctx, student, student_hidden, batch);
-    sums[kReportKl] += kl.loss_sum;
-    sums[kReportEntropy] += kl.teacher_entropy;
-    sums[kReportAgree] += static_cast<double>(kl.agree);
-    sums[kReportTokens] += static_cast<double>(kl.tokens);
-    sums[kStudentLoss] += student_loss.loss_sum;
-    sums[kTeacherLoss] += LossOf(ctx, teacher, teacher_hidden, batch).loss_sum;
-    sums[kTargets] += static_cast<double>(student_loss.targets);
+    std::array<double, kReportSums> sums{};
+    sums[kReportKl] = kl.loss_sum;
+    sums[kReportEntropy] = kl.teacher_entropy;
+    sums[kReportAgree] = static_cast<double>(kl.agree);
+    sums[kReportTokens] = static_cast<double>(kl.tokens);
+    sums[kStudentLoss] = student_loss.loss_sum;
+    sums[kTeacherLoss] = LossOf(ctx, teacher, teacher_hidden, batch).loss_sum;
+    sums[kTargets] = static_cast<double>(student_loss.targets);
+    mine.insert(mine.end(), sums.begin(), sums.end());
   }
-  SALA_RETURN_IF_ERROR(comm.AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
+  SALA_ASSIGN_OR_RETURN(const std::vector<double> sums,
+                        parallel::SumDealtItems(comm, mine, kReportSums));
   const double tokens = std::max(1.0, sums[kReportTokens]);
   const double targets = std::max(1.0, sums[kTargets]);
   return DistilReport{.tokens = static_cast<int64_t>(sums[kReportTokens]),

@@ -33,13 +33,13 @@ struct DistilReport {
   double teacher_entropy = 0;  // nats per token
 };
 
-// Collective over `comm`, each rank having its own batches.
+// Collective over `comm`, to whose ranks the batches are dealt: batch i lies on rank i mod P.
 StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const model::Model& teacher,
                                      const model::Model& student,
                                      const std::vector<model::Batch>& batches,
                                      parallel::Communicator& comm);
 
-// This rank's batches of a held-out set.
+// This rank's batches of a held-out set, dealt likewise.
 StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& set,
                                                    const parallel::Mesh& mesh);
 

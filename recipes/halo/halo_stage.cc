@@ -505,6 +505,7 @@ Status CheckHaloInputs(Session& session, const StageConfig& stage) {
       {"align", &stage.halo->align}, {"distil", &stage.halo->distil}};
   if (stage.halo->finetune) phases.emplace_back("finetune", &*stage.halo->finetune);
   for (const auto& [phase, config] : phases) {
+    SALA_RETURN_IF_ERROR(CheckShares(config->batch, session.world().size()));
     SALA_ASSIGN_OR_RETURN(
         const auto stream,
         data::SampleStream::Open(stage.data, stage.name + "/" + phase, config->batch.seq_len_tokens,
