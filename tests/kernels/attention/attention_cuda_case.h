@@ -101,90 +101,215 @@ class DeviceAttention {
   DeviceMatrix qkv_, dout_, out_, lse_, dqkv_;
 };
 
-// Root mean square of the error is at most kAcceptance of that of the result.
-inline void ExpectAccepted(const Matrix& found, const std::vector<double>& expected,
-                           const char* name) {
-  const auto values = found.values();
-  ASSERT_EQ(values.size(), expected.size());
-  double error = 0;
-  double size = 0;
-  for (size_t i = 0; i < values.size(); ++i) {
-    error += (values[i] - expected[i]) * (values[i] - expected[i]);
-    size += expected[i] * expected[i];
-  }
-  EXPECT_LE(std::sqrt(error), kAcceptance * std::sqrt(size)) << name;
-}
+// The bounds of one document, a row or a key at a time. `lse` and delta come from the results when
+// those are given (long documents: they are inputs of the backward pass, and checked by sample).
+class Bf16Reference {
+ public:
+  static constexpr double kRound = 1.01 * kBf16Round;
+  struct Values {
+    std::vector<double> expected, bound;
+    explicit Values(int64_t d = 0)
+        : expected(static_cast<size_t>(d)), bound(static_cast<size_t>(d)) {}
+  };
 
-// One document: results in `c` against the reference with the same keys per query.
-inline void ExpectMatchesReferenceInBf16(
-    const AttentionCase& c, const reference::Attends& attends = reference::AttendsAll) {
-  constexpr double kRound = 1.01 * kBf16Round;
-  const reference::AttentionShape shape = c.Shape();
-  const auto d = static_cast<size_t>(shape.d);
-  const auto q = c.q.values();
-  const auto k = c.k.values();
-  const auto v = c.v.values();
-  const auto dout = c.dout.values();
-  std::vector<double> v_size(v);
-  for (double& x : v_size) x = std::abs(x);
-  const AttentionBounds bounds(shape, q, k, v);
-  const auto forward = reference::AttentionForward(shape, q, k, v, attends);
-  const auto size = reference::AttentionForward(shape, q, k, v_size, attends);
-  std::vector<double> out_bound(forward.out.size());
-  for (size_t i = 0; i < out_bound.size(); ++i) {
-    out_bound[i] = kRound * (size.out[i] + std::abs(forward.out[i])) + 2 * bounds.Out();
-  }
-  ExpectClose(c.out, forward.out, [&](size_t i) { return out_bound[i]; });
-  ExpectClose(c.lse, forward.lse, [&](size_t i) { return 2 * bounds.Lse(forward.lse[i]); });
-  ExpectAccepted(c.out, forward.out, "out");
-
-  reference::AttentionGradients grad = {
-      std::vector<double>(q.size()), std::vector<double>(k.size()), std::vector<double>(v.size())};
-  reference::AttentionGradients limit = grad;
-  // P and dS in float32: twice AttentionBounds' factor of gradients, |lse| below 30.
-  const double float_error =
-      8 * bounds.OutFactor() + (240 + 4 * static_cast<double>(d)) * kF32Round;
-  double v_max = 0;
-  for (double x : v_size) v_max = std::max(v_max, x);
-  for (int64_t t = 0; t < shape.n; ++t) {
-    for (int64_t h = 0; h < shape.query_heads; ++h) {
-      const int64_t g = h / shape.group();
-      const size_t row = shape.Query(t, h);
-      const double delta = reference::Dot(&dout[row], &forward.out[row], shape.d);
-      double delta_error = 0;
-      double dout_sum = 0;
-      for (size_t i = 0; i < d; ++i) {
-        delta_error += std::abs(dout[row + i]) * out_bound[row + i];
-        dout_sum += std::abs(dout[row + i]);
-      }
-      for (int64_t j = 0; j <= t; ++j) {
-        if (!attends(t, g, j)) continue;
-        const size_t key = shape.Key(j, g);
-        const double p = std::exp(shape.scale * reference::Dot(&q[row], &k[key], shape.d) -
-                                  forward.lse[static_cast<size_t>(t * shape.query_heads + h)]);
-        const double ds = p * (reference::Dot(&dout[row], &v[key], shape.d) - delta);
-        const double ds_error = shape.scale * (kRound * std::abs(ds) + p * delta_error +
-                                               float_error * p * 2 * dout_sum * v_max);
-        for (size_t i = 0; i < d; ++i) {
-          grad.dq[row + i] += shape.scale * ds * k[key + i];
-          grad.dk[key + i] += shape.scale * ds * q[row + i];
-          grad.dv[key + i] += p * dout[row + i];
-          limit.dq[row + i] += ds_error * std::abs(k[key + i]);
-          limit.dk[key + i] += ds_error * std::abs(q[row + i]);
-          limit.dv[key + i] += (kRound + float_error) * p * std::abs(dout[row + i]);
+  Bf16Reference(const AttentionCase& c, const reference::Attends& attends, bool statistics_of_case)
+      : shape_(c.Shape()),
+        attends_(attends),
+        q_(c.q.values()),
+        k_(c.k.values()),
+        v_(c.v.values()),
+        v_size_(v_),
+        dout_(c.dout.values()),
+        bounds_(shape_, q_, k_, v_) {
+    for (double& x : v_size_) {
+      x = std::abs(x);
+      v_max_ = std::max(v_max_, x);
+    }
+    const auto rows = static_cast<size_t>(shape_.n * shape_.query_heads);
+    lse_.resize(rows);
+    delta_.resize(rows);
+    delta_error_.resize(rows);
+    // Twice AttentionBounds' factor of gradients, |lse| below 30.
+    float_error_ = 8 * bounds_.OutFactor() + (240 + 4 * static_cast<double>(shape_.d)) * kF32Round;
+    const auto outs = statistics_of_case ? c.out.values() : std::vector<double>();
+    for (int64_t t = 0; t < shape_.n; ++t) {
+      for (int64_t h = 0; h < shape_.query_heads; ++h) {
+        const size_t i = Row(t, h);
+        const double* grad = &dout_[shape_.Query(t, h)];
+        if (statistics_of_case) {
+          lse_[i] = c.lse.at(t, h);
+          delta_[i] = reference::Dot(grad, &outs[shape_.Query(t, h)], shape_.d);
+          continue;
+        }
+        const Values out = Out(t, h, &lse_[i]);
+        delta_[i] = reference::Dot(grad, out.expected.data(), shape_.d);
+        for (size_t x = 0; x < out.bound.size(); ++x) {
+          delta_error_[i] += std::abs(grad[x]) * out.bound[x];
         }
       }
     }
   }
-  const auto expect = [&shape](const Matrix& found, const std::vector<double>& expected,
-                               const std::vector<double>& bound, const char* name) {
-    ExpectClose(found, expected,
-                [&](size_t i) { return bound[i] + kRound * std::abs(expected[i]) + 1e-38; });
-    if (shape.n >= 15) ExpectAccepted(found, expected, name);
+
+  const reference::AttentionShape& shape() const { return shape_; }
+  double Lse(int64_t t, int64_t h) const { return lse_[Row(t, h)]; }
+  double LseBound(double lse) const { return 2 * bounds_.Lse(lse); }
+
+  Values Out(int64_t t, int64_t h, double* lse) const {
+    Values out(shape_.d);
+    std::vector<double> size(out.bound.size());
+    *lse = reference::AttendRow(shape_, q_, k_, v_, attends_, t, h, out.expected.data());
+    reference::AttendRow(shape_, q_, k_, v_size_, attends_, t, h, size.data());
+    for (size_t i = 0; i < size.size(); ++i) {
+      out.bound[i] = kRound * (size[i] + std::abs(out.expected[i])) + 2 * bounds_.Out();
+    }
+    return out;
+  }
+
+  Values QueryGradient(int64_t t, int64_t h) const {
+    Values dq(shape_.d);
+    const int64_t g = h / shape_.group();
+    for (int64_t j = 0; j <= t; ++j) {
+      if (attends_(t, g, j)) Add(Pair(t, h, j), &k_[shape_.Key(j, g)], dq);
+    }
+    Close(dq);
+    return dq;
+  }
+
+  void KeyGradients(int64_t j, int64_t g, Values* dk, Values* dv) const {
+    *dk = *dv = Values(shape_.d);
+    for (int64_t t = j; t < shape_.n; ++t) {
+      if (!attends_(t, g, j)) continue;
+      for (int64_t h = g * shape_.group(); h < (g + 1) * shape_.group(); ++h) {
+        const PairTerms pair = Pair(t, h, j);
+        Add(pair, &q_[shape_.Query(t, h)], *dk);
+        const double* grad = &dout_[shape_.Query(t, h)];
+        for (size_t i = 0; i < dv->expected.size(); ++i) {
+          dv->expected[i] += pair.p * grad[i];
+          dv->bound[i] += (kRound + float_error_) * pair.p * std::abs(grad[i]);
+        }
+      }
+    }
+    Close(*dk);
+    Close(*dv);
+  }
+
+ private:
+  struct PairTerms {
+    double p, ds, ds_error;  // the last two with scale
   };
-  expect(c.dq, grad.dq, limit.dq, "dq");
-  expect(c.dk, grad.dk, limit.dk, "dk");
-  expect(c.dv, grad.dv, limit.dv, "dv");
+  size_t Row(int64_t t, int64_t h) const { return static_cast<size_t>(t * shape_.query_heads + h); }
+  PairTerms Pair(int64_t t, int64_t h, int64_t j) const {
+    const int64_t g = h / shape_.group();
+    const double* query = &q_[shape_.Query(t, h)];
+    const double* grad = &dout_[shape_.Query(t, h)];
+    double grad_sum = 0;
+    for (int64_t i = 0; i < shape_.d; ++i) grad_sum += std::abs(grad[i]);
+    const size_t key = shape_.Key(j, g);
+    PairTerms pair = {};
+    pair.p = std::exp(shape_.scale * reference::Dot(query, &k_[key], shape_.d) - lse_[Row(t, h)]);
+    const double ds = pair.p * (reference::Dot(grad, &v_[key], shape_.d) - delta_[Row(t, h)]);
+    pair.ds = shape_.scale * ds;
+    pair.ds_error =
+        shape_.scale * (kRound * std::abs(ds) +
+                        pair.p * (delta_error_[Row(t, h)] + float_error_ * 2 * grad_sum * v_max_));
+    return pair;
+  }
+  static void Add(const PairTerms& pair, const double* factor, Values& sum) {
+    for (size_t i = 0; i < sum.expected.size(); ++i) {
+      sum.expected[i] += pair.ds * factor[i];
+      sum.bound[i] += pair.ds_error * std::abs(factor[i]);
+    }
+  }
+  static void Close(Values& sum) {
+    for (size_t i = 0; i < sum.expected.size(); ++i) {
+      sum.bound[i] += kRound * std::abs(sum.expected[i]) + 1e-38;
+    }
+  }
+
+  const reference::AttentionShape shape_;
+  const reference::Attends& attends_;
+  const std::vector<double> q_, k_, v_;
+  std::vector<double> v_size_;
+  const std::vector<double> dout_;
+  const AttentionBounds bounds_;
+  double v_max_ = 0;
+  double float_error_ = 0;
+  std::vector<double> lse_, delta_, delta_error_;
+};
+
+// Compares parts of a result and keeps the sums of squares.
+class Comparison {
+ public:
+  explicit Comparison(const char* name) : name_(name) {}
+
+  void Expect(const Matrix& found, int64_t row, int64_t column,
+              const Bf16Reference::Values& values) {
+    for (size_t i = 0; i < values.expected.size(); ++i) {
+      const double value = found.at(row, column + static_cast<int64_t>(i));
+      const double error = value - values.expected[i];
+      ASSERT_TRUE(std::abs(error) <= values.bound[i])
+          << name_ << " of token " << row << ", element " << i << ": found " << value
+          << ", expected " << values.expected[i] << ", allowed " << values.bound[i];
+      error_ += error * error;
+      size_ += values.expected[i] * values.expected[i];
+    }
+  }
+  void ExpectAccepted() const {
+    EXPECT_LE(std::sqrt(error_), kAcceptance * std::sqrt(size_)) << name_;
+  }
+
+ private:
+  const char* name_;
+  double error_ = 0;
+  double size_ = 0;
+};
+
+// One document: results of the given tokens (out, lse, dq) and keys (dk, dv).
+inline void ExpectRowsMatch(const AttentionCase& c, const Bf16Reference& expected,
+                            const std::vector<int64_t>& tokens, const std::vector<int64_t>& keys) {
+  const reference::AttentionShape& shape = expected.shape();
+  Comparison out("out"), dq("dq"), dk("dk"), dv("dv");
+  for (const int64_t t : tokens) {
+    for (int64_t h = 0; h < shape.query_heads; ++h) {
+      double lse = 0;
+      out.Expect(c.out, t, h * shape.d, expected.Out(t, h, &lse));
+      ASSERT_NEAR(c.lse.at(t, h), lse, expected.LseBound(lse)) << "token " << t;
+      dq.Expect(c.dq, t, h * shape.d, expected.QueryGradient(t, h));
+      if (::testing::Test::HasFatalFailure()) return;
+    }
+  }
+  for (const int64_t j : keys) {
+    for (int64_t g = 0; g < shape.kv_heads; ++g) {
+      Bf16Reference::Values dk_values, dv_values;
+      expected.KeyGradients(j, g, &dk_values, &dv_values);
+      dk.Expect(c.dk, j, g * shape.d, dk_values);
+      dv.Expect(c.dv, j, g * shape.d, dv_values);
+      if (::testing::Test::HasFatalFailure()) return;
+    }
+  }
+  out.ExpectAccepted();
+  dv.ExpectAccepted();
+  if (shape.n >= 15) {
+    dq.ExpectAccepted();
+    dk.ExpectAccepted();
+  }
+}
+
+inline void ExpectMatchesReferenceInBf16(
+    const AttentionCase& c, const reference::Attends& attends = reference::AttendsAll) {
+  const Bf16Reference expected(c, attends, /*statistics_of_case=*/false);
+  std::vector<int64_t> all(static_cast<size_t>(c.t));
+  for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int64_t>(i);
+  ExpectRowsMatch(c, expected, all, all);
+}
+
+// With lse and delta of the case, for long documents. delta of the case has the error of the out it
+// is made of, which is the kernel's too.
+inline void ExpectSampleMatchesReference(const AttentionCase& c, const reference::Attends& attends,
+                                         const std::vector<int64_t>& tokens,
+                                         const std::vector<int64_t>& keys) {
+  const Bf16Reference expected(c, attends, /*statistics_of_case=*/true);
+  ExpectRowsMatch(c, expected, tokens, keys);
 }
 
 }  // namespace sala::kernels
