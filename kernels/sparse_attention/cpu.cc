@@ -128,6 +128,10 @@ void SparseAttentionForward(const Context& ctx, const ConstTensor& q, const Cons
                             const ConstTensor& v, std::span<const DocumentRange> documents,
                             const SparseAttentionConfig& config, float scale,
                             const ConstTensor& blocks, const Tensor& out, const Tensor& lse) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).SparseAttentionForward(ctx, q, k, v, documents, config, scale, blocks, out,
+                                            lse);
+  }
   CheckConfig(config);
   CheckBlocks(blocks, q.dim(0), k.dim(1), config);
   BlockAttentionForward(
@@ -140,6 +144,10 @@ void SparseAttentionBackward(const Context& ctx, const ConstTensor& q, const Con
                              const SparseAttentionConfig& config, float scale,
                              const ConstTensor& blocks, const Tensor& dq, const Tensor& dk,
                              const Tensor& dv) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).SparseAttentionBackward(ctx, q, k, v, out, lse, dout, documents, config, scale,
+                                             blocks, dq, dk, dv);
+  }
   CheckConfig(config);
   CheckBlocks(blocks, q.dim(0), k.dim(1), config);
   BlockAttentionBackward(

@@ -60,7 +60,11 @@ void SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTensor& k
                   std::span<const DocumentRange> documents, const SparseAttentionConfig& config,
                   float scale, const Tensor& blocks);
 
-// Shapes as AttentionForward; every document is treated as sparse, whatever its length.
+// Shapes as AttentionForward; every document is treated as sparse, whatever its length. On a GPU
+// also the number types and strides of AttentionForward, at most 16 query heads to a key/value head
+// and blocks of a multiple of 16 tokens; numbers in `blocks` that are no free block of their token
+// are passed over (the CPU aborts). The bits of a row depend on its document alone, but are not
+// those of dense attention where the budget covers the past: blocks come in another order.
 void SparseAttentionForward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                             const ConstTensor& v, std::span<const DocumentRange> documents,
                             const SparseAttentionConfig& config, float scale,
