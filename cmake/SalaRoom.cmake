@@ -6,7 +6,7 @@
 # -Wno-restrict: g++ 12 raises it wrongly for "literal" + std::string (GCC bug 105651).
 function(sala_compile_options TARGET)
   target_compile_options(${TARGET} PRIVATE
-    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Werror -Wshadow -Wnon-virtual-dtor -Wno-unused-parameter -Wno-restrict
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra $<$<BOOL:${SALA_WERROR}>:-Werror> -Wshadow -Wnon-virtual-dtor -Wno-unused-parameter -Wno-restrict
     -ffp-contract=off -fno-math-errno -fno-trapping-math>)
   target_include_directories(${TARGET} PUBLIC ${CMAKE_SOURCE_DIR})
   if(SALA_SANITIZE)
@@ -17,12 +17,16 @@ function(sala_compile_options TARGET)
   endif()
 endfunction()
 
-# sala_room(NAME [SHARED] USES rooms... LINKS libraries...): one library target sala_NAME of all .cc files below the folder, without
-# those in folders named cuda or nccl, which belong to the CUDA module (SalaCuda.cmake). SHARED: that module links the room too.
+# sala_room(NAME [SHARED] USES rooms... LINKS libraries... WITHOUT files...): one library target sala_NAME of all .cc files below
+# the folder, without those named, and those in folders named cuda or nccl, which belong to the CUDA module (SalaCuda.cmake).
+# SHARED: that module links the room too.
 function(sala_room NAME)
-  cmake_parse_arguments(ROOM "SHARED" "" "USES;LINKS" ${ARGN})
+  cmake_parse_arguments(ROOM "SHARED" "" "USES;LINKS;WITHOUT" ${ARGN})
   file(GLOB_RECURSE SOURCES CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/*.cc)
   list(FILTER SOURCES EXCLUDE REGEX "/(cuda|nccl)/")
+  foreach(FILE ${ROOM_WITHOUT})
+    list(REMOVE_ITEM SOURCES ${CMAKE_CURRENT_SOURCE_DIR}/${FILE})
+  endforeach()
   if(NOT SOURCES)  # a room that is headers only so far
     add_library(sala_${NAME} INTERFACE)
     foreach(USED ${ROOM_USES})

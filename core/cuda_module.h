@@ -17,7 +17,7 @@
 namespace sala {
 
 // Changes with every change of what passes between program and module.
-constexpr uint64_t kCudaModuleVersion = 1;
+constexpr uint64_t kCudaModuleVersion = 2;
 
 // A program and a module of different builds must not meet: the version, and the sizes of what they
 // share.

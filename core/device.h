@@ -84,6 +84,11 @@ class Device {
   virtual void Zero(void* device, size_t bytes) = 0;
   virtual void Synchronize() = 0;
 
+  // Points in time, for benchmarks: mark number `mark` (small, from 0; reused freely) lies behind the
+  // work queued so far. SecondsBetween waits for mark `to`. On a dry device 0.
+  virtual void MarkTime(int mark) = 0;
+  virtual double SecondsBetween(int from, int to) = 0;
+
   // The compute stream (a cudaStream_t), for code inside the module.
   virtual void* stream() const = 0;
   // The module's table of operations (kernels/cuda_kernels.h).

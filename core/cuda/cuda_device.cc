@@ -84,6 +84,9 @@ CudaDevice::~CudaDevice() {
     cudaEventDestroy(stage.done);
     cudaFreeHost(stage.data);
   }
+  for (cudaEvent_t mark : marks_) {
+    if (mark != nullptr) cudaEventDestroy(mark);
+  }
   cudaStreamDestroy(stream_);
 }
 
@@ -197,6 +200,26 @@ void CudaDevice::Zero(void* device, size_t bytes) {
 void CudaDevice::Synchronize() {
   if (options_.dry) return;
   Check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize", 0);
+}
+
+void CudaDevice::MarkTime(int mark) {
+  if (options_.dry) return;
+  const auto i = static_cast<size_t>(mark);
+  if (marks_.size() <= i) marks_.resize(i + 1, nullptr);
+  if (marks_[i] == nullptr) Check(cudaEventCreate(&marks_[i]), "cudaEventCreate", 0);
+  Check(cudaEventRecord(marks_[i], stream_), "cudaEventRecord", 0);
+}
+
+double CudaDevice::SecondsBetween(int from, int to) {
+  if (options_.dry) return 0;
+  const auto limit = static_cast<int>(marks_.size());
+  SALA_CHECK(from >= 0 && from < limit && to >= 0 && to < limit) << "marks are set before";
+  const cudaEvent_t first = marks_[static_cast<size_t>(from)];
+  const cudaEvent_t last = marks_[static_cast<size_t>(to)];
+  Check(cudaEventSynchronize(last), "cudaEventSynchronize", 0);
+  float milliseconds = 0;
+  Check(cudaEventElapsedTime(&milliseconds, first, last), "cudaEventElapsedTime", 0);
+  return static_cast<double>(milliseconds) * 1e-3;
 }
 
 }  // namespace sala

@@ -40,6 +40,8 @@ class CudaDevice final : public Device {
   void Copy(void* to, const void* from, size_t bytes) override;
   void Zero(void* device, size_t bytes) override;
   void Synchronize() override;
+  void MarkTime(int mark) override;
+  double SecondsBetween(int from, int to) override;
 
   void* stream() const override { return stream_; }
   const void* kernel_table() const override { return kernel_table_; }
@@ -77,6 +79,7 @@ class CudaDevice final : public Device {
   cudaStream_t stream_ = nullptr;
   std::vector<Stage> stages_;
   size_t next_stage_ = 0;
+  std::vector<cudaEvent_t> marks_;  // null where a number was not used yet
   std::vector<std::pair<std::type_index, std::shared_ptr<void>>> kept_;
 };
 

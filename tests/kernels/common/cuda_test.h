@@ -4,6 +4,7 @@
 // numbers the kernel sees.
 #pragma once
 
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -16,10 +17,12 @@ namespace sala::kernels {
 // Half a unit in the last place of bfloat16, relative: the error of one rounding.
 constexpr double kBf16Round = 0x1p-8;
 
+// Fewer and smaller cases: in builds with a sanitizer, which cost a factor of 3 to 70, and where the
+// environment asks for it (launch/gpu-test under compute-sanitizer).
 #ifdef SALA_SANITIZED
-constexpr bool kSlowBuild = true;  // sanitizers cost a factor of 3 to 70: fewer and smaller cases
+inline const bool kSlowBuild = true;
 #else
-constexpr bool kSlowBuild = false;
+inline const bool kSlowBuild = std::getenv("SALA_TEST_SMALL") != nullptr;
 #endif
 
 // The device of this test program; the program ends when there is none.
