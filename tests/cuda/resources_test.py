@@ -57,15 +57,16 @@ class ResourcesTest(unittest.TestCase):
         self.assertEqual(resources.by_short_name(kernels), {"TableKernel": {**ZERO, "registers": 20, "stack": 8}})
 
     def test_limits_are_read_as_written(self):
-        limits = {("a.cu", "F<64, true>"): ("hot", numbers(registers=128)), ("b.cu", "G"): ("cool", numbers(spill=4))}
+        limits = {("a.cu", "F<64, true>"): ("hot", numbers(registers=128)), ("b.cu", "G"): ("cool", numbers(spill=4)),
+                  ("b.cu", "H"): ("spills", numbers(spill=4))}
         self.assertEqual(resources.read_limits(resources.write_limits("13.0", limits)), ("13.0", limits))
         with self.assertRaises(ValueError):
             resources.read_limits("[a.cu]\nhot F 1/2/3/4\n")
         with self.assertRaises(ValueError):
             resources.read_limits("warm F 1/2/3/4\n")
 
-    def violations(self, found, limit, temperature="hot", same_version=True):
-        limits = {("a.cu", "F"): (temperature, limit)}
+    def violations(self, found, limit, mark="hot", same_version=True):
+        limits = {("a.cu", "F"): (mark, limit)}
         return list(resources.violations({("a.cu", "F"): found}, limits, ["a.cu"], same_version))
 
     def test_rules(self):
@@ -78,7 +79,11 @@ class ResourcesTest(unittest.TestCase):
                          ["a.cu: F: sm_120: shared 65, the limit is 64"])
         self.assertEqual(self.violations({"89": {**ZERO, "spill": 4}}, numbers(spill=4)),
                          ["a.cu: F: sm_89: spills 4 bytes; a hot kernel must not spill"])
-        self.assertEqual(self.violations(numbers(registers=200, spill=4), limit, temperature="cool"), [])
+        self.assertEqual(self.violations(numbers(registers=200, spill=4), limit, mark="cool"), [])
+        # Known to spill: no more than it does.
+        self.assertEqual(self.violations(numbers(spill=4), numbers(spill=4), "spills"), [])
+        self.assertEqual(self.violations({"89": {**ZERO, "spill": 8}}, numbers(spill=4), "spills"),
+                         ["a.cu: F: sm_89: spill 8, the limit is 4"])
         # Another compiler: its registers are not comparable, its spills are.
         self.assertEqual(self.violations(numbers(registers=200), limit, same_version=False), [])
         self.assertEqual(len(self.violations(numbers(spill=4), limit, same_version=False)), 4)
@@ -88,7 +93,7 @@ class ResourcesTest(unittest.TestCase):
                                           ["a.cu"], True))
         self.assertEqual(len(lines), 2)
         self.assertIn("no limit yet", lines[0])
-        self.assertIn("hot   New", lines[0])
+        self.assertIn("hot     New", lines[0])
         self.assertIn("8/0/0/0", lines[0])
         self.assertIn("a.cu: Old: has a limit, but no such kernel", lines[1])
         # A source that was not compiled this time says nothing of its kernels.
