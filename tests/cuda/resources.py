@@ -169,7 +169,8 @@ def module_commands(root, database):
     for entry in database:
         words = shlex.split(entry["command"])
         start = next((i for i, word in enumerate(words) if os.path.basename(word) == "nvcc"), None)
-        if start is None or not entry["file"].endswith(".cu"):
+        name = os.path.relpath(entry["file"], root)
+        if start is None or not name.endswith(".cu") or name.startswith("tests/"):
             continue
         kept, skip = [], False
         for word in words[start:]:
@@ -179,7 +180,7 @@ def module_commands(root, database):
                 skip = True
             elif not re.match(r"--generate-code|-gencode|-arch|-MD|-DSALA_CUDA_BUILD=", word):
                 kept.append(word)
-        commands[os.path.relpath(entry["file"], root)] = kept
+        commands[name] = kept
     return commands
 
 
