@@ -127,9 +127,12 @@ Plan PlanOf(Bench& bench, const model::ModelConfig& config, const model::Batch& 
 struct Kind {
   const char* name;
   model::ModelConfig (*config)(bool smoke, int64_t layers);
+  bool sparse;
+
+  model::RunOptions options() const { return {.sparse_attention = sparse, .recompute = true}; }
 };
-constexpr Kind kHybrid = {"hybrid", &HybridStack};
-constexpr Kind kTeacher = {"teacher", &TeacherStack};
+constexpr Kind kHybrid = {"hybrid", &HybridStack, true};
+constexpr Kind kTeacher = {"teacher", &TeacherStack, false};
 
 std::string LayersText(const model::ModelConfig& config) {
   const auto linear = static_cast<int64_t>(
@@ -156,7 +159,7 @@ void RunModel(Bench& bench, const Kind& kind, int64_t layers, int64_t tokens, bo
     bench.Skip(what, "the module has no Lightning attention");
     return;
   }
-  const ForwardWork work = ForwardWorkOf(config, true, tokens);
+  const ForwardWork work = ForwardWorkOf(config, kind.sparse, tokens);
   const double head = 2 * static_cast<double>(config.vocab_size * config.hidden_size);
   what.flops = training ? work.step() : work.forward() - head * static_cast<double>(tokens - 1);
   // A training step runs each layer's forward pass twice.
@@ -171,7 +174,7 @@ void RunModel(Bench& bench, const Kind& kind, int64_t layers, int64_t tokens, bo
                              : expected > 3.0  ? Repetitions{.samples = 3}
                                                : Repetitions{};
   const model::Batch batch = RandomDocument(tokens, config.vocab_size);
-  const model::RunOptions options = {.sparse_attention = true, .recompute = true};
+  const model::RunOptions options = kind.options();
   const Plan plan = PlanOf(bench, config, batch, options, training);
   bench.ResetScratch();
   const auto free = static_cast<double>(bench.device().free_bytes());
@@ -230,8 +233,8 @@ int64_t LayersThatFit(Bench& bench, const Kind& kind, int64_t tokens, bool train
   for (const int64_t layers : {4, 2}) {
     const model::ModelConfig config = kind.config(bench.smoke(), layers);
     if (bench.smoke()) return layers;
-    const Plan plan = PlanOf(bench, config, RandomDocument(tokens, config.vocab_size),
-                             {.sparse_attention = true, .recompute = true}, training);
+    const Plan plan =
+        PlanOf(bench, config, RandomDocument(tokens, config.vocab_size), kind.options(), training);
     if (plan.total() <= 0.98 * static_cast<double>(bench.device().free_bytes())) return layers;
   }
   return 0;
