@@ -33,6 +33,7 @@ struct CudaModuleInterface {
   // Throws DeviceError.
   Device* (*open_device)(const DeviceOptions& options) = nullptr;
   int (*device_count)(std::string* why_none) = nullptr;
+  std::string (*libraries)() = nullptr;  // what it runs on: "cuBLASLt 13.0.2, NCCL 2.28.9"
   // Interfaces of rooms above core, by name; null where the module has none.
   const void* (*find)(const char* name) = nullptr;
 };
