@@ -58,14 +58,17 @@ class Event {
 
 namespace {
 
+// Of the queues; never held while work runs. Neither on the heap nor behind a guard, which
+// ThreadSanitizer would not see here.
+constinit std::mutex queue_mutex;
+constinit std::mutex error_mutex;
+std::condition_variable queue_changed;
+
 struct Device {
-  std::mutex mutex;  // of the queues; never held while work runs
-  std::condition_variable changed;
   uint64_t last_number = 0;
   CUstream_st null_stream;
   std::set<cudaStream_t> streams;  // without the default one
 
-  std::mutex error_mutex;
   cudaError_t sticky = cudaSuccess;
   std::map<std::string, int> counts;
   std::map<std::string, std::set<std::string>> failures;  // kind -> numbers or names
@@ -113,7 +116,7 @@ void RunDefaultStreamOrder(CUstream_st& stream, uint64_t number) {
   }
   std::vector<cudaStream_t> before;
   {
-    const std::lock_guard<std::mutex> lock(device.mutex);
+    const std::lock_guard<std::mutex> lock(queue_mutex);
     for (cudaStream_t other : device.streams) {
       if (other->blocking) before.push_back(other);
     }
@@ -155,14 +158,13 @@ void RunItemAsStream(CUstream_st& stream) {
 
 // Runs the items of the stream up to this number, in order.
 void RunThrough(CUstream_st& stream, uint64_t number) {
-  Device& device = TheDevice();
-  std::unique_lock<std::mutex> lock(device.mutex);
+  std::unique_lock<std::mutex> lock(queue_mutex);
   for (;;) {
     const bool waiting = !stream.queue.empty() && stream.queue.front()->number <= number;
     const bool running = stream.running && stream.running_number <= number;
     if (!waiting && !running) return;
     if (stream.running) {  // by another host thread
-      device.changed.wait(lock);
+      queue_changed.wait(lock);
       continue;
     }
     stream.item = std::move(stream.queue.front());
@@ -173,7 +175,7 @@ void RunThrough(CUstream_st& stream, uint64_t number) {
     RunItemAsStream(stream);
     lock.lock();
     stream.running = false;
-    device.changed.notify_all();
+    queue_changed.notify_all();
   }
 }
 
@@ -181,7 +183,7 @@ uint64_t Put(CUstream_st& stream, Work work) {
   Device& device = TheDevice();
   uint64_t number = 0;
   {
-    const std::lock_guard<std::mutex> lock(device.mutex);
+    const std::lock_guard<std::mutex> lock(queue_mutex);
     number = ++device.last_number;
     auto item = std::make_unique<Item>();
     item->number = number;
@@ -214,7 +216,7 @@ void SynchronizeAll() {
   Device& device = TheDevice();
   std::set<cudaStream_t> streams;
   {
-    const std::lock_guard<std::mutex> lock(device.mutex);
+    const std::lock_guard<std::mutex> lock(queue_mutex);
     streams = device.streams;
   }
   for (cudaStream_t stream : streams) Synchronize(stream);
@@ -225,7 +227,7 @@ cudaStream_t CreateStream(bool blocking) {
   Device& device = TheDevice();
   auto* stream = new CUstream_st;
   stream->blocking = blocking;
-  const std::lock_guard<std::mutex> lock(device.mutex);
+  const std::lock_guard<std::mutex> lock(queue_mutex);
   device.streams.insert(stream);
   return stream;
 }
@@ -234,7 +236,7 @@ void DestroyStream(cudaStream_t stream) {
   Device& device = TheDevice();
   RunThrough(*stream, ~uint64_t{0});
   {
-    const std::lock_guard<std::mutex> lock(device.mutex);
+    const std::lock_guard<std::mutex> lock(queue_mutex);
     device.streams.erase(stream);
   }
   sanitizer::DestroyFiber(stream->tsan);
@@ -244,7 +246,7 @@ void DestroyStream(cudaStream_t stream) {
 bool StreamExists(cudaStream_t stream) {
   Device& device = TheDevice();
   if (&Real(stream) == &device.null_stream) return true;
-  const std::lock_guard<std::mutex> lock(device.mutex);
+  const std::lock_guard<std::mutex> lock(queue_mutex);
   return device.streams.count(stream) != 0;
 }
 
@@ -277,7 +279,7 @@ int64_t PassedAt(const Event& event) { return event.passed_at; }
 
 bool FailsNow(const std::string& kind) {
   Device& device = TheDevice();
-  const std::lock_guard<std::mutex> lock(device.error_mutex);
+  const std::lock_guard<std::mutex> lock(error_mutex);
   const auto found = device.failures.find(kind);
   if (found == device.failures.end()) return false;
   return found->second.count(std::to_string(++device.counts[kind])) != 0;
@@ -286,7 +288,7 @@ bool FailsNow(const std::string& kind) {
 cudaError_t LaunchFailure(const std::string& kernel) {
   Device& device = TheDevice();
   if (device.sticky != cudaSuccess) return Fail(device.sticky);
-  const std::lock_guard<std::mutex> lock(device.error_mutex);
+  const std::lock_guard<std::mutex> lock(error_mutex);
   const auto found = device.failures.find("launch");
   if (found == device.failures.end() || found->second.count(kernel) == 0) return cudaSuccess;
   return last_error = cudaErrorLaunchOutOfResources;
@@ -294,7 +296,7 @@ cudaError_t LaunchFailure(const std::string& kernel) {
 
 void SetFailures(const std::string& list) {
   Device& device = TheDevice();
-  const std::lock_guard<std::mutex> lock(device.error_mutex);
+  const std::lock_guard<std::mutex> lock(error_mutex);
   ParseFailures(device, list);
   device.sticky = cudaSuccess;
 }
@@ -303,7 +305,7 @@ cudaError_t Fail(cudaError_t error, bool sticky) {
   last_error = error;
   if (sticky) {
     Device& device = TheDevice();
-    const std::lock_guard<std::mutex> lock(device.error_mutex);
+    const std::lock_guard<std::mutex> lock(error_mutex);
     device.sticky = error;
   }
   return error;
@@ -311,7 +313,7 @@ cudaError_t Fail(cudaError_t error, bool sticky) {
 
 cudaError_t StickyError() {
   Device& device = TheDevice();
-  const std::lock_guard<std::mutex> lock(device.error_mutex);
+  const std::lock_guard<std::mutex> lock(error_mutex);
   return device.sticky;
 }
 
