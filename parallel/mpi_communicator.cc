@@ -12,13 +12,14 @@
 #include "parallel/ordered_sum.h"
 
 namespace sala::parallel {
-namespace {
 
 std::string HostName() {
   char name[256] = {};
   gethostname(name, sizeof(name) - 1);
   return name;
 }
+
+namespace {
 
 Status MpiError(const char* operation, int code) {
   char text[MPI_MAX_ERROR_STRING] = {};
@@ -69,6 +70,8 @@ std::vector<int> Displacements(const std::vector<int>& counts) {
 
 class MpiCommunicator : public Communicator {
  public:
+  using Communicator::AllGather;
+  using Communicator::ReduceScatterSum;
   MpiCommunicator(MPI_Comm comm, bool owned) : comm_(comm), owned_(owned) {
     MPI_Comm_rank(comm_, &rank_);
     MPI_Comm_size(comm_, &size_);

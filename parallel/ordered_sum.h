@@ -14,15 +14,23 @@ namespace sala::parallel {
 // counts are halved: this is what makes shares of ranks subtrees.
 constexpr int64_t SumTreeLeft(int64_t n) { return n - n / 2; }
 
+// Adds rows [first, first + n) into row `first`, the others are destroyed: add(to, from) adds one
+// row to another.
+template <typename AddRow>
+void AddByTree(int64_t first, int64_t n, const AddRow& add) {
+  if (n <= 1) return;
+  const int64_t left = SumTreeLeft(n);
+  AddByTree(first, left, add);
+  AddByTree(first + left, n - left, add);
+  add(first, first + left);
+}
+
 // Row 0 of rows [n, width] becomes their sum; the others are destroyed.
 template <typename Number>
 void AddRows(Number* rows, int64_t n, int64_t width) {
-  if (n <= 1) return;
-  const int64_t left = SumTreeLeft(n);
-  Number* right = rows + left * width;
-  AddRows(rows, left, width);
-  AddRows(right, n - left, width);
-  for (int64_t i = 0; i < width; ++i) rows[i] += right[i];
+  AddByTree(0, n, [rows, width](int64_t to, int64_t from) {
+    for (int64_t i = 0; i < width; ++i) rows[to * width + i] += rows[from * width + i];
+  });
 }
 
 // Sums of `width` numbers over items that are dealt out: item i lies on rank i mod P, as row i / P

@@ -326,6 +326,8 @@ void RunConfig::Bind(ConfigBinder& b) {
   b.Field("dir", &dir, {.required = true});
   b.Field("resume", &resume);
   b.Field("resume_strict", &resume_strict);
+  b.Enum("device", &device, {{"cpu", DeviceKind::kCpu}, {"cuda", DeviceKind::kCuda}});
+  b.Field("deterministic", &deterministic);
   b.Field("threads", &threads, {.min = 1, .max = 1024});
   b.Field("log_every_steps", &log_every_steps, {.min = 1});
 }

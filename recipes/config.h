@@ -170,8 +170,10 @@ struct RunConfig {
   std::string dir;              // the run directory
   std::string resume = "auto";  // auto | never | a checkpoint directory
   bool resume_strict =
-      false;            // auto: a damaged newest checkpoint ends the run instead of falling back
-  int64_t threads = 1;  // compute threads per rank
+      false;  // auto: a damaged newest checkpoint ends the run instead of falling back
+  DeviceKind device = DeviceKind::kCpu;
+  bool deterministic = true;  // cuda: algorithms chosen by rule, sums over ranks in order
+  int64_t threads = 1;        // compute threads per rank
   int64_t log_every_steps = 1;
   bool break_lock = false;  // --break-lock; not a key of the file
 

@@ -15,14 +15,16 @@ namespace {
 
 class PretrainTask : public StepTask {
  public:
-  PretrainTask(LoadedModel loaded, const StageConfig& stage, const data::ValidationSet& validation)
+  PretrainTask(const Context& ctx, LoadedModel loaded, const StageConfig& stage,
+               const data::ValidationSet& validation)
       : loaded_(std::move(loaded)),
-        model_(loaded_.config, loaded_.params),
+        parameters_(ctx, loaded_.params),
+        model_(loaded_.config, parameters_.store()),
         options_{.sparse_attention = stage.sparse_attention, .recompute = stage.recompute},
         validation_(validation) {}
 
   const model::ModelConfig& config() const override { return loaded_.config; }
-  model::ParameterStore& params() override { return loaded_.params; }
+  model::ComputeParameters& parameters() override { return parameters_; }
   const LoadedModel& loaded() const { return loaded_; }
 
   Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
@@ -59,6 +61,7 @@ class PretrainTask : public StepTask {
 
  private:
   LoadedModel loaded_;
+  model::ComputeParameters parameters_;
   model::Model model_;
   model::RunOptions options_;
   const data::ValidationSet& validation_;
@@ -209,7 +212,7 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
                    << " tokens" << (stage.sparse_attention ? ", sparse attention on" : "");
   }
 
-  PretrainTask task(std::move(loaded).value(), stage, **held_out);
+  PretrainTask task(session.ctx(), std::move(loaded).value(), stage, **held_out);
   SALA_ASSIGN_OR_RETURN(
       const StepLoopSummary done,
       RunStepLoop(session, loop, task, *stream, input.resume, carry ? &*carry : nullptr));

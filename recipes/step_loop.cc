@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <deque>
 #include <limits>
 
@@ -11,6 +10,7 @@
 #include "core/hash.h"
 #include "core/log.h"
 #include "core/progress.h"
+#include "kernels/tensor_ops/tensor_ops.h"
 #include "parallel/ordered_sum.h"
 #include "recipes/schedule.h"
 
@@ -110,10 +110,6 @@ std::vector<int64_t> ShareOf(const BatchConfig& batch, int64_t rank, int64_t ran
   return share;
 }
 
-void SetZero(model::ParameterStore& store) {
-  std::memset(store.data(), 0, static_cast<size_t>(store.size()) * sizeof(float));
-}
-
 class StepLoop {
  public:
   StepLoop(Session& session, const StepLoopConfig& config, StepTask& task,
@@ -122,9 +118,9 @@ class StepLoop {
         config_(config),
         task_(task),
         stream_(stream),
-        gradients_(task.params().specs()),
+        gradients_(task.params().specs(), DType::kF32, session.ctx().gpu),
         optimizer_(
-            config.optimizer, task.config(), task.params(),
+            session.ctx(), config.optimizer, task.config(), task.parameters(),
             [&task](const model::ParameterSpec& spec) { return task.Trainable(spec); },
             session.mesh(), config.batch.rank_independent_sums),
         display_(config.label, config.batch.steps, session.is_root()) {}
@@ -169,13 +165,14 @@ Status StepLoop::Start(const Checkpoint* resume, const Checkpoint* carry) {
                                    PositionOf(*resume).phase_step);
     optimizer_.set_updates(trainer.value("updates", int64_t{0}));
     SALA_RETURN_IF_ERROR(LoadParameters(*resume, task_.params()));
-    SALA_RETURN_IF_ERROR(optimizer_.Load(*resume));
+    optimizer_.TakeParameters(session_.ctx());
+    SALA_RETURN_IF_ERROR(optimizer_.Load(session_.ctx(), *resume));
     session_.WriteMetrics({{"event", "resume"}, {"step", session_.global_step}});
     SALA_LOG(Info) << config_.position.stage << "/" << config_.position.phase
                    << ": resumed after step " << progress_.step << " from " << resume->directory();
   } else if (carry != nullptr) {
     optimizer_.set_updates(carry->info().trainer.value("updates", int64_t{0}));
-    SALA_RETURN_IF_ERROR(optimizer_.Load(*carry));
+    SALA_RETURN_IF_ERROR(optimizer_.Load(session_.ctx(), *carry));
   }
   if (session_.is_root()) {
     SALA_LOG(Info) << config_.position.stage << "/" << config_.position.phase << ": "
@@ -229,19 +226,18 @@ Status StepLoop::AddMicroBatch(const StepData& data, int64_t index,
 Status StepLoop::SumMicroBatches(const StepData& data, int64_t first, int64_t count, size_t level,
                                  model::ParameterStore& gradients, std::span<double> sums) {
   if (count == 1) {
-    SetZero(gradients);
+    gradients.Zero();
     return AddMicroBatch(data, first, gradients, sums);
   }
   const int64_t left = parallel::SumTreeLeft(count);
   SALA_RETURN_IF_ERROR(SumMicroBatches(data, first, left, level, gradients, sums));
-  if (right_.size() <= level) right_.emplace_back(gradients.specs());
+  if (right_.size() <= level)
+    right_.emplace_back(gradients.specs(), DType::kF32, session_.ctx().gpu);
   model::ParameterStore& right = right_[level];
   std::vector<double> right_sums(sums.size(), 0.0);
   SALA_RETURN_IF_ERROR(
       SumMicroBatches(data, first + left, count - left, level + 1, right, right_sums));
-  session_.ctx().pool->For(gradients.size(), 65536, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) gradients.data()[i] += right.data()[i];
-  });
+  kernels::Add(session_.ctx(), right.Flat(), gradients.Flat());
   for (size_t i = 0; i < sums.size(); ++i) sums[i] += right_sums[i];
   return OkStatus();
 }
@@ -253,7 +249,7 @@ StatusOr<Values> StepLoop::RunMicroBatches(const StepData& data, double* loss) {
   if (config_.batch.rank_independent_sums) {
     SALA_RETURN_IF_ERROR(SumMicroBatches(data, 0, count, 0, gradients_, sums));
   } else {
-    SetZero(gradients_);
+    gradients_.Zero();
     for (int64_t i = 0; i < count; ++i) {
       SALA_RETURN_IF_ERROR(AddMicroBatch(data, i, gradients_, sums));
     }
@@ -357,6 +353,7 @@ StatusOr<double> StepLoop::Validate() {
 }
 
 Status StepLoop::Save(bool final_step) {
+  optimizer_.ReadShard(session_.ctx());
   SaveRequest request;
   request.position = config_.position;
   request.position.phase_step = progress_.step;
@@ -402,6 +399,7 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
     if (request_ == Request::kStop && !last) return Stopped(session_, config_.position.stage);
   }
   display_.Finish();
+  SALA_RETURN_IF_ERROR(optimizer_.ReadAll(session_.ctx()));
   return progress_.Summary();
 }
 

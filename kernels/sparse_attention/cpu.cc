@@ -83,6 +83,7 @@ BlockMembers MembersFrom(const SparseAttentionConfig& config, const ConstTensor&
 void SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                   std::span<const DocumentRange> documents, const SparseAttentionConfig& config,
                   float scale, const Tensor& blocks) {
+  if (ctx.cuda()) return Cuda(ctx).SelectBlocks(ctx, q, k, documents, config, scale, blocks);
   CheckConfig(config);
   const int64_t heads = k.dim(1);
   const int64_t group = q.dim(1) / heads;

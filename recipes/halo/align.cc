@@ -29,11 +29,12 @@ std::vector<MixerTensors> BindAll(const model::ModelConfig& config, model::Param
 model::BatchTables LinearTables(const Context& ctx, Arena& arena, const model::ModelConfig& config,
                                 const model::Batch& batch) {
   model::BatchTables tables;
+  tables.positions = model::ToDevice(ctx, arena, batch.positions);
   if (!config.lightning_use_rope) return tables;
   const int64_t half = config.lightning_head_dim / 2;
   tables.lightning_cos = arena.New(DType::kF32, {batch.size(), half});
   tables.lightning_sin = arena.New(DType::kF32, {batch.size(), half});
-  kernels::RopeTable(ctx, batch.positions_view(), config.lightning_head_dim,
+  kernels::RopeTable(ctx, tables.positions, config.lightning_head_dim,
                      static_cast<float>(config.rope_theta), tables.lightning_cos,
                      tables.lightning_sin);
   return tables;
@@ -65,12 +66,12 @@ double NormLoss(const ConstTensor& y, const ConstTensor& target, double scale, c
 
 }  // namespace
 
-AlignTask::AlignTask(const model::Model& teacher, model::ParameterStore& mixers, AlignLoss loss,
-                     const data::ValidationSet* held_out)
+AlignTask::AlignTask(const Context& ctx, const model::Model& teacher, model::ParameterStore& mixers,
+                     AlignLoss loss, const data::ValidationSet* held_out)
     : teacher_(teacher),
       config_(AllLinear(teacher.config())),
-      mixers_(mixers),
-      weights_(BindAll(config_, mixers)),
+      mixers_(ctx, mixers),
+      weights_(BindAll(config_, mixers_.store())),
       loss_(loss),
       held_out_(held_out) {}
 
@@ -96,12 +97,12 @@ void AlignTask::Pass(const Context& ctx, Arena& arena, const model::Batch& batch
   const auto on_layer = [&](int64_t layer, const ConstTensor& normed, const ConstTensor& target) {
     const ArenaScope layer_scope(arena);
     const auto l = static_cast<size_t>(layer);
-    const Tensor y = arena.New(DType::kF32, {batch.size(), config_.hidden_size});
+    const Tensor y = arena.New(ctx.activation(), {batch.size(), config_.hidden_size});
     const model::MixerState state =
         model::MixerForward(ctx, arena, config_, MixerType::kLightning, weights_[l], batch, tables,
                             options, normed, {.y = y});
     Tensor dy;
-    if (!gradients.empty()) dy = arena.New(DType::kF32, {batch.size(), config_.hidden_size});
+    if (!gradients.empty()) dy = arena.New(ctx.activation(), {batch.size(), config_.hidden_size});
     LayerLoss(ctx, y, target, tokens, dy, sums.subspan(l * kLayerSums, kLayerSums));
     if (gradients.empty()) return;
     model::MixerBackward(ctx, arena, config_, MixerType::kLightning, weights_[l], batch, tables,

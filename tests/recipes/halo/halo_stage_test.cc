@@ -3,8 +3,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <fstream>
 #include <map>
+#include <set>
 
 #include "core/checkpoint.h"
 #include "core/file.h"
@@ -140,6 +142,8 @@ StageConfig ReadingA(const std::string& corpus, const std::string& teacher) {
   halo.nope_at = HaloMoment::kNextStage;
   halo.softmax_gate_at = HaloMoment::kNextStage;
   halo.finetune = HaloPhaseConfig{.batch = Batches(20), .schedule = Cosine(1e-3)};
+  halo.logit_scale_grid = {4, 64};
+  halo.logit_scale_length_tokens = 128;
   return stage;
 }
 
@@ -381,6 +385,28 @@ TEST_F(HaloStageTest, FinetuningTrainsTheFormThatIsHandedOn) {
   EXPECT_EQ(result.config.attn_use_rope, last.config.attn_use_rope);
   for (const model::ParameterSpec& spec : result.params.specs())
     EXPECT_EQ(ValuesOf(result, spec.name), ValuesOf(last, spec.name)) << spec.name;
+}
+
+TEST_F(HaloStageTest, LogitScaleIsFittedAtTheEnd) {
+  const nlohmann::json fit = Final("a").info().trainer.at("halo").at("logit_scale");
+  EXPECT_EQ(fit, nlohmann::json::parse(*ReadFile(Path("a") + "/halo/logit_scale.json")));
+  const auto& curve = fit.at("curve");
+  ASSERT_EQ(curve.size(), 3u);
+  nlohmann::json best;
+  double lowest = INFINITY;
+  std::set<double> losses;
+  for (const auto& point : curve) {
+    const double loss = point.at("loss").get<double>();
+    EXPECT_GT(loss, 0) << point;
+    losses.insert(loss);
+    if (loss < lowest) best = point.at("a");
+    lowest = std::min(lowest, loss);
+  }
+  EXPECT_EQ(losses.size(), 3u) << "the scale reaches the model: " << curve;
+  EXPECT_EQ(fit.at("a"), best);
+  EXPECT_EQ(curve[0].at("a"), "none");
+  EXPECT_EQ(curve[1].at("a"), 4.0);
+  EXPECT_EQ(curve[2].at("a"), 64.0);
 }
 
 TEST_F(HaloStageTest, KilledAroundFinetuningAndResumedGivesTheSameBits) {
