@@ -65,6 +65,9 @@ void SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTensor& k
 // and blocks of a multiple of 16 tokens; numbers in `blocks` that are no free block of their token
 // are passed over (the CPU aborts). The bits of a row depend on its document alone, but are not
 // those of dense attention where the budget covers the past: blocks come in another order.
+// Scratch of the backward pass on a GPU: T * N floats; T * K * free_blocks integers and an integer
+// for each block and 1,024 tokens of its document (the inverse of `blocks`); 512 * D bytes for each
+// piece of a block that more than 8,192 tokens attend to.
 void SparseAttentionForward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                             const ConstTensor& v, std::span<const DocumentRange> documents,
                             const SparseAttentionConfig& config, float scale,
