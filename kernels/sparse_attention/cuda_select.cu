@@ -17,12 +17,16 @@
 // A row's bits depend on its own document up to its token only: tiles of tokens and keys follow
 // document-relative positions.
 //
-// Bound by the tensor cores, with the exponentials close behind: per token and key/value head at
-// position t, 16 rows x 1.25 t / kernel_stride keys x 2 D operations and as many exponentials. At
-// D = 128 a key tile costs a warp 256 mma, 64 ldmatrix.x4 (a fragment of keys serves two tokens),
-// 64 ex2 and 28 shuffles. Keys come from the L2 cache, 64 operations times tokens per byte: 16
-// tokens a block keep that below 2.5 TB/s. Work grows with the position, so tiles at the highest
-// positions of all documents start first; tokens whose past fits the budget only write their list.
+// Bound by the tensor cores: per token and key/value head at position t, 16 rows times
+// 1.25 t / kernel_stride keys times 2 D operations. At D = 128 a tile of keys costs a warp 128 mma
+// (205 clocks of a multiprocessor at an estimated 1280 multiply-adds a clock), 32 ldmatrix.x4 (128
+// clocks; a fragment of keys serves two tokens), 64 ex2 a lane (128 clocks) and 28 shuffles.
+// Smaller head sizes are bound by the exponentials, smaller groups compute rows for nothing. Keys
+// come from the L2 cache at 16 operations a byte and token: 16 tokens and 600 TFLOP/s are 2.4 TB/s.
+// Two thread blocks of 8 warps share a multiprocessor: one scores while the other waits at a
+// barrier or keeps its best, which costs as much as a dozen tiles for a slice of a thousand blocks.
+// Work grows with the position, so tiles at the highest positions of all documents start first;
+// tokens whose past fits the budget only write their list.
 #include <numeric>
 #include <vector>
 
@@ -86,9 +90,9 @@ struct Tile {
   int count;
 };
 
-// Tiles are numbered by falling index inside their documents. With documents sorted by length and
-// `m` of them longer than index i, the tiles of index i are m in a row: see Before() for where
-// that row begins.
+// Tiles are numbered by falling index inside their documents: first those of the highest index, the
+// longest document's before the next one's. With m documents that have a tile of index i, these m
+// are in a row; SortDocuments says where rows begin.
 __device__ __forceinline__ Tile FindTile(const SelectProblem& p, int64_t number) {
   int64_t low = 0;
   int64_t high = p.document_count - 1;
@@ -375,6 +379,7 @@ __device__ __forceinline__ int KeepBest(const SelectProblem& p, const List& list
   if (total > p.free) {
     uint32_t smallest = ~0U;
     uint32_t largest = 0;
+#pragma unroll 1
     for (int i = lane; i < total; i += kWarp) {
       const uint32_t key = key_at(i);
       smallest = min(smallest, key);
@@ -392,6 +397,7 @@ __device__ __forceinline__ int KeepBest(const SelectProblem& p, const List& list
       for (; shift >= 0 && !exact; shift -= 2) {
         const uint32_t step = 1U << shift;
         unsigned reach[3] = {};
+#pragma unroll 2
         for (int i = lane; i < total; i += kWarp) {
           const uint32_t key = key_at(i);
 #pragma unroll
@@ -411,6 +417,7 @@ __device__ __forceinline__ int KeepBest(const SelectProblem& p, const List& list
     }
     if (!exact) {
       unsigned above = 0;
+#pragma unroll 1
       for (int i = lane; i < total; i += kWarp) above += key_at(i) > threshold ? 1U : 0U;
       ties = p.free - static_cast<int>(__reduce_add_sync(kFullMask, above));
     }
@@ -453,28 +460,30 @@ __device__ __forceinline__ void TakeAll(const SelectProblem& p, int t, int32_t* 
 
 template <int kD>
 __global__ void __launch_bounds__(kThreads, 2) SelectKernel(SelectProblem p) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int token = static_cast<int>(threadIdx.x) / kWarp * 2;  // the warp's first in the tile
+  const int head = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.heads));
+  const Tile tile = FindTile(p, blockIdx.x / static_cast<unsigned>(p.heads));
+  const auto list_of = [&](int i) {
+    return p.blocks + (tile.document->begin + tile.first + token + i) * p.blocks_stride +
+           int64_t{head} * p.width;
+  };
+
+  const int last_token = tile.first + tile.count - 1;
+  const int candidates = LastCandidate(p, last_token);  // of the last token: no other has more
+  if (candidates - FirstCandidate(p, candidates) <= p.free || p.free == 0) {
+    for (int i = 0; i < 2 && token + i < tile.count; ++i) {
+      TakeAll(p, tile.first + token + i, list_of(i));
+    }
+    return;
+  }
+
   SharedMemory shared;
   Bf16* ring = shared.Take<Bf16>(kStages * kKeys * kD);
   float* strips = shared.Take<float>(kTokens * kStrip);
   uint32_t* best = shared.Take<uint32_t>(kTokens * p.width);
   int32_t* best_ids = shared.Take<int32_t>(kTokens * p.width);
   uint32_t* slices = shared.Take<uint32_t>(kTokens * p.slice);
-
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int token = static_cast<int>(threadIdx.x) / kWarp * 2;  // the warp's first in the tile
-  const int head = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.heads));
-  const Tile tile = FindTile(p, blockIdx.x / static_cast<unsigned>(p.heads));
-  int32_t* chosen = p.blocks + (tile.document->begin + tile.first + token) * p.blocks_stride +
-                    int64_t{head} * p.width;
-
-  const int last_token = tile.first + tile.count - 1;
-  const int candidates = LastCandidate(p, last_token);  // of the last token: no other has more
-  if (candidates - FirstCandidate(p, candidates) <= p.free || p.free == 0) {
-    for (int i = 0; i < 2 && token + i < tile.count; ++i) {
-      TakeAll(p, tile.first + token + i, chosen + i * p.blocks_stride);
-    }
-    return;
-  }
 
   const Queries<kD> queries = LoadQueries<kD>(p, tile, head, token);
   float normaliser[2][2];
@@ -548,8 +557,9 @@ __global__ void __launch_bounds__(kThreads, 2) SelectKernel(SelectProblem p) {
   });
 
   for (int i = 0; i < 2 && token + i < tile.count; ++i) {
+    int32_t* chosen = list_of(i);
     for (int f = lane; f < p.width; f += kWarp) {
-      chosen[i * p.blocks_stride + f] =
+      chosen[f] =
           f < (i == 0 ? kept_first : kept_second) ? best_ids[(token + i) * p.width + f] : kNoBlock;
     }
   }
@@ -607,8 +617,7 @@ int64_t SliceBlocks(const Op& op, const SparseAttentionConfig& config, int64_t d
   SALA_CHECK(least <= most) << "selecting " << width << " free blocks with head_dim " << d
                             << " needs " << least << " bytes of shared memory, the device has "
                             << most;
-  // A slice of a few hundred blocks at least: keeping the best of one costs as much as scoring a
-  // dozen of them.
+  // Slices much smaller than this would spend more time on keeping the best than on scoring.
   const size_t comfortable = SelectSharedBytes(d, width, std::max<int64_t>(unit, 256));
   const size_t room = comfortable <= half ? half : most;
   int64_t slice = CeilDiv(std::max<int64_t>(candidates, 1), unit) * unit;
@@ -704,7 +713,7 @@ void cuda::SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTen
   p.free = static_cast<int>(config.free_blocks());
   p.width = static_cast<int>(width);
   op.Launch(SelectKernelOf(d), dim3(static_cast<unsigned>(tiles * heads)), dim3(kThreads),
-            SelectSharedBytes(d, width, p.slice), p);
+            p.slice > 0 ? SelectSharedBytes(d, width, p.slice) : 0, p);
 }
 
 }  // namespace sala::kernels

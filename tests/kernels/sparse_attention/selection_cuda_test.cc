@@ -300,6 +300,18 @@ TEST_F(SelectBlocksCuda, EveryEdgeLength) {
     c.SelectOnDevice(ctx(), {{0, n}});
     ExpectTheRule(c);
   }
+  // Blocks of one window and no local ones beside the own: keys that a candidate's token does not
+  // see yet, and scoring before the first coarse key.
+  SparseAttentionConfig narrow = SmallConfig();
+  narrow.block_size = 4;
+  narrow.window_size = 0;
+  narrow.init_blocks = 0;
+  narrow.topk = 3;
+  for (int64_t n : {1, 4, 12, 13, 31, 32, 33, 48, 100}) {
+    CudaCase c(n, {3, 1, 16}, narrow);
+    c.SelectOnDevice(ctx(), {{0, n}});
+    ExpectTheRule(c);
+  }
   CudaCase none(20, {3, 1, 16}, SmallConfig());
   none.SelectOnDevice(ctx(), {});
   EXPECT_EQ(none.chosen, std::vector<int32_t>(none.chosen.size(), SparseCase::kPoison));
