@@ -33,7 +33,6 @@
 #include "kernels/attention/block_attention.h"
 #include "kernels/cuda_kernels.h"
 #include "kernels/sparse_attention/cuda_select_scores.h"
-#include "kernels/sparse_attention/selection_slice.h"
 
 namespace sala::kernels {
 namespace {
@@ -302,8 +301,8 @@ int64_t SliceBlocks(const Op& op, const SparseAttentionConfig& config, int64_t d
   const size_t comfortable = SelectSharedBytes(d, width, std::max<int64_t>(unit, 256));
   const size_t room = comfortable <= half ? half : most;
   int64_t slice = CeilDiv(std::max<int64_t>(candidates, 1), unit) * unit;
-  if (SelectionSliceLimit() > 0) {
-    slice = std::min(slice, CeilDiv(SelectionSliceLimit(), unit) * unit);
+  if (config.selection_slice > 0) {
+    slice = std::min(slice, CeilDiv(config.selection_slice, unit) * unit);
   }
   while (SelectSharedBytes(d, width, slice) > room) slice -= unit;
   return slice;

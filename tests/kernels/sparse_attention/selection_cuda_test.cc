@@ -1,6 +1,5 @@
 #include <functional>
 
-#include "kernels/sparse_attention/selection_slice.h"
 #include "tests/kernels/common/cuda_test.h"
 #include "tests/kernels/sparse_attention/sparse_case.h"
 
@@ -241,9 +240,8 @@ TEST_F(SelectBlocksCuda, EqualKeysTieEverywhere) {
       for (int64_t i = 0; i < c.k.columns(); ++i) c.k.at(t, i) = 0.25F * static_cast<float>(i % 5);
     }
     for (int64_t slice : {0, 16}) {
-      SelectionSliceLimit() = slice;
+      c.config.selection_slice = slice;
       c.SelectOnDevice(ctx(), {{0, c.t}});
-      SelectionSliceLimit() = 0;
       ExpectWellFormed(c);
       for (int64_t f = 0; f < c.width(); ++f) EXPECT_EQ(c.BlocksOf(999, 0)[f], 1 + f);
     }
@@ -285,10 +283,9 @@ TEST_F(SelectBlocksCuda, AnyNumberOfWindowsInABlock) {
     config.window_size = 2 * block;
     config.topk = 5;
     for (int64_t slice : {0, 1}) {
-      SelectionSliceLimit() = slice;
+      config.selection_slice = slice;
       CudaCase c(std::min<int64_t>(kSlowBuild ? 200 : 800, 12 * block + 5), {4, 2, 16}, config);
       c.SelectOnDevice(ctx(), {{0, c.t}});
-      SelectionSliceLimit() = 0;
       ExpectTheRule(c);
     }
   }
@@ -384,9 +381,8 @@ TEST_F(SelectBlocksCuda, SlicesOfAnySizeChooseTheSame) {
     whole.SelectOnDevice(ctx(), documents);
     for (int64_t slice : {1, 20, 64}) {
       CudaCase cut(whole.t, {3, 1, 16}, config);
-      SelectionSliceLimit() = slice;
+      cut.config.selection_slice = slice;
       cut.SelectOnDevice(ctx(), documents);
-      SelectionSliceLimit() = 0;
       EXPECT_EQ(whole.chosen, cut.chosen) << "slices of " << slice;
     }
   }
