@@ -229,6 +229,11 @@ TEST_F(SelectBlocksCuda, ScoresBeyondTheFloatRangeKeepTheirForm) {
   c.SelectOnDevice(ctx(), {{0, c.t}});
   ExpectWellFormed(c);
   EXPECT_EQ(c.FreeBlock(13), 3);
+  // Z = log(e^0 + e^-21.75). Block 2 has f_4 = 85, block 4 has f_8 = 87: both above the limit, so
+  // they tie.
+  HandCase d({0, 0, 0, 0, 0, 170, 0, -344, 0, 174, 0, 0, 0, 0});
+  d.SelectOnDevice(ctx(), {{0, d.t}});
+  EXPECT_EQ(d.FreeBlock(13), 2);
 }
 
 TEST_F(SelectBlocksCuda, EqualKeysTieEverywhere) {
