@@ -30,6 +30,15 @@ constexpr unsigned char kCanary = 0xa5;
 
 unsigned Bit(int lane) { return 1U << lane; }
 
+unsigned Positions(const Warp& warp, unsigned lanes) {
+  if (warp.natural || lanes == ~0U) return lanes;
+  unsigned positions = 0;
+  for (; lanes != 0; lanes &= lanes - 1) {
+    positions |= Bit(warp.position[std::countr_zero(lanes)]);
+  }
+  return positions;
+}
+
 // The stack of the OS thread itself, which AddressSanitizer asks for at each return to it.
 void OsStack(const void** bottom, size_t* size) {
   if (!sanitizer::HasAddress()) return;
@@ -77,41 +86,36 @@ uint64_t Permute(uint64_t i, uint64_t n, uint64_t seed) {
 // ThreadSanitizer's side of the threads. Making one costs 0.3 ms and 0.8 MB, so they are used
 // again, the longest unused first: at least one other block comes in between. Two blocks of a grid
 // that get the same ones look ordered, any others do not.
-class TsanFibers {
- public:
-  void Take(std::vector<Fiber>& fibers) {
-    if (!sanitizer::HasThread()) return;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const size_t wanted = std::max(2 * fibers.size(), kLeast);
-    for (Fiber& fiber : fibers) {
-      if (made_ < wanted || idle_.empty()) {
-        ++made_;
-        fiber.tsan = sanitizer::CreateFiber();
-      } else {
-        fiber.tsan = idle_.front().handle;
-        idle_.pop_front();
-      }
+// (The mutex is no heap object and has no guard: ThreadSanitizer does not see the guards of this
+// file.)
+struct TsanFiber {
+  void* handle;
+};
+constexpr size_t kLeastTsanFibers = 256;
+constinit std::mutex tsan_mutex;
+constinit std::deque<TsanFiber>* idle_tsan_fibers = nullptr;  // never destroyed
+constinit size_t made_tsan_fibers = 0;
+
+void TakeTsanFibers(std::vector<Fiber>& fibers) {
+  if (!sanitizer::HasThread()) return;
+  const std::lock_guard<std::mutex> lock(tsan_mutex);
+  if (idle_tsan_fibers == nullptr) idle_tsan_fibers = new std::deque<TsanFiber>;
+  const size_t wanted = std::max(2 * fibers.size(), kLeastTsanFibers);
+  for (Fiber& fiber : fibers) {
+    if (made_tsan_fibers < wanted || idle_tsan_fibers->empty()) {
+      ++made_tsan_fibers;
+      fiber.tsan = sanitizer::CreateFiber();
+    } else {
+      fiber.tsan = idle_tsan_fibers->front().handle;
+      idle_tsan_fibers->pop_front();
     }
   }
-  void Give(std::vector<Fiber>& fibers) {
-    if (!sanitizer::HasThread()) return;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (Fiber& fiber : fibers) idle_.push_back(Idle{fiber.tsan});
-  }
+}
 
- private:
-  static constexpr size_t kLeast = 512;
-  struct Idle {
-    void* handle;
-  };
-  std::mutex mutex_;
-  std::deque<Idle> idle_;
-  size_t made_ = 0;
-};
-
-TsanFibers& TheTsanFibers() {
-  static auto* fibers = new TsanFibers;  // never destroyed: other threads may still run
-  return *fibers;
+void GiveTsanFibers(const std::vector<Fiber>& fibers) {
+  if (!sanitizer::HasThread()) return;
+  const std::lock_guard<std::mutex> lock(tsan_mutex);
+  for (const Fiber& fiber : fibers) idle_tsan_fibers->push_back(TsanFiber{fiber.tsan});
 }
 
 }  // namespace
@@ -145,41 +149,47 @@ void Block::Jump(Context* save, Context* load, Fiber* to, bool last) {
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 
-// The next thread to run: of this warp as long as one of its lanes can, else of the next warp.
-Fiber* Block::Next(int warp_number) {
-  Fiber* next = NextRunnable(warp_number);
+// The next thread to run after `me` (or the first of all): of this warp as long as one of its lanes
+// can, else of the next warp.
+Fiber* Block::Next(const Fiber* me) {
+  Fiber* next = NextRunnable(me);
   if (next != nullptr || !has_patient_) return next;
   has_patient_ = false;
   for (Warp& warp : warps_) {
     warp.runnable |= warp.patient;
     warp.patient = 0;
   }
-  return NextRunnable(warp_number);
+  return NextRunnable(me);
 }
 
-Fiber* Block::NextRunnable(int warp_number) {
-  const int start = warp_position_[warp_number];
-  for (int step = 0; step < warp_count_; ++step) {
-    int number = start + step;
+Fiber* Block::NextRunnable(const Fiber* me) {
+  int number = 0;
+  if (me != nullptr) {
+    Warp& warp = warps_[me->warp];
+    if (warp.runnable != 0) {
+      const unsigned later = warp.runnable & -2U << warp.position[me->lane];
+      const int position = std::countr_zero(later != 0 ? later : warp.runnable);
+      warp.runnable &= ~Bit(position);
+      return warp.fibers + warp.order[position];
+    }
+    number = warp_position_[me->warp] + 1;
+  }
+  for (int step = 0; step < warp_count_; ++step, ++number) {
     if (number >= warp_count_) number -= warp_count_;
     Warp& warp = warps_[warp_order_[number]];
     if (warp.runnable == 0) continue;
-    int from = 0;
-    if (step == 0 && current_fiber != nullptr) from = warp.position[current_fiber->lane] + 1;
-    for (int k = 0;; ++k) {
-      const int lane = warp.order[(from + k) % kWarpSize];
-      if ((warp.runnable & Bit(lane)) == 0) continue;
-      warp.runnable &= ~Bit(lane);
-      return warp.fibers + lane;
-    }
+    const int position = std::countr_zero(warp.runnable);
+    warp.runnable &= ~Bit(position);
+    return warp.fibers + warp.order[position];
   }
   return nullptr;
 }
 
 void Block::Yield(Fiber& me) {
   ++stats_.switches;
-  Fiber* next = Next(me.warp);
+  Fiber* next = Next(&me);
   if (next == nullptr) Deadlock();
+  if (next == &me) return;  // the only one left
   current_fiber = next;
   Jump(&me.context, &next->context, next, false);
   threadIdx = me.index;
@@ -187,16 +197,10 @@ void Block::Yield(Fiber& me) {
 
 void Block::LetOthersGoFirst() {
   Fiber& me = *current_fiber;
-  warps_[me.warp].patient |= Bit(me.lane);
+  Warp& warp = warps_[me.warp];
+  warp.patient |= Bit(warp.position[me.lane]);
   has_patient_ = true;
   Yield(me);
-}
-
-void Block::Wake(Warp& warp, unsigned lanes) {
-  warp.runnable |= lanes;
-  for (; lanes != 0; lanes &= lanes - 1) {
-    warp.fibers[std::countr_zero(lanes)].state = State::kRunnable;
-  }
 }
 
 void Block::FiberMain() {
@@ -211,7 +215,7 @@ void Block::FiberMain() {
 
 Fiber* Block::FirstAtBarrier() {
   for (const Warp& warp : warps_) {
-    if (warp.at_barrier != 0) return warp.fibers + std::countr_zero(warp.at_barrier);
+    if (warp.at_barrier != 0) return warp.fibers + warp.order[std::countr_zero(warp.at_barrier)];
   }
   return nullptr;
 }
@@ -223,7 +227,6 @@ void Block::Exit(Fiber& me) {
   }
   sanitizer::Release(running_->end);
   Warp& warp = warps_[me.warp];
-  me.state = State::kExited;
   warp.exited |= Bit(me.lane);
   --live_;
   for (int g = 0; g < warp.group_count; ++g) {
@@ -231,11 +234,11 @@ void Block::Exit(Fiber& me) {
     if ((group.mask & Bit(me.lane)) == 0) continue;
     ReportAt(group.where, "divergence: lane " + std::to_string(me.lane) + " of warp " +
                               std::to_string(me.warp) + " ends while others wait for it in this " +
-                              group.op->name + "\n" + Threads());
+                              group.op->name + Threads());
   }
   // A barrier does not count who has exited: others may have waited for this thread alone.
   if (live_ > 0 && arrived_ == live_) OpenBarrier(*FirstAtBarrier());
-  Fiber* next = Next(me.warp);
+  Fiber* next = Next(&me);
   if (next == nullptr && live_ > 0) Deadlock();
   current_fiber = next;
   Jump(&me.context, next != nullptr ? &next->context : &scheduler_, next, true);
@@ -255,20 +258,20 @@ void Block::Prepare(uint64_t number) {
     Warp& warp = warps_[w];
     const int lanes = std::min(kWarpSize, thread_count_ - w * kWarpSize);
     warp.exists = lanes == kWarpSize ? ~0U : Bit(lanes) - 1;
-    warp.runnable = warp.exists;
     warp.exited = warp.at_barrier = warp.patient = 0;
     warp.group_count = 0;
     warp.fibers = &fibers_[w * kWarpSize];
     std::iota(warp.order, warp.order + kWarpSize, 0);
     if (seed != 0) random.Shuffle(warp.order, kWarpSize);
     for (int i = 0; i < kWarpSize; ++i) warp.position[warp.order[i]] = i;
+    warp.natural = seed == 0;
+    warp.runnable = Positions(warp, warp.exists);
   }
   for (int i = 0; i < thread_count_; ++i) {
     Fiber& fiber = fibers_[i];
     fiber.id = i;
     fiber.warp = i / kWarpSize;
     fiber.lane = i % kWarpSize;
-    fiber.state = State::kRunnable;
     fiber.where = Where();
     fiber.doing = nullptr;
     fiber.pieces_taken = 0;
@@ -277,7 +280,7 @@ void Block::Prepare(uint64_t number) {
     fiber.async.Clear();
     stacks_.Start(&fiber.context, i, &FiberMain);
   }
-  TheTsanFibers().Take(fibers_);
+  TakeTsanFibers(fibers_);
   NameTsanFibers();
   live_ = thread_count_;
   arrived_ = barrier_count_ = 0;
@@ -304,10 +307,10 @@ void Block::RunOne(uint64_t number) {
   stacks_.Renew();
   Prepare(number);
   current_fiber = nullptr;
-  current_fiber = Next(warp_order_[0]);
+  current_fiber = Next(nullptr);
   Jump(&scheduler_, &current_fiber->context, current_fiber, false);
   CheckPieces();
-  TheTsanFibers().Give(fibers_);
+  GiveTsanFibers(fibers_);
   if (tags_ != nullptr) sanitizer::FreeUnordered(tags_);
   tags_ = nullptr;
   ++stats_.blocks;
@@ -349,27 +352,28 @@ int Block::Barrier(BarrierKind kind, int predicate, const Where& where) {
     barrier_count_ = 0;
   } else if (kind != barrier_kind_ || !SamePlace(where, barrier_where_)) {
     ReportAt(where, "threads of one block are at different barriers, others at " +
-                        PlaceName(barrier_where_) + "\n" + Threads());
+                        PlaceName(barrier_where_) + Threads());
   }
   barrier_count_ += predicate != 0 ? 1 : 0;
   sanitizer::Release(BarrierIn());
   ++arrived_;
+  const int* result = &barrier_results_[barriers_ & 1];
   if (arrived_ == live_) {
     OpenBarrier(me);
-    return me.barrier_result;
+    return *result;
   }
   sanitizer::Tag* opened = sanitizer::HasThread() ? BarrierOut() : nullptr;
-  me.state = State::kAtBarrier;
-  warps_[me.warp].at_barrier |= Bit(me.lane);
+  Warp& warp = warps_[me.warp];
+  warp.at_barrier |= Bit(warp.position[me.lane]);
   Yield(me);
   sanitizer::Acquire(opened);
-  return me.barrier_result;
+  return *result;
 }
 
 // By the last thread to arrive, or in the name of one that waits when another one exits: an exit
-// orders nothing. Two pairs of markers in turn are enough: all have left one barrier before any of
-// them can be at the second one after it.
-void Block::OpenBarrier(Fiber& as) {
+// orders nothing. Two sets of markers and results in turn are enough: all have left one barrier
+// before any of them can be at the second one after it.
+void Block::OpenBarrier(const Fiber& as) {
   ++stats_.barriers;
   if (sanitizer::HasThread()) {
     const sanitizer::AsFiber in_its_name(as.tsan);
@@ -379,12 +383,9 @@ void Block::OpenBarrier(Fiber& as) {
   int result = barrier_count_;
   if (barrier_kind_ == BarrierKind::kAnd) result = barrier_count_ == arrived_ ? 1 : 0;
   if (barrier_kind_ == BarrierKind::kOr) result = barrier_count_ != 0 ? 1 : 0;
-  as.barrier_result = result;
+  barrier_results_[barriers_ & 1] = result;
   for (Warp& warp : warps_) {
-    for (unsigned lanes = warp.at_barrier; lanes != 0; lanes &= lanes - 1) {
-      warp.fibers[std::countr_zero(lanes)].barrier_result = result;
-    }
-    Wake(warp, warp.at_barrier);
+    warp.runnable |= warp.at_barrier;
     warp.at_barrier = 0;
   }
   arrived_ = 0;
@@ -402,7 +403,7 @@ uint64_t Block::Collective(const WarpOp& op, unsigned mask, uint64_t in, uint64_
   if ((mask & Bit(me.lane)) == 0) ReportAt(where, "the calling lane is not in its own mask");
   if ((mask & warp.exited) != 0) {
     ReportAt(where, std::string("divergence: the mask of this ") + op.name +
-                        " names lanes that have ended\n" + Threads());
+                        " names lanes that have ended" + Threads());
   }
   warp.lanes.in[me.lane] = in;
   warp.lanes.aux[me.lane] = aux;
@@ -421,7 +422,6 @@ uint64_t Block::Collective(const WarpOp& op, unsigned mask, uint64_t in, uint64_
   if (group.arrived == (mask & warp.exists)) {
     Complete(warp, number, me);
   } else {
-    me.state = State::kInWarp;
     Yield(me);
     if (ordered) sanitizer::Acquire(OutTag(me));
   }
@@ -434,7 +434,7 @@ void Block::Complete(Warp& warp, int group_number, const Fiber& me) {
   warp.groups[group_number] = warp.groups[--warp.group_count];
   if (group.op->full_warp && group.arrived != ~0U) {
     ReportAt(group.where,
-             std::string(group.op->name) + " needs all 32 lanes of the warp\n" + Threads());
+             std::string(group.op->name) + " needs all 32 lanes of the warp" + Threads());
   }
   ++stats_.collectives;
   if (sanitizer::HasThread() && (group.op->orders_memory || options().lenient)) {
@@ -447,7 +447,7 @@ void Block::Complete(Warp& warp, int group_number, const Fiber& me) {
   }
   warp.lanes.mask = group.arrived;
   group.op->run(warp.lanes);
-  Wake(warp, group.arrived & ~Bit(me.lane));
+  warp.runnable |= Positions(warp, group.arrived & ~Bit(me.lane));
 }
 
 // ---------------------------------------------------------------------------- shared memory
@@ -462,7 +462,8 @@ void* Block::TakeShared(int64_t index, int64_t bytes, const Where& where) {
     piece_count_ = static_cast<int>(index) + 1;
     shared_used_ += (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
     if (shared_used_ > static_cast<int64_t>(running_->grid->shared_bytes)) {
-      ReportAt(where, "shared memory: " + std::to_string(shared_used_) + " bytes taken, " +
+      ReportAt(where, "shared memory: " + std::to_string(shared_used_) +
+                          " bytes taken (pieces rounded up to 128), " +
                           std::to_string(running_->grid->shared_bytes) + " given at launch");
     }
     // Made and filled in the name of the scheduler, and every thread comes after that.

@@ -39,29 +39,26 @@ std::string Triple(const uint3& v) {
   _exit(3);  // not exit(): destructors must not run on a fiber's stack
 }
 
-// Blocks are kept for the next launch: their stacks are the expensive part.
-struct BlockCache {
-  std::mutex mutex;
-  std::multimap<int, std::unique_ptr<Block>> blocks;
+// Blocks are kept for the next launch: their stacks are the expensive part. Never destroyed, other
+// threads may still run at the end. The mutex is no heap object and has no guard, since
+// ThreadSanitizer does not see the guards of this file.
+constinit std::mutex cache_mutex;
+constinit std::multimap<int, std::unique_ptr<Block>>* cache = nullptr;
 
-  std::unique_ptr<Block> Take(int threads) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    auto found = blocks.find(threads);
-    if (found == blocks.end()) return std::make_unique<Block>(threads);
-    std::unique_ptr<Block> block = std::move(found->second);
-    blocks.erase(found);
-    return block;
-  }
-  void Give(std::unique_ptr<Block> block) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const int threads = block->thread_count();
-    blocks.emplace(threads, std::move(block));
-  }
-};
+std::unique_ptr<Block> TakeBlock(int threads) {
+  const std::lock_guard<std::mutex> lock(cache_mutex);
+  if (cache == nullptr) cache = new std::multimap<int, std::unique_ptr<Block>>;
+  auto found = cache->find(threads);
+  if (found == cache->end()) return std::make_unique<Block>(threads);
+  std::unique_ptr<Block> block = std::move(found->second);
+  cache->erase(found);
+  return block;
+}
 
-BlockCache& Cache() {
-  static BlockCache* cache = new BlockCache;  // never destroyed: other threads may still run
-  return *cache;
+void GiveBlock(std::unique_ptr<Block> block) {
+  const std::lock_guard<std::mutex> lock(cache_mutex);
+  const int threads = block->thread_count();
+  cache->emplace(threads, std::move(block));
 }
 
 void RunGrid(const Grid& grid) {
@@ -73,9 +70,9 @@ void RunGrid(const Grid& grid) {
   running.end = tags + 1;
   const int threads = static_cast<int>(grid.threads.x * grid.threads.y * grid.threads.z);
   auto work = [&running, threads] {
-    std::unique_ptr<Block> block = Cache().Take(threads);
+    std::unique_ptr<Block> block = TakeBlock(threads);
     block->RunAll(running);
-    Cache().Give(std::move(block));
+    GiveBlock(std::move(block));
   };
   const auto workers =
       static_cast<int>(std::min<uint64_t>(std::max(1, options().os_threads), running.block_count));
@@ -127,28 +124,37 @@ std::string Block::Description() const {
   return text;
 }
 
+bool Block::Waits(const Fiber& fiber) const {
+  const Warp& warp = warps_[fiber.warp];
+  if ((warp.at_barrier >> warp.position[fiber.lane] & 1) != 0) return true;
+  for (int g = 0; g < warp.group_count; ++g) {
+    if ((warp.groups[g].arrived >> fiber.lane & 1) != 0) return true;
+  }
+  return false;
+}
+
 std::string Block::Threads() const {
   std::string text;
   int shown = 0;
-  for (int first = 0; first < thread_count_;) {
-    // Neighbours in the same place share a line.
-    const Fiber& fiber = fibers_[first];
-    int last = first + 1;
-    while (last < thread_count_ && fibers_[last].state == fiber.state &&
-           fibers_[last].doing == fiber.doing && SamePlace(fibers_[last].where, fiber.where)) {
-      ++last;
+  for (int first = 0, next = 0; first < thread_count_; first = next) {
+    // Neighbours in the same state share a line.
+    std::string state;
+    for (next = first; next < thread_count_; ++next) {
+      const Fiber& fiber = fibers_[next];
+      const bool exited = (warps_[fiber.warp].exited >> fiber.lane & 1) != 0;
+      std::string its_state = exited ? " ended" : Waits(fiber) ? " waiting" : " running, last seen";
+      if (!exited) {
+        if (fiber.doing != nullptr) its_state += std::string(" in ") + fiber.doing;
+        its_state += " at " + PlaceName(fiber.where);
+      }
+      if (next == first) state = its_state;
+      if (its_state != state) break;
     }
-    text += "  thread " + std::to_string(first);
-    if (last > first + 1) text += " to " + std::to_string(last - 1);
-    text += fiber.state == State::kExited     ? " exited"
-            : fiber.state == State::kRunnable ? " running, last seen"
-                                              : " waiting";
-    if (fiber.doing != nullptr) text += std::string(" in ") + fiber.doing;
-    text += fiber.state == State::kExited ? "\n" : " at " + PlaceName(fiber.where) + "\n";
-    first = last;
-    if (++shown == 16) return text + "  ...";
+    text += "\n  thread " + std::to_string(first);
+    if (next > first + 1) text += " to " + std::to_string(next - 1);
+    text += state;
+    if (++shown == 16) return text + "\n  ...";
   }
-  if (!text.empty()) text.pop_back();
   return text;
 }
 
@@ -161,9 +167,9 @@ void Block::Deadlock() {
     char mask[32];
     std::snprintf(mask, sizeof mask, "0x%08x, arrived 0x%08x", group.mask, group.arrived);
     ReportAt(group.where, std::string("divergence: not all lanes of the mask come to this ") +
-                              group.op->name + " (mask " + mask + ")\n" + Threads());
+                              group.op->name + " (mask " + mask + ")" + Threads());
   }
-  ReportAt(barrier_where_, "deadlock: no thread can run\n" + Threads());
+  ReportAt(barrier_where_, "deadlock: no thread can run" + Threads());
 }
 
 void Report(const std::string& text) {
@@ -198,6 +204,7 @@ cudaError_t LaunchGrid(Grid grid, cudaStream_t stream) {
     return error;
   }
   if (current_block != nullptr) Report(launch + "from within a kernel");
+  if (!device::StreamExists(stream)) return device::Fail(cudaErrorInvalidResourceHandle);
   device::Enqueue(stream, [grid = std::move(grid)] { RunGrid(grid); });
   return cudaSuccess;
 }
