@@ -22,6 +22,9 @@ struct SparseAttentionConfig {
   int64_t topk =
       64;  // blocks beside the window, so that total_blocks = topk + window_size / block_size
   int64_t dense_len = 8192;  // documents shorter than this use dense attention
+  // Blocks that selection on a GPU scores before it keeps the best of them, rounded up to what its
+  // tiles allow; 0: as many as shared memory holds. The result does not depend on it.
+  int64_t selection_slice = 0;
 
   int64_t coarse_size() const { return 4 * kernel_size; }
   int64_t coarse_stride() const { return 4 * kernel_stride; }
