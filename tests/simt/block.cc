@@ -30,6 +30,15 @@ constexpr unsigned char kCanary = 0xa5;
 
 unsigned Bit(int lane) { return 1U << lane; }
 
+unsigned Positions(const Warp& warp, unsigned lanes) {
+  if (warp.natural || lanes == ~0U) return lanes;
+  unsigned positions = 0;
+  for (; lanes != 0; lanes &= lanes - 1) {
+    positions |= Bit(warp.position[std::countr_zero(lanes)]);
+  }
+  return positions;
+}
+
 // The stack of the OS thread itself, which AddressSanitizer asks for at each return to it.
 void OsStack(const void** bottom, size_t* size) {
   if (!sanitizer::HasAddress()) return;
@@ -83,14 +92,14 @@ class TsanFibers {
     if (!sanitizer::HasThread()) return;
     const std::lock_guard<std::mutex> lock(mutex_);
     const size_t wanted = std::max(2 * fibers.size(), kLeast);
-    for (; made_ < wanted; ++made_) idle_.push_front(Idle{sanitizer::CreateFiber()});
     for (Fiber& fiber : fibers) {
-      if (idle_.empty()) {
+      if (made_ < wanted || idle_.empty()) {
         ++made_;
-        idle_.push_back(Idle{sanitizer::CreateFiber()});
+        fiber.tsan = sanitizer::CreateFiber();
+      } else {
+        fiber.tsan = idle_.front().handle;
+        idle_.pop_front();
       }
-      fiber.tsan = idle_.front().handle;
-      idle_.pop_front();
     }
   }
   void Give(std::vector<Fiber>& fibers) {
@@ -145,40 +154,58 @@ void Block::Jump(Context* save, Context* load, Fiber* to, bool last) {
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 
-// The next thread to run: of this warp as long as one of its lanes can, else of the next warp.
-Fiber* Block::Next(int warp_number) {
-  const int start = warp_position_[warp_number];
-  for (int step = 0; step < warp_count_; ++step) {
-    int number = start + step;
+// The next thread to run after `me` (or the first of all): of this warp as long as one of its lanes
+// can, else of the next warp.
+Fiber* Block::Next(const Fiber* me) {
+  Fiber* next = NextRunnable(me);
+  if (next != nullptr || !has_patient_) return next;
+  has_patient_ = false;
+  for (Warp& warp : warps_) {
+    warp.runnable |= warp.patient;
+    warp.patient = 0;
+  }
+  return NextRunnable(me);
+}
+
+Fiber* Block::NextRunnable(const Fiber* me) {
+  int number = 0;
+  if (me != nullptr) {
+    Warp& warp = warps_[me->warp];
+    if (warp.runnable != 0) {
+      const unsigned later = warp.runnable & -2U << warp.position[me->lane];
+      const int position = std::countr_zero(later != 0 ? later : warp.runnable);
+      warp.runnable &= ~Bit(position);
+      return warp.fibers + warp.order[position];
+    }
+    number = warp_position_[me->warp] + 1;
+  }
+  for (int step = 0; step < warp_count_; ++step, ++number) {
     if (number >= warp_count_) number -= warp_count_;
     Warp& warp = warps_[warp_order_[number]];
     if (warp.runnable == 0) continue;
-    int from = 0;
-    if (step == 0 && current_fiber != nullptr) from = warp.position[current_fiber->lane] + 1;
-    for (int k = 0;; ++k) {
-      const int lane = warp.order[(from + k) % kWarpSize];
-      if ((warp.runnable & Bit(lane)) == 0) continue;
-      warp.runnable &= ~Bit(lane);
-      return warp.fibers + lane;
-    }
+    const int position = std::countr_zero(warp.runnable);
+    warp.runnable &= ~Bit(position);
+    return warp.fibers + warp.order[position];
   }
   return nullptr;
 }
 
 void Block::Yield(Fiber& me) {
   ++stats_.switches;
-  Fiber* next = Next(me.warp);
+  Fiber* next = Next(&me);
   if (next == nullptr) Deadlock();
+  if (next == &me) return;  // the only one left
   current_fiber = next;
   Jump(&me.context, &next->context, next, false);
   threadIdx = me.index;
 }
 
-void Block::Wake(Warp& warp, unsigned lanes) {
-  warp.runnable |= lanes;
-  for (; lanes != 0; lanes &= lanes - 1) {
-    warp.fibers[std::countr_zero(lanes)].state = State::kRunnable;
-  }
+void Block::LetOthersGoFirst() {
+  Fiber& me = *current_fiber;
+  Warp& warp = warps_[me.warp];
+  warp.patient |= Bit(warp.position[me.lane]);
+  has_patient_ = true;
+  Yield(me);
 }
 
 void Block::FiberMain() {
@@ -193,7 +220,7 @@ void Block::FiberMain() {
 
 Fiber* Block::FirstAtBarrier() {
   for (const Warp& warp : warps_) {
-    if (warp.at_barrier != 0) return warp.fibers + std::countr_zero(warp.at_barrier);
+    if (warp.at_barrier != 0) return warp.fibers + warp.order[std::countr_zero(warp.at_barrier)];
   }
   return nullptr;
 }
@@ -205,19 +232,18 @@ void Block::Exit(Fiber& me) {
   }
   sanitizer::Release(running_->end);
   Warp& warp = warps_[me.warp];
-  me.state = State::kExited;
   warp.exited |= Bit(me.lane);
   --live_;
-  // Who exits does not count any more: others may have waited for this thread alone.
   for (int g = 0; g < warp.group_count; ++g) {
-    const unsigned needed = warp.groups[g].mask & warp.exists & ~warp.exited;
-    if (warp.groups[g].arrived == needed) {
-      Complete(warp, g, nullptr);
-      g = -1;
-    }
+    const Group& group = warp.groups[g];
+    if ((group.mask & Bit(me.lane)) == 0) continue;
+    ReportAt(group.where, "divergence: lane " + std::to_string(me.lane) + " of warp " +
+                              std::to_string(me.warp) + " ends while others wait for it in this " +
+                              group.op->name + Threads());
   }
+  // A barrier does not count who has exited: others may have waited for this thread alone.
   if (live_ > 0 && arrived_ == live_) OpenBarrier(*FirstAtBarrier());
-  Fiber* next = Next(me.warp);
+  Fiber* next = Next(&me);
   if (next == nullptr && live_ > 0) Deadlock();
   current_fiber = next;
   Jump(&me.context, next != nullptr ? &next->context : &scheduler_, next, true);
@@ -237,20 +263,20 @@ void Block::Prepare(uint64_t number) {
     Warp& warp = warps_[w];
     const int lanes = std::min(kWarpSize, thread_count_ - w * kWarpSize);
     warp.exists = lanes == kWarpSize ? ~0U : Bit(lanes) - 1;
-    warp.runnable = warp.exists;
-    warp.exited = warp.at_barrier = 0;
+    warp.exited = warp.at_barrier = warp.patient = 0;
     warp.group_count = 0;
     warp.fibers = &fibers_[w * kWarpSize];
     std::iota(warp.order, warp.order + kWarpSize, 0);
     if (seed != 0) random.Shuffle(warp.order, kWarpSize);
     for (int i = 0; i < kWarpSize; ++i) warp.position[warp.order[i]] = i;
+    warp.natural = seed == 0;
+    warp.runnable = Positions(warp, warp.exists);
   }
   for (int i = 0; i < thread_count_; ++i) {
     Fiber& fiber = fibers_[i];
     fiber.id = i;
     fiber.warp = i / kWarpSize;
     fiber.lane = i % kWarpSize;
-    fiber.state = State::kRunnable;
     fiber.where = Where();
     fiber.doing = nullptr;
     fiber.pieces_taken = 0;
@@ -260,10 +286,23 @@ void Block::Prepare(uint64_t number) {
     stacks_.Start(&fiber.context, i, &FiberMain);
   }
   TheTsanFibers().Take(fibers_);
+  NameTsanFibers();
   live_ = thread_count_;
   arrived_ = barrier_count_ = 0;
+  has_patient_ = false;
   piece_count_ = 0;
   shared_used_ = 0;
+}
+
+// What reports of ThreadSanitizer call the threads.
+void Block::NameTsanFibers() const {
+  if (!sanitizer::HasThread()) return;
+  for (const Fiber& fiber : fibers_) {
+    char name[64];
+    std::snprintf(name, sizeof name, "block %u,%u,%u thread %u,%u,%u", blockIdx.x, blockIdx.y,
+                  blockIdx.z, fiber.index.x, fiber.index.y, fiber.index.z);
+    __tsan_set_fiber_name(fiber.tsan, name);
+  }
 }
 
 void Block::RunOne(uint64_t number) {
@@ -273,7 +312,7 @@ void Block::RunOne(uint64_t number) {
   stacks_.Renew();
   Prepare(number);
   current_fiber = nullptr;
-  current_fiber = Next(warp_order_[0]);
+  current_fiber = Next(nullptr);
   Jump(&scheduler_, &current_fiber->context, current_fiber, false);
   CheckPieces();
   TheTsanFibers().Give(fibers_);
@@ -318,27 +357,28 @@ int Block::Barrier(BarrierKind kind, int predicate, const Where& where) {
     barrier_count_ = 0;
   } else if (kind != barrier_kind_ || !SamePlace(where, barrier_where_)) {
     ReportAt(where, "threads of one block are at different barriers, others at " +
-                        PlaceName(barrier_where_) + "\n" + Threads());
+                        PlaceName(barrier_where_) + Threads());
   }
   barrier_count_ += predicate != 0 ? 1 : 0;
   sanitizer::Release(BarrierIn());
   ++arrived_;
+  const int* result = &barrier_results_[barriers_ & 1];
   if (arrived_ == live_) {
     OpenBarrier(me);
-    return me.barrier_result;
+    return *result;
   }
   sanitizer::Tag* opened = sanitizer::HasThread() ? BarrierOut() : nullptr;
-  me.state = State::kAtBarrier;
-  warps_[me.warp].at_barrier |= Bit(me.lane);
+  Warp& warp = warps_[me.warp];
+  warp.at_barrier |= Bit(warp.position[me.lane]);
   Yield(me);
   sanitizer::Acquire(opened);
-  return me.barrier_result;
+  return *result;
 }
 
 // By the last thread to arrive, or in the name of one that waits when another one exits: an exit
-// orders nothing. Two pairs of markers in turn are enough: all have left one barrier before any of
-// them can be at the second one after it.
-void Block::OpenBarrier(Fiber& as) {
+// orders nothing. Two sets of markers and results in turn are enough: all have left one barrier
+// before any of them can be at the second one after it.
+void Block::OpenBarrier(const Fiber& as) {
   ++stats_.barriers;
   if (sanitizer::HasThread()) {
     const sanitizer::AsFiber in_its_name(as.tsan);
@@ -348,12 +388,9 @@ void Block::OpenBarrier(Fiber& as) {
   int result = barrier_count_;
   if (barrier_kind_ == BarrierKind::kAnd) result = barrier_count_ == arrived_ ? 1 : 0;
   if (barrier_kind_ == BarrierKind::kOr) result = barrier_count_ != 0 ? 1 : 0;
-  as.barrier_result = result;
+  barrier_results_[barriers_ & 1] = result;
   for (Warp& warp : warps_) {
-    for (unsigned lanes = warp.at_barrier; lanes != 0; lanes &= lanes - 1) {
-      warp.fibers[std::countr_zero(lanes)].barrier_result = result;
-    }
-    Wake(warp, warp.at_barrier);
+    warp.runnable |= warp.at_barrier;
     warp.at_barrier = 0;
   }
   arrived_ = 0;
@@ -369,6 +406,10 @@ uint64_t Block::Collective(const WarpOp& op, unsigned mask, uint64_t in, uint64_
   me.where = where;
   me.doing = op.name;
   if ((mask & Bit(me.lane)) == 0) ReportAt(where, "the calling lane is not in its own mask");
+  if ((mask & warp.exited) != 0) {
+    ReportAt(where, std::string("divergence: the mask of this ") + op.name +
+                        " names lanes that have ended" + Threads());
+  }
   warp.lanes.in[me.lane] = in;
   warp.lanes.aux[me.lane] = aux;
   int number = 0;
@@ -383,28 +424,25 @@ uint64_t Block::Collective(const WarpOp& op, unsigned mask, uint64_t in, uint64_
   group.arrived |= Bit(me.lane);
   const bool ordered = sanitizer::HasThread() && (op.orders_memory || options().lenient);
   if (ordered) sanitizer::Release(InTag(me));
-  if (group.arrived == (mask & warp.exists & ~warp.exited)) {
-    Complete(warp, number, &me);
+  if (group.arrived == (mask & warp.exists)) {
+    Complete(warp, number, me);
   } else {
-    me.state = State::kInWarp;
     Yield(me);
     if (ordered) sanitizer::Acquire(OutTag(me));
   }
   return warp.lanes.out[me.lane];
 }
 
-// By the last lane to arrive, or (me is null) by one that exits.
-void Block::Complete(Warp& warp, int group_number, Fiber* me) {
+// By the last lane to arrive.
+void Block::Complete(Warp& warp, int group_number, const Fiber& me) {
   const Group group = warp.groups[group_number];
   warp.groups[group_number] = warp.groups[--warp.group_count];
   if (group.op->full_warp && group.arrived != ~0U) {
     ReportAt(group.where,
-             std::string(group.op->name) + " needs all 32 lanes of the warp\n" + Threads());
+             std::string(group.op->name) + " needs all 32 lanes of the warp" + Threads());
   }
   ++stats_.collectives;
   if (sanitizer::HasThread() && (group.op->orders_memory || options().lenient)) {
-    const Fiber* as = me != nullptr ? me : warp.fibers + std::countr_zero(group.arrived);
-    const sanitizer::AsFiber in_its_name(as->tsan);
     for (unsigned lanes = group.arrived; lanes != 0; lanes &= lanes - 1) {
       sanitizer::Acquire(InTag(warp.fibers[std::countr_zero(lanes)]));
     }
@@ -414,7 +452,7 @@ void Block::Complete(Warp& warp, int group_number, Fiber* me) {
   }
   warp.lanes.mask = group.arrived;
   group.op->run(warp.lanes);
-  Wake(warp, me != nullptr ? group.arrived & ~Bit(me->lane) : group.arrived);
+  warp.runnable |= Positions(warp, group.arrived & ~Bit(me.lane));
 }
 
 // ---------------------------------------------------------------------------- shared memory
@@ -429,7 +467,8 @@ void* Block::TakeShared(int64_t index, int64_t bytes, const Where& where) {
     piece_count_ = static_cast<int>(index) + 1;
     shared_used_ += (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
     if (shared_used_ > static_cast<int64_t>(running_->grid->shared_bytes)) {
-      ReportAt(where, "shared memory: " + std::to_string(shared_used_) + " bytes taken, " +
+      ReportAt(where, "shared memory: " + std::to_string(shared_used_) +
+                          " bytes taken (pieces rounded up to 128), " +
                           std::to_string(running_->grid->shared_bytes) + " given at launch");
     }
     // Made and filled in the name of the scheduler, and every thread comes after that.

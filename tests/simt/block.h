@@ -15,8 +15,6 @@ namespace simt {
 constexpr int kWarpSize = 32;
 constexpr int kMaxThreads = 1024;
 
-enum class State : uint8_t { kRunnable, kInWarp, kAtBarrier, kExited };
-
 struct Copy {
   void* destination;
   const void* source;
@@ -51,11 +49,9 @@ struct Fiber {
   int id;
   int warp;
   int lane;
-  State state;
   Where where;        // of the last primitive
   const char* doing;  // its name
-  int barrier_result;
-  int pieces_taken;  // of shared memory
+  int pieces_taken;   // of shared memory
   void* tsan = nullptr;
   CopyQueue async;
 };
@@ -68,14 +64,17 @@ struct Group {
   Where where;
 };
 
+// Which threads can run is kept by position in the order of turns, what the kernel sees by lane.
 struct Warp {
-  unsigned exists;  // lanes that the block has
-  unsigned exited;
-  unsigned runnable;  // waiting for its turn
-  unsigned at_barrier;
+  unsigned exists;              // lanes that the block has
+  unsigned exited;              // lanes
+  unsigned runnable;            // positions waiting for their turn
+  unsigned at_barrier;          // positions
+  unsigned patient;             // positions that can run, but want all others to go first
+  bool natural;                 // position = lane
   Fiber* fibers;                // of lane 0
-  uint8_t order[kWarpSize];     // lanes as they take turns
-  uint8_t position[kWarpSize];  // of a lane in `order`
+  uint8_t order[kWarpSize];     // lane at a position
+  uint8_t position[kWarpSize];  // of a lane
   int group_count;
   Group groups[kWarpSize];
   WarpLanes lanes;
@@ -113,7 +112,8 @@ class Block {
   uint64_t Collective(const WarpOp& op, unsigned mask, uint64_t in, uint64_t aux,
                       const Where& where);
   void* TakeShared(int64_t index, int64_t bytes, const Where& where);
-  void AsyncWait(int keep);
+  // Returns when no other thread can run without waiting likewise.
+  void LetOthersGoFirst();
   // A list of threads and where they are, for reports.
   std::string Threads() const;
   std::string Description() const;
@@ -122,17 +122,19 @@ class Block {
   static void FiberMain();
   void RunOne(uint64_t number);
   void Prepare(uint64_t number);
+  void NameTsanFibers() const;
   void Exit(Fiber& me);
-  Fiber* Next(int warp_number);
+  Fiber* Next(const Fiber* me);
+  Fiber* NextRunnable(const Fiber* me);
   Fiber* FirstAtBarrier();
   void Yield(Fiber& me);
   void Jump(Context* save, Context* load, Fiber* to, bool last);
-  void OpenBarrier(Fiber& as);
-  void Complete(Warp& warp, int group_number, Fiber* me);
+  void OpenBarrier(const Fiber& as);
+  void Complete(Warp& warp, int group_number, const Fiber& me);
   void CheckPieces();
   void FreePiece(Piece& piece);
   [[noreturn]] void Deadlock();
-  void Wake(Warp& warp, unsigned lanes);
+  bool Waits(const Fiber& fiber) const;
 
   // Markers for ThreadSanitizer, fresh for each block.
   sanitizer::Tag* InTag(const Fiber& fiber) { return tags_ + fiber.id; }
@@ -148,6 +150,7 @@ class Block {
   std::vector<Warp> warps_;
   std::vector<int> warp_order_;
   std::vector<int> warp_position_;
+  bool has_patient_ = false;
   std::vector<Piece> pieces_;
   int piece_count_ = 0;
   int64_t shared_used_ = 0;
@@ -164,6 +167,7 @@ class Block {
   BarrierKind barrier_kind_ = BarrierKind::kPlain;
   Where barrier_where_;
   int barrier_count_ = 0;  // threads whose predicate is not zero
+  int barrier_results_[2] = {};
   sanitizer::Tag* tags_ = nullptr;
   Stats stats_;
 };
@@ -177,7 +181,6 @@ inline bool SamePlace(const Where& a, const Where& b) {
          (a.file_name() == b.file_name() || std::string_view(a.file_name()) == b.file_name());
 }
 std::string PlaceName(const Where& where);
-bool TakesPart(const Warp& warp, int lane);
 // Adds to what TakeStats gives.
 void AddStats(const Stats& stats);
 

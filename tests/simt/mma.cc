@@ -23,39 +23,51 @@ namespace {
 inline float Low(uint32_t pair) { return std::bit_cast<float>(pair << 16); }
 inline float High(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000U); }
 
-SIMT_VECTORIZE void Multiply(const float (&a)[16][16], const float (&b)[16][8], float (&c)[16][8]) {
-  for (int i = 0; i < 16; ++i) {
-    float sum[8];
-    for (int j = 0; j < 8; ++j) sum[j] = c[i][j];
+using Column = float __attribute__((vector_size(64)));  // one value for each of 16 rows
+
+// By columns: a[k] and c[j] are columns, b[k][j] single numbers.
+SIMT_VECTORIZE void Multiply(const Column (&a)[16], const float (&b)[16][8], Column (&c)[8]) {
+  for (int j = 0; j < 8; j += 4) {
+    Column s0 = c[j];
+    Column s1 = c[j + 1];
+    Column s2 = c[j + 2];
+    Column s3 = c[j + 3];
     for (int k = 0; k < 16; ++k) {
-      for (int j = 0; j < 8; ++j) sum[j] += a[i][k] * b[k][j];
+      s0 += a[k] * b[k][j];
+      s1 += a[k] * b[k][j + 1];
+      s2 += a[k] * b[k][j + 2];
+      s3 += a[k] * b[k][j + 3];
     }
-    for (int j = 0; j < 8; ++j) c[i][j] = sum[j];
+    c[j] = s0;
+    c[j + 1] = s1;
+    c[j + 2] = s2;
+    c[j + 3] = s3;
   }
 }
 
 }  // namespace
 
 void MmaBf16Warp(WarpLanes& lanes) {
-  alignas(64) float a[16][16];
-  alignas(64) float b[16][8];
-  alignas(64) float c[16][8];
+  Column a[16];
+  float b[16][8];
+  Column c[8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& operands = *reinterpret_cast<const MmaOperands*>(lanes.in[lane]);
     const int g = lane / 4;
     const int t = lane % 4 * 2;
     for (int part = 0; part < 4; ++part) {
       const uint32_t pair = operands.a[part];
-      float* to = &a[g + part % 2 * 8][t + part / 2 * 8];
-      to[0] = Low(pair);
-      to[1] = High(pair);
+      const int row = g + part % 2 * 8;
+      const int column = t + part / 2 * 8;
+      a[column][row] = Low(pair);
+      a[column + 1][row] = High(pair);
     }
     for (int part = 0; part < 2; ++part) {
       const uint32_t pair = operands.b[part];
       b[t + part * 8][g] = Low(pair);
       b[t + part * 8 + 1][g] = High(pair);
-      c[g + part * 8][t] = operands.c[2 * part];
-      c[g + part * 8][t + 1] = operands.c[2 * part + 1];
+      c[t][g + part * 8] = operands.c[2 * part];
+      c[t + 1][g + part * 8] = operands.c[2 * part + 1];
     }
   }
   Multiply(a, b, c);
@@ -64,8 +76,8 @@ void MmaBf16Warp(WarpLanes& lanes) {
     const int g = lane / 4;
     const int t = lane % 4 * 2;
     for (int part = 0; part < 2; ++part) {
-      operands.c[2 * part] = c[g + part * 8][t];
-      operands.c[2 * part + 1] = c[g + part * 8][t + 1];
+      operands.c[2 * part] = c[t][g + part * 8];
+      operands.c[2 * part + 1] = c[t + 1][g + part * 8];
     }
   }
 }

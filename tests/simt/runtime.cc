@@ -127,28 +127,37 @@ std::string Block::Description() const {
   return text;
 }
 
+bool Block::Waits(const Fiber& fiber) const {
+  const Warp& warp = warps_[fiber.warp];
+  if ((warp.at_barrier >> warp.position[fiber.lane] & 1) != 0) return true;
+  for (int g = 0; g < warp.group_count; ++g) {
+    if ((warp.groups[g].arrived >> fiber.lane & 1) != 0) return true;
+  }
+  return false;
+}
+
 std::string Block::Threads() const {
   std::string text;
   int shown = 0;
-  for (int first = 0; first < thread_count_;) {
-    // Neighbours in the same place share a line.
-    const Fiber& fiber = fibers_[first];
-    int last = first + 1;
-    while (last < thread_count_ && fibers_[last].state == fiber.state &&
-           fibers_[last].doing == fiber.doing && SamePlace(fibers_[last].where, fiber.where)) {
-      ++last;
+  for (int first = 0, next = 0; first < thread_count_; first = next) {
+    // Neighbours in the same state share a line.
+    std::string state;
+    for (next = first; next < thread_count_; ++next) {
+      const Fiber& fiber = fibers_[next];
+      const bool exited = (warps_[fiber.warp].exited >> fiber.lane & 1) != 0;
+      std::string its_state = exited ? " ended" : Waits(fiber) ? " waiting" : " running, last seen";
+      if (!exited) {
+        if (fiber.doing != nullptr) its_state += std::string(" in ") + fiber.doing;
+        its_state += " at " + PlaceName(fiber.where);
+      }
+      if (next == first) state = its_state;
+      if (its_state != state) break;
     }
-    text += "  thread " + std::to_string(first);
-    if (last > first + 1) text += " to " + std::to_string(last - 1);
-    text += fiber.state == State::kExited     ? " exited"
-            : fiber.state == State::kRunnable ? " running, last seen"
-                                              : " waiting";
-    if (fiber.doing != nullptr) text += std::string(" in ") + fiber.doing;
-    text += fiber.state == State::kExited ? "\n" : " at " + PlaceName(fiber.where) + "\n";
-    first = last;
-    if (++shown == 16) return text + "  ...";
+    text += "\n  thread " + std::to_string(first);
+    if (next > first + 1) text += " to " + std::to_string(next - 1);
+    text += state;
+    if (++shown == 16) return text + "\n  ...";
   }
-  if (!text.empty()) text.pop_back();
   return text;
 }
 
@@ -161,9 +170,9 @@ void Block::Deadlock() {
     char mask[32];
     std::snprintf(mask, sizeof mask, "0x%08x, arrived 0x%08x", group.mask, group.arrived);
     ReportAt(group.where, std::string("divergence: not all lanes of the mask come to this ") +
-                              group.op->name + " (mask " + mask + ")\n" + Threads());
+                              group.op->name + " (mask " + mask + ")" + Threads());
   }
-  ReportAt(barrier_where_, "deadlock: no thread can run\n" + Threads());
+  ReportAt(barrier_where_, "deadlock: no thread can run" + Threads());
 }
 
 void Report(const std::string& text) {
@@ -244,8 +253,10 @@ void AsyncCommit() {
 }
 
 void AsyncWait(int keep) {
-  Running("cp.async.wait_group");
+  Block& block = Running("cp.async.wait_group");
   CopyQueue& queue = current_fiber->async;
+  if (queue.groups.size() - queue.landed_groups <= static_cast<size_t>(keep)) return;
+  block.LetOthersGoFirst();  // copies arrive as late as they can
   while (queue.groups.size() - queue.landed_groups > static_cast<size_t>(keep)) {
     const size_t end = queue.groups[queue.landed_groups++].copies;
     for (; queue.landed_copies < end; ++queue.landed_copies) {

@@ -2,7 +2,9 @@
 //
 // The emulator itself is compiled without a sanitizer, so that its own reads and writes of the
 // threads' data stay invisible; kernels and host code may be compiled with one. The hooks are weak:
-// in a build without sanitizers they are null and every function here does nothing.
+// in a build without sanitizers they are null and every function here does nothing. All of them are
+// always inlined, or the linker could take an instrumented copy, whose entry and exit would be
+// counted for different threads.
 #pragma once
 
 #include <cstddef>
@@ -12,6 +14,7 @@ extern "C" {
 __attribute__((weak)) void* __tsan_create_fiber(unsigned flags);
 __attribute__((weak)) void __tsan_destroy_fiber(void* fiber);
 __attribute__((weak)) void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+__attribute__((weak)) void __tsan_set_fiber_name(void* fiber, const char* name);
 __attribute__((weak)) void* __tsan_get_current_fiber();
 __attribute__((weak)) void __tsan_acquire(void* address);
 __attribute__((weak)) void __tsan_release(void* address);
@@ -28,10 +31,12 @@ __attribute__((weak)) void __sanitizer_finish_switch_fiber(void* fake_stack, con
 __attribute__((weak)) void* __asan_region_is_poisoned(void* begin, size_t size);
 }
 
+#define SIMT_INLINE __attribute__((always_inline)) inline
+
 namespace simt::sanitizer {
 
-inline bool HasThread() { return &__tsan_create_fiber != nullptr; }
-inline bool HasAddress() { return &__asan_region_is_poisoned != nullptr; }
+SIMT_INLINE bool HasThread() { return &__tsan_create_fiber != nullptr; }
+SIMT_INLINE bool HasAddress() { return &__asan_region_is_poisoned != nullptr; }
 
 // A marker in memory through which ThreadSanitizer learns who comes after whom. It must be heap
 // memory: freeing it makes the sanitizer forget it, so that a later block starts without history.
@@ -39,21 +44,21 @@ struct alignas(8) Tag {
   char byte[8];
 };
 
-inline void Acquire(Tag* tag) {
+SIMT_INLINE void Acquire(Tag* tag) {
   if (HasThread()) __tsan_acquire(tag);
 }
-inline void Release(Tag* tag) {
+SIMT_INLINE void Release(Tag* tag) {
   if (HasThread()) __tsan_release(tag);
 }
-inline void ReadRange(const void* address, size_t size) {
+SIMT_INLINE void ReadRange(const void* address, size_t size) {
   if (HasThread()) __tsan_read_range(const_cast<void*>(address), size);
 }
-inline void WriteRange(void* address, size_t size) {
+SIMT_INLINE void WriteRange(void* address, size_t size) {
   if (HasThread()) __tsan_write_range(address, size);
 }
-inline void* CurrentFiber() { return HasThread() ? __tsan_get_current_fiber() : nullptr; }
-inline void* CreateFiber() { return HasThread() ? __tsan_create_fiber(0) : nullptr; }
-inline void DestroyFiber(void* fiber) {
+SIMT_INLINE void* CurrentFiber() { return HasThread() ? __tsan_get_current_fiber() : nullptr; }
+SIMT_INLINE void* CreateFiber() { return HasThread() ? __tsan_create_fiber(0) : nullptr; }
+SIMT_INLINE void DestroyFiber(void* fiber) {
   if (fiber != nullptr) __tsan_destroy_fiber(fiber);
 }
 
@@ -61,12 +66,12 @@ inline void DestroyFiber(void* fiber) {
 // order between the two is implied.
 class AsFiber {
  public:
-  explicit AsFiber(void* fiber) : before_(CurrentFiber()) {
+  SIMT_INLINE explicit AsFiber(void* fiber) : before_(CurrentFiber()) {
     if (HasThread()) __tsan_switch_to_fiber(fiber, 1);
   }
   AsFiber(const AsFiber&) = delete;
   AsFiber& operator=(const AsFiber&) = delete;
-  ~AsFiber() {
+  SIMT_INLINE ~AsFiber() {
     if (HasThread()) __tsan_switch_to_fiber(before_, 1);
   }
 
@@ -74,18 +79,30 @@ class AsFiber {
   void* before_;
 };
 
-// free() without counting as a write: the threads that used the memory are not ordered before the
-// one that frees it, as on a device.
-inline void FreeUnordered(void* memory) {
-  if (HasThread()) {
+// Until its end ThreadSanitizer does not look at what this thread reads and writes.
+class Unwatched {
+ public:
+  SIMT_INLINE Unwatched() {
+    if (!HasThread()) return;
     AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
     AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
   }
-  std::free(memory);
-  if (HasThread()) {
+  Unwatched(const Unwatched&) = delete;
+  Unwatched& operator=(const Unwatched&) = delete;
+  SIMT_INLINE ~Unwatched() {
+    if (!HasThread()) return;
     AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
     AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
   }
+};
+
+// free() without counting as a write: the threads that used the memory are not ordered before the
+// one that frees it, as on a device.
+SIMT_INLINE void FreeUnordered(void* memory) {
+  const Unwatched unwatched;
+  std::free(memory);
 }
 
 }  // namespace simt::sanitizer
+
+#undef SIMT_INLINE

@@ -1,7 +1,8 @@
 // Barriers, warp instructions and atomics under their CUDA names.
 //
-// Exited lanes do not count: a mask may name them, but reading from one is reported. There are no
-// floating-point atomics on purpose: their order, and so the result, would differ from run to run.
+// A mask may name lanes that the block does not have, but none that has ended: stricter than CUDA,
+// which forgives it as long as nobody reads from such a lane. There are no floating-point atomics
+// on purpose: their order, and so the result, would differ from run to run.
 #pragma once
 
 #include <cuda_bf16.h>
