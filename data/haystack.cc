@@ -1,6 +1,5 @@
 // What recall needles are hidden in (data/synthetic.h).
 #include "data/synthetic.h"
-#include "data/view.h"
 
 namespace sala::data {
 namespace {
@@ -52,7 +51,7 @@ Haystack Haystack::Filler() {
 }
 
 StatusOr<Haystack> Haystack::FromDataset(const std::string& directory, const Tokenizer& tokenizer,
-                                         int64_t max_bytes, const HeldOut* held_out) {
+                                         int64_t max_bytes, const Part* part) {
   auto store = TokenStore::Open(directory);
   if (ErrorCodeOf(store.status()) == "DS-MISSING") {
     return MakeError(ExitCode::kConfig, "EVAL-HAYSTACK",
@@ -69,7 +68,8 @@ StatusOr<Haystack> Haystack::FromDataset(const std::string& directory, const Tok
   for (int64_t f = 0; f < (*store)->files(); ++f) {
     SALA_ASSIGN_OR_RETURN(TokenFile * file, (*store)->File(f));
     for (int64_t d = 0; d < file->documents() && bytes < max_bytes; ++d) {
-      if (held_out != nullptr && !IsHeldOut(file->hash(d), held_out->seed, held_out->fraction))
+      if (part != nullptr &&
+          IsHeldOut(file->hash(d), part->seed, part->fraction) != (part->split == Split::kHeldOut))
         continue;
       ids.resize(static_cast<size_t>(file->length(d)));
       SALA_RETURN_IF_ERROR(file->CopyTokens(file->begin(d), file->length(d), ids.data()));
@@ -79,7 +79,9 @@ StatusOr<Haystack> Haystack::FromDataset(const std::string& directory, const Tok
   if (haystack.units_.empty()) {
     return MakeError(ExitCode::kConfig, "EVAL-HAYSTACK",
                      directory + ": none of its documents" +
-                         (held_out != nullptr ? " held out for validation" : "") +
+                         (part == nullptr                  ? ""
+                          : part->split == Split::kHeldOut ? " held out for validation"
+                                                           : " not held out for validation") +
                          " has a sentence of 20 to 400 bytes");
   }
   return haystack;

@@ -22,6 +22,7 @@
 #include "core/status.h"
 #include "data/token_store.h"
 #include "data/tokenizer.h"
+#include "data/view.h"
 
 namespace sala::data {
 
@@ -33,17 +34,22 @@ StatusOr<RecallTask> RecallTaskNamed(const std::string& name);  // EVAL-TASK (78
 // What the needles are hidden in: units that are taken in order from a drawn start.
 class Haystack {
  public:
+  static constexpr int64_t kMaxBytes = int64_t{16} << 20;
+
   // One paragraph of sentences that say nothing, a line each, repeated without end.
   static Haystack Filler();
-  // Sentences of the documents of a text dataset, up to max_bytes of them. `held_out`: only
-  // documents that a run with this seed and fraction holds out, so that nothing was trained on.
-  struct HeldOut {
+  // Of the documents of a dataset, those that a run with this data.seed and
+  // data.validation.fraction trains on or holds out: text for training must not show what a model
+  // is measured on, text for measuring not what it was trained on.
+  struct Part {
+    Split split;
     int64_t seed;
     double fraction;
   };
+  // Sentences of the documents of a text dataset, up to max_bytes of them; of all documents, or of
+  // one part.
   static StatusOr<Haystack> FromDataset(const std::string& directory, const Tokenizer& tokenizer,
-                                        int64_t max_bytes = int64_t{16} << 20,
-                                        const HeldOut* held_out = nullptr);
+                                        int64_t max_bytes = kMaxBytes, const Part* part = nullptr);
   const std::vector<std::string>& units() const { return units_; }
   bool endless() const { return endless_; }
 
@@ -82,6 +88,11 @@ struct SyntheticOptions {
   int64_t min_length_tokens = 0;  // 0: all have length_tokens
   int64_t documents = 0;
   std::string haystack_dataset = {};  // "": filler
+  // No document of the haystack is one that a run with this data.seed and a
+  // data.validation.fraction up to this one holds out (a smaller fraction holds out some of the
+  // same documents).
+  int64_t held_out_seed = 1234;
+  double held_out_fraction = 0.1;
   std::string output = {}, name = {};
 };
 StatusOr<DatasetInfo> MaterialiseSynthetic(const SyntheticOptions& options,

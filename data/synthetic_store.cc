@@ -63,7 +63,10 @@ StatusOr<DatasetInfo> MaterialiseSynthetic(const SyntheticOptions& options,
   }
   Haystack haystack = Haystack::Filler();
   if (!options.haystack_dataset.empty()) {
-    SALA_ASSIGN_OR_RETURN(haystack, Haystack::FromDataset(options.haystack_dataset, tokenizer));
+    const Haystack::Part part = {Split::kTraining, options.held_out_seed,
+                                 options.held_out_fraction};
+    SALA_ASSIGN_OR_RETURN(haystack, Haystack::FromDataset(options.haystack_dataset, tokenizer,
+                                                          Haystack::kMaxBytes, &part));
   }
   SALA_ASSIGN_OR_RETURN(
       auto writer,
@@ -78,15 +81,20 @@ StatusOr<DatasetInfo> MaterialiseSynthetic(const SyntheticOptions& options,
     SALA_ASSIGN_OR_RETURN(const RecallItem item, MakeRecallItem(recall, haystack, tokenizer, i));
     SALA_RETURN_IF_ERROR(AddItem(item, recall.chat, tokenizer, writer.get()));
   }
-  return writer->Finish(
-      {{"command", "synth"},
-       {"task", NameOf(recall.task)},
-       {"seed", recall.seed},
-       {"keys", recall.keys},
-       {"min_length_tokens", shortest},
-       {"length_tokens", longest},
-       {"haystack", options.haystack_dataset.empty() ? json() : json(options.haystack_dataset)},
-       {"shuffled", true}});
+  json ingest = {{"command", "synth"},
+                 {"task", NameOf(recall.task)},
+                 {"seed", recall.seed},
+                 {"keys", recall.keys},
+                 {"min_length_tokens", shortest},
+                 {"length_tokens", longest},
+                 {"haystack", nullptr},
+                 {"shuffled", true}};
+  if (!options.haystack_dataset.empty()) {
+    ingest["haystack"] = options.haystack_dataset;
+    ingest["haystack_without_held_out"] = {{"seed", options.held_out_seed},
+                                           {"fraction", options.held_out_fraction}};
+  }
+  return writer->Finish(ingest);
 }
 
 namespace {

@@ -167,7 +167,7 @@ class StepRunner {
                           parallel::Mesh::Create(*runner->world_, parallel::MeshConfig()));
     model::InitialiseParameters(config, /*seed=*/1, runner->params_);
     runner->optimizer_ = std::make_unique<recipes::Optimizer>(
-        recipes::OptimizerConfig(), config, runner->params_,
+        runner->ctx_, recipes::OptimizerConfig(), config, runner->parameters_,
         [](const model::ParameterSpec&) { return true; }, *runner->mesh_);
     return runner;
   }
@@ -183,7 +183,7 @@ class StepRunner {
   StatusOr<Times> Step() {
     Times times;
     const double start = ClockSeconds();
-    std::fill_n(gradients_.data(), gradients_.size(), 0.0F);
+    gradients_.Zero();
     const auto loss =
         model::CrossEntropyStep(ctx_, arena_, model_, batch_, run_,
                                 1.0F / static_cast<float>(batch_.targets()), gradient_views_);
@@ -211,6 +211,7 @@ class StepRunner {
         world_(parallel::MakeSelfCommunicator()),
         params_(model::ParameterSpecs(config)),
         gradients_(model::ParameterSpecs(config)),
+        parameters_(ctx_, params_),
         model_(config, params_),
         gradient_views_(model::BindTensors(config, gradients_)),
         run_{.sparse_attention = options.sparse, .recompute = options.recompute} {
@@ -229,6 +230,7 @@ class StepRunner {
   std::unique_ptr<parallel::Communicator> world_;
   std::unique_ptr<parallel::Mesh> mesh_;
   model::ParameterStore params_, gradients_;
+  model::ComputeParameters parameters_;
   model::Model model_;
   model::ModelTensors gradient_views_;
   model::RunOptions run_;

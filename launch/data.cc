@@ -245,6 +245,14 @@ void AddSynth(CommandLine& line, CLI::App& group) {
       "--from", recall.haystack_dataset,
       "token store of text: what needles are hidden in (default: filler), or what is continued");
   command
+      ->add_option("--held-out-fraction", recall.held_out_fraction,
+                   "--from for recall: leave out the documents that a run with a "
+                   "data.validation.fraction up to this one holds out")
+      ->check(CLI::Range(0.0, 0.999))
+      ->capture_default_str();
+  command->add_option("--held-out-seed", recall.held_out_seed, "likewise: the run's data.seed")
+      ->capture_default_str();
+  command
       ->add_option("--prompt-tokens", options->continuation.prompt_tokens,
                    "continuation: of the first part")
       ->check(CLI::PositiveNumber)

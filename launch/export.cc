@@ -31,13 +31,15 @@ Status Export(ExportCommand command) {
     const CheckpointInfo& info = model.checkpoint->info();
     source["step"] = info.global_step;
     source["stage"] = info.stage;
-    if (tokenizer != nullptr && info.tokenizer_fingerprint != tokenizer->fingerprint()) {
-      return MakeError(ExitCode::kData, "TOK-MISMATCH",
-                       command.checkpoint + ": trained with tokenizer " +
-                           info.tokenizer_fingerprint.substr(0, 12) + ", found " +
-                           tokenizer->fingerprint().substr(0, 12) +
-                           "; name the right one with --tokenizer");
-    }
+  }
+  command.options.tokenizer_fingerprint = model.tokenizer_fingerprint;
+  if (tokenizer != nullptr && !model.tokenizer_fingerprint.empty() &&
+      model.tokenizer_fingerprint != tokenizer->fingerprint()) {
+    return MakeError(ExitCode::kData, "TOK-MISMATCH",
+                     command.checkpoint + ": trained with tokenizer " +
+                         model.tokenizer_fingerprint.substr(0, 12) + ", found " +
+                         tokenizer->fingerprint().substr(0, 12) +
+                         "; name the right one with --tokenizer");
   }
   SALA_ASSIGN_OR_RETURN(
       const recipes::ExportReport report,

@@ -1,6 +1,7 @@
 #include "model/loss.h"
 
 #include "core/check.h"
+#include "kernels/tensor_ops/tensor_ops.h"
 
 namespace sala::model {
 
@@ -9,9 +10,9 @@ kernels::CrossEntropyResult CrossEntropyStep(const Context& ctx, Arena& arena, c
                                              float grad_scale, const ModelTensors& gradients) {
   const ArenaScope scope(arena);
   const ForwardState state = model.Forward(ctx, arena, batch, options);
-  const Tensor dhidden = arena.New(DType::kF32, {batch.size(), model.config().hidden_size});
+  const Tensor dhidden = arena.New(ctx.activation(), {batch.size(), model.config().hidden_size});
   const kernels::CrossEntropyResult result = kernels::CrossEntropy(
-      ctx, state.hidden, model.tensors().head, batch.labels_view(),
+      ctx, state.hidden, model.tensors().head, state.tables.labels,
       {.logit_scale = model.logit_scale(), .grad_scale = grad_scale}, {}, dhidden, gradients.head);
   model.Backward(ctx, arena, batch, options, state, dhidden, gradients);
   return result;
@@ -23,7 +24,8 @@ kernels::CrossEntropyResult EvaluateCrossEntropy(const Context& ctx, Arena& aren
                                                  const Tensor& token_loss) {
   const ArenaScope scope(arena);
   const Tensor hidden = model.ForwardOnly(ctx, arena, batch, options);
-  return kernels::CrossEntropy(ctx, hidden, model.tensors().head, batch.labels_view(),
+  return kernels::CrossEntropy(ctx, hidden, model.tensors().head,
+                               ToDevice(ctx, arena, batch.labels),
                                {.logit_scale = model.logit_scale()}, token_loss, {}, {});
 }
 
@@ -37,7 +39,7 @@ DistillationResult DistillationStep(const Context& ctx, Arena& arena, const Mode
   DistillationResult result;
   const Tensor teacher_hidden = teacher.ForwardOnly(ctx, arena, batch, options.teacher);
   const ForwardState state = student.Forward(ctx, arena, batch, options.student);
-  const Tensor dhidden = arena.New(DType::kF32, {batch.size(), student.config().hidden_size});
+  const Tensor dhidden = arena.New(ctx.activation(), {batch.size(), student.config().hidden_size});
   result.kl = kernels::KlDivergence(ctx, teacher_hidden, teacher.tensors().head, state.hidden,
                                     student.tensors().head,
                                     {.teacher_logit_scale = teacher.logit_scale(),
@@ -46,14 +48,12 @@ DistillationResult DistillationStep(const Context& ctx, Arena& arena, const Mode
                                      .grad_scale = options.kl_grad_scale},
                                     dhidden, gradients.head);
   if (options.ce_grad_scale > 0) {
-    const Tensor dce = arena.New(DType::kF32, {batch.size(), student.config().hidden_size});
+    const Tensor dce = arena.New(ctx.activation(), {batch.size(), student.config().hidden_size});
     result.ce = kernels::CrossEntropy(
-        ctx, state.hidden, student.tensors().head, batch.labels_view(),
+        ctx, state.hidden, student.tensors().head, state.tables.labels,
         {.logit_scale = student.logit_scale(), .grad_scale = options.ce_grad_scale}, {}, dce,
         gradients.head);
-    auto* sum = dhidden.Data<float>();
-    const auto* term = dce.Data<float>();
-    for (int64_t i = 0; i < dhidden.numel(); ++i) sum[i] += term[i];
+    kernels::Add(ctx, dce, dhidden);
   }
   student.Backward(ctx, arena, batch, options.student, state, dhidden, gradients);
   return result;

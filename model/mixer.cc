@@ -1,7 +1,7 @@
 #include "model/mixer.h"
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "core/check.h"
 #include "kernels/attention/attention.h"
@@ -11,6 +11,7 @@
 #include "kernels/output_gate/output_gate.h"
 #include "kernels/qk_norm_rope/qk_norm_rope.h"
 #include "kernels/sparse_attention/sparse_attention.h"
+#include "model/projection.h"
 
 namespace sala::model {
 namespace {
@@ -35,17 +36,17 @@ struct Geometry {
         sin(softmax ? tables.attention_sin : tables.lightning_sin) {}
 };
 
-Tensor Project(const Context& ctx, Arena& arena, const ConstTensor& x, const ConstTensor& weight) {
-  Tensor y = arena.New(DType::kF32, {x.dim(0), weight.dim(0)});
-  kernels::GemmNT(ctx, x, weight, y);
-  return y;
+// The maps of a mixer's input, and which piece of the projection each is.
+enum Piece : size_t { kQuery, kKey, kValue, kGate };
+Projection MixerInputs(const MixerTensors& w) {
+  return Projection({w.q_proj, w.k_proj, w.v_proj, w.gate});
 }
 
 // Norm and rotation of queries or keys; the input itself where the configuration has neither.
 Tensor NormAndRotate(const Context& ctx, Arena& arena, const Geometry& g, const Tensor& raw,
                      int64_t heads, const ConstTensor& norm, Tensor* rstd) {
   if (norm.empty() && g.cos.empty()) return raw;
-  Tensor y = arena.New(DType::kF32, {raw.dim(0), heads * g.head_dim});
+  Tensor y = arena.New(raw.dtype(), {raw.dim(0), heads * g.head_dim});
   if (!norm.empty()) *rstd = arena.New(DType::kF32, {raw.dim(0), heads});
   kernels::QkNormRopeForward(ctx, raw.AsHeads(heads, g.head_dim), norm, g.eps, g.cos, g.sin,
                              y.AsHeads(heads, g.head_dim), *rstd);
@@ -103,9 +104,8 @@ void SoftmaxBackward(const Context& ctx, const ModelConfig& config, const Geomet
 void Finish(const Context& ctx, Arena& arena, const Geometry& g, const MixerTensors& weights,
             MixerState& s, const MixerOutput& output) {
   s.u = s.o;
-  if (!weights.gate.empty()) s.z = Project(ctx, arena, s.x, weights.gate);
   if (!weights.gate.empty() || !weights.o_norm.empty()) {
-    s.u = arena.New(DType::kF32, {s.o.dim(0), s.o.dim(1)});
+    s.u = arena.New(s.o.dtype(), {s.o.dim(0), s.o.dim(1)});
     s.o_rstd = arena.New(DType::kF32, {s.o.dim(0)});
     kernels::OutputGateForward(ctx, s.o, weights.o_norm, s.z, g.eps, s.u, s.o_rstd);
   }
@@ -113,19 +113,13 @@ void Finish(const Context& ctx, Arena& arena, const Geometry& g, const MixerTens
                   {.alpha = output.alpha, .write = output.write});
 }
 
-// dx (+)= dprojection W; dW += dprojection^T x.
-void ProjectBackward(const Context& ctx, const ConstTensor& dy, const ConstTensor& x,
-                     const ConstTensor& weight, const Tensor& dx, Write write,
-                     const Tensor& dweight) {
-  if (!dx.empty()) kernels::GemmNN(ctx, dy, weight, dx, {.write = write});
-  if (!dweight.empty()) kernels::GemmTN(ctx, dy, x, dweight, {.write = Write::kAccumulate});
-}
-
 std::vector<float> Slopes(const Geometry& g) { return kernels::LightningSlopes(g.heads); }
 
 void Append(std::vector<float>& to, const Tensor& from) {
-  const auto* data = from.Data<float>();
-  to.insert(to.end(), data, data + from.numel());
+  for (int64_t t = 0; t < from.dim(0); ++t) {
+    const auto* row = from.Row<float>(t);
+    to.insert(to.end(), row, row + from.dim(1));
+  }
 }
 
 MixerState ProjectInputs(const Context& ctx, Arena& arena, const Geometry& g,
@@ -133,16 +127,20 @@ MixerState ProjectInputs(const Context& ctx, Arena& arena, const Geometry& g,
                          const ConstTensor& positions, const ConstTensor& x) {
   MixerState s;
   s.x = x;
-  s.q_raw = Project(ctx, arena, x, weights.q_proj);
-  s.k_raw = Project(ctx, arena, x, weights.k_proj);
-  s.v = Project(ctx, arena, x, weights.v_proj);
+  const Projection inputs = MixerInputs(weights);
+  s.projected = arena.New(x.dtype(), {x.dim(0), inputs.width()});
+  inputs.Forward(ctx, x, s.projected);
+  s.q_raw = inputs.Piece(s.projected, kQuery);
+  s.k_raw = inputs.Piece(s.projected, kKey);
+  s.v = inputs.Piece(s.projected, kValue);
+  s.z = inputs.Piece(s.projected, kGate);
   s.q = NormAndRotate(ctx, arena, g, s.q_raw, g.heads, weights.q_norm, &s.q_rstd);
   s.k = NormAndRotate(ctx, arena, g, s.k_raw, g.kv_heads, weights.k_norm, &s.k_rstd);
   if (g.softmax && options.logit_scale_base > 0) {
     kernels::LogitScaleForward(ctx, positions, options.logit_scale_base,
                                s.q.AsHeads(g.heads, g.head_dim));
   }
-  s.o = arena.New(DType::kF32, {x.dim(0), g.heads * g.head_dim});
+  s.o = arena.New(x.dtype(), {x.dim(0), g.heads * g.head_dim});
   return s;
 }
 
@@ -153,7 +151,7 @@ MixerState MixerForward(const Context& ctx, Arena& arena, const ModelConfig& con
                         const RunOptions& options, const ConstTensor& x, const MixerOutput& output,
                         LayerCache* cache) {
   const Geometry g(config, type, tables);
-  MixerState s = ProjectInputs(ctx, arena, g, weights, options, batch.positions_view(), x);
+  MixerState s = ProjectInputs(ctx, arena, g, weights, options, tables.positions, x);
   if (g.softmax) {
     SoftmaxForward(ctx, arena, config, g, tables, s);
     if (cache != nullptr) {
@@ -181,26 +179,28 @@ void MixerBackward(const Context& ctx, Arena& arena, const ModelConfig& config, 
                    const MixerTensors& gradients) {
   const Geometry g(config, type, tables);
   const ArenaScope scope(arena);
-  const int64_t t = s.x.dim(0);
-  const auto like = [&](const Tensor& x) { return arena.New(DType::kF32, {t, x.dim(1)}); };
+  const auto like = [&](const Tensor& x) { return arena.New(x.dtype(), {x.dim(0), x.dim(1)}); };
 
   const Tensor du = like(s.u);
   kernels::GemmNN(ctx, dy, weights.o_proj, du, {.alpha = alpha});
   if (!gradients.o_proj.empty()) {
     kernels::GemmTN(ctx, dy, s.u, gradients.o_proj, {.alpha = alpha, .write = Write::kAccumulate});
   }
+  // Gradients of all maps of the input, side by side as the maps are.
+  const Projection inputs = MixerInputs(weights);
+  const Tensor dprojected = like(s.projected);
   Tensor dout = du;
-  Tensor dz;
   if (!weights.gate.empty() || !weights.o_norm.empty()) {
     dout = like(s.o);
-    if (!s.z.empty()) dz = like(s.z);
-    kernels::OutputGateBackward(ctx, du, s.o, weights.o_norm, s.z, s.o_rstd, dout, dz,
-                                gradients.o_norm);
+    kernels::OutputGateBackward(ctx, du, s.o, weights.o_norm, s.z, s.o_rstd, dout,
+                                inputs.Piece(dprojected, kGate), gradients.o_norm);
   }
 
-  const Tensor dq = like(s.q);
-  const Tensor dk = like(s.k);
-  const Tensor dv = like(s.v);
+  // With a norm or a rotation in between, the mixer's own gradients come first.
+  const bool raw = s.q.raw() == s.q_raw.raw();
+  const Tensor dq = raw ? inputs.Piece(dprojected, kQuery) : like(s.q);
+  const Tensor dk = raw ? inputs.Piece(dprojected, kKey) : like(s.k);
+  const Tensor dv = inputs.Piece(dprojected, kValue);
   if (g.softmax) {
     SoftmaxBackward(ctx, config, g, tables, s, dout, dq, dk, dv);
   } else {
@@ -209,22 +209,14 @@ void MixerBackward(const Context& ctx, Arena& arena, const ModelConfig& config, 
                                batch.cu_seqlens, Slopes(g), g.scale, {}, {}, heads(dq), heads(dk),
                                heads(dv), {});
   }
-
-  Tensor dq_raw = dq;
-  Tensor dk_raw = dk;
-  if (s.q.raw() != s.q_raw.raw()) {
-    dq_raw = like(s.q);
-    dk_raw = like(s.k);
-    NormAndRotateBackward(ctx, g, dq, s.q_raw, g.heads, weights.q_norm, s.q_rstd, dq_raw,
-                          gradients.q_norm);
-    NormAndRotateBackward(ctx, g, dk, s.k_raw, g.kv_heads, weights.k_norm, s.k_rstd, dk_raw,
-                          gradients.k_norm);
+  if (!raw) {
+    NormAndRotateBackward(ctx, g, dq, s.q_raw, g.heads, weights.q_norm, s.q_rstd,
+                          inputs.Piece(dprojected, kQuery), gradients.q_norm);
+    NormAndRotateBackward(ctx, g, dk, s.k_raw, g.kv_heads, weights.k_norm, s.k_rstd,
+                          inputs.Piece(dprojected, kKey), gradients.k_norm);
   }
-  ProjectBackward(ctx, dq_raw, s.x, weights.q_proj, dx, Write::kOverwrite, gradients.q_proj);
-  ProjectBackward(ctx, dk_raw, s.x, weights.k_proj, dx, Write::kAccumulate, gradients.k_proj);
-  ProjectBackward(ctx, dv, s.x, weights.v_proj, dx, Write::kAccumulate, gradients.v_proj);
-  if (!dz.empty())
-    ProjectBackward(ctx, dz, s.x, weights.gate, dx, Write::kAccumulate, gradients.gate);
+  inputs.Backward(ctx, dprojected, s.x, dx,
+                  {gradients.q_proj, gradients.k_proj, gradients.v_proj, gradients.gate});
 }
 
 void MixerDecode(const Context& ctx, Arena& arena, const ModelConfig& config, MixerType type,

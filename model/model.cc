@@ -1,7 +1,6 @@
 #include "model/model.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <utility>
 
@@ -11,7 +10,9 @@
 #include "kernels/qk_norm_rope/qk_norm_rope.h"
 #include "kernels/rms_norm/rms_norm.h"
 #include "kernels/swiglu/swiglu.h"
+#include "kernels/tensor_ops/tensor_ops.h"
 #include "model/mixer.h"
+#include "model/projection.h"
 
 namespace sala::model {
 namespace {
@@ -19,11 +20,21 @@ namespace {
 using kernels::Write;
 
 Tensor NewLike(Arena& arena, const ConstTensor& x) {
-  return arena.New(DType::kF32, {x.dim(0), x.dim(1)});
+  return arena.New(x.dtype(), {x.dim(0), x.dim(1)});
 }
 
-void Copy(const ConstTensor& from, const Tensor& to) {
-  std::memcpy(to.raw(), from.raw(), static_cast<size_t>(from.numel()) * SizeOf(from.dtype()));
+Projection MlpInputs(const LayerTensors& w) { return Projection({w.gate_proj, w.up_proj}); }
+
+// Writes gate_up, gate, up and h = silu(gate) * up of the normalised input n.
+void MlpInner(const Context& ctx, Arena& arena, const LayerTensors& w, const ConstTensor& n,
+              LayerState& s) {
+  const Projection inputs = MlpInputs(w);
+  s.gate_up = arena.New(n.dtype(), {n.dim(0), inputs.width()});
+  inputs.Forward(ctx, n, s.gate_up);
+  s.gate = inputs.Piece(s.gate_up, 0);
+  s.up = inputs.Piece(s.gate_up, 1);
+  s.h = arena.New(n.dtype(), {n.dim(0), s.gate.dim(1)});
+  kernels::SwiGluForward(ctx, s.gate, s.up, s.h);
 }
 
 // Views of a store, empty for tensors that are absent or not wanted.
@@ -83,6 +94,14 @@ ModelTensors BindTensors(const ModelConfig& config, ParameterStore& store,
   return tensors;
 }
 
+ConstTensor ToDevice(const Context& ctx, Arena& arena, const std::vector<int32_t>& values) {
+  const auto n = static_cast<int64_t>(values.size());
+  if (!ctx.cuda()) return {values.data(), {n}};
+  const Tensor copy = arena.New(DType::kI32, {n});
+  ctx.gpu->Upload(copy.raw(), values.data(), values.size() * sizeof(int32_t));
+  return copy;
+}
+
 int64_t Batch::targets() const {
   return std::count_if(labels.begin(), labels.end(), [](int32_t label) { return label >= 0; });
 }
@@ -113,11 +132,14 @@ BatchTables Model::MakeTables(const Context& ctx, Arena& arena, const Batch& bat
   SALA_CHECK(!batch.cu_seqlens.empty() && batch.cu_seqlens.back() == batch.size())
       << "cu_seqlens must end at the last token";
   BatchTables tables;
+  tables.tokens = ToDevice(ctx, arena, batch.tokens);
+  tables.labels = ToDevice(ctx, arena, batch.labels);
+  tables.positions = ToDevice(ctx, arena, batch.positions);
   const auto table = [&](int64_t head_dim, Tensor* cos, Tensor* sin) {
     *cos = arena.New(DType::kF32, {batch.size(), head_dim / 2});
     *sin = arena.New(DType::kF32, {batch.size(), head_dim / 2});
-    kernels::RopeTable(ctx, batch.positions_view(), head_dim,
-                       static_cast<float>(config_.rope_theta), *cos, *sin);
+    kernels::RopeTable(ctx, tables.positions, head_dim, static_cast<float>(config_.rope_theta),
+                       *cos, *sin);
   };
   if (config_.attn_use_rope) table(config_.head_dim, &tables.attention_cos, &tables.attention_sin);
   if (config_.lightning_use_rope && config_.has_lightning()) {
@@ -143,20 +165,15 @@ void Model::LayerForward(const Context& ctx, Arena& arena, const Batch& batch,
   s.rstd1 = arena.New(DType::kF32, {t});
   kernels::RmsNormForward(ctx, s.x, w.input_norm, eps, s.n1, s.rstd1);
   s.mid = NewLike(arena, s.x);
-  Copy(s.x, s.mid);
+  kernels::Cast(ctx, s.x, s.mid);
   s.mixer = MixerForward(ctx, arena, config_, config_.mixer(layer), w.mixer, batch, tables, options,
                          s.n1, {.y = s.mid, .alpha = r, .write = Write::kAccumulate});
 
   s.n2 = NewLike(arena, s.x);
   s.rstd2 = arena.New(DType::kF32, {t});
   kernels::RmsNormForward(ctx, s.mid, w.post_norm, eps, s.n2, s.rstd2);
-  s.gate = arena.New(DType::kF32, {t, config_.intermediate_size});
-  s.up = arena.New(DType::kF32, {t, config_.intermediate_size});
-  s.h = arena.New(DType::kF32, {t, config_.intermediate_size});
-  kernels::GemmNT(ctx, s.n2, w.gate_proj, s.gate);
-  kernels::GemmNT(ctx, s.n2, w.up_proj, s.up);
-  kernels::SwiGluForward(ctx, s.gate, s.up, s.h);
-  Copy(s.mid, out);
+  MlpInner(ctx, arena, w, s.n2, s);
+  kernels::Cast(ctx, s.mid, out);
   kernels::GemmNT(ctx, s.h, w.down_proj, out, {.alpha = r, .write = Write::kAccumulate});
 }
 
@@ -173,17 +190,12 @@ void Model::LayerBackward(const Context& ctx, Arena& arena, const Batch& batch,
   if (!gradients.down_proj.empty()) {
     kernels::GemmTN(ctx, dx, s.h, gradients.down_proj, {.alpha = r, .write = Write::kAccumulate});
   }
-  const Tensor dgate = NewLike(arena, s.gate);
-  const Tensor dup = NewLike(arena, s.up);
-  kernels::SwiGluBackward(ctx, dh, s.gate, s.up, dgate, dup);
+  const Projection inputs = MlpInputs(w);
+  const Tensor dgate_up = NewLike(arena, s.gate_up);
+  kernels::SwiGluBackward(ctx, dh, s.gate, s.up, inputs.Piece(dgate_up, 0),
+                          inputs.Piece(dgate_up, 1));
   const Tensor dn = NewLike(arena, s.x);
-  kernels::GemmNN(ctx, dgate, w.gate_proj, dn);
-  kernels::GemmNN(ctx, dup, w.up_proj, dn, {.write = Write::kAccumulate});
-  if (!gradients.gate_proj.empty()) {
-    kernels::GemmTN(ctx, dgate, s.n2, gradients.gate_proj, {.write = Write::kAccumulate});
-  }
-  if (!gradients.up_proj.empty())
-    kernels::GemmTN(ctx, dup, s.n2, gradients.up_proj, {.write = Write::kAccumulate});
+  inputs.Backward(ctx, dgate_up, s.n2, dn, {gradients.gate_proj, gradients.up_proj});
   kernels::RmsNormBackward(ctx, dn, s.mid, w.post_norm, s.rstd2, dx, Write::kAccumulate,
                            gradients.post_norm);
 
@@ -198,8 +210,8 @@ ForwardState Model::Forward(const Context& ctx, Arena& arena, const Batch& batch
   ForwardState state;
   const int64_t t = batch.size();
   state.tables = MakeTables(ctx, arena, batch, options);
-  Tensor x = arena.New(DType::kF32, {t, config_.hidden_size});
-  kernels::EmbeddingForward(ctx, batch.tokens_view(), tensors_.embedding,
+  Tensor x = arena.New(ctx.activation(), {t, config_.hidden_size});
+  kernels::EmbeddingForward(ctx, state.tables.tokens, tensors_.embedding,
                             static_cast<float>(config_.scale_emb), x);
   for (int64_t l = 0; l < config_.num_hidden_layers; ++l) {
     Tensor out = NewLike(arena, x);
@@ -248,7 +260,7 @@ void Model::Backward(const Context& ctx, Arena& arena, const Batch& batch,
     }
   }
   if (!gradients.embedding.empty()) {
-    kernels::EmbeddingBackward(ctx, batch.tokens_view(), dx, static_cast<float>(config_.scale_emb),
+    kernels::EmbeddingBackward(ctx, state.tables.tokens, dx, static_cast<float>(config_.scale_emb),
                                gradients.embedding);
   }
 }
@@ -258,15 +270,15 @@ Tensor Model::ForwardOnly(const Context& ctx, Arena& arena, const Batch& batch,
                           const LayerHook& hook,
                           const std::function<void(int64_t, const ConstTensor&)>& on_input) const {
   const int64_t t = batch.size();
-  const Tensor hidden = arena.New(DType::kF32, {t, config_.hidden_size});
+  const Tensor hidden = arena.New(ctx.activation(), {t, config_.hidden_size});
+  const ArenaScope scope(arena);
+  const BatchTables tables = MakeTables(ctx, arena, batch, options);
   if (x.empty()) {
     SALA_CHECK(first_layer == 0) << "starting at layer " << first_layer << " needs its input";
     x = NewLike(arena, hidden);
-    kernels::EmbeddingForward(ctx, batch.tokens_view(), tensors_.embedding,
+    kernels::EmbeddingForward(ctx, tables.tokens, tensors_.embedding,
                               static_cast<float>(config_.scale_emb), x);
   }
-  const ArenaScope scope(arena);
-  const BatchTables tables = MakeTables(ctx, arena, batch, options);
   const Tensor out = NewLike(arena, x);
   for (int64_t l = first_layer; l < config_.num_hidden_layers; ++l) {
     if (on_input) on_input(l, x);
@@ -281,7 +293,7 @@ Tensor Model::ForwardOnly(const Context& ctx, Arena& arena, const Batch& batch,
       kernels::GemmNT(ctx, layer.mixer.u, tensors_.layers[static_cast<size_t>(l)].mixer.o_proj, y);
       hook(l, layer.n1, y);
     }
-    Copy(out, x);
+    kernels::Cast(ctx, out, x);
   }
   const Tensor rstd = arena.New(DType::kF32, {t});
   kernels::RmsNormForward(ctx, x, tensors_.norm, static_cast<float>(config_.rms_norm_eps), hidden,
@@ -300,12 +312,13 @@ void Model::RunLayers(const Context& ctx, Arena& arena, const Batch& batch,
     LayerState layer;
     layer.x = x;
     LayerForward(ctx, arena, batch, tables, options, l, layer, out);
-    Copy(out, x);
+    kernels::Cast(ctx, out, x);
   }
 }
 
 std::vector<float> Model::Logits(const Context& ctx, Arena& arena,
                                  const ConstTensor& hidden_row) const {
+  SALA_CHECK(!ctx.cuda()) << "generation runs on the CPU";
   std::vector<float> logits(static_cast<size_t>(config_.vocab_size));
   kernels::GemmNT(ctx, hidden_row, tensors_.head, Tensor(logits.data(), {1, config_.vocab_size}),
                   {.alpha = logit_scale()});
@@ -350,13 +363,10 @@ void Model::MlpForward(const Context& ctx, Arena& arena, int64_t layer, const Te
   const Tensor n = NewLike(arena, x);
   const Tensor rstd = arena.New(DType::kF32, {x.dim(0)});
   kernels::RmsNormForward(ctx, x, w.post_norm, static_cast<float>(config_.rms_norm_eps), n, rstd);
-  const Tensor gate = arena.New(DType::kF32, {x.dim(0), config_.intermediate_size});
-  const Tensor up = NewLike(arena, gate);
-  kernels::GemmNT(ctx, n, w.gate_proj, gate);
-  kernels::GemmNT(ctx, n, w.up_proj, up);
-  kernels::SwiGluForward(ctx, gate, up, gate);
+  LayerState inner;
+  MlpInner(ctx, arena, w, n, inner);
   kernels::GemmNT(
-      ctx, gate, w.down_proj, x,
+      ctx, inner.h, w.down_proj, x,
       {.alpha = static_cast<float>(config_.residual_scale()), .write = Write::kAccumulate});
 }
 

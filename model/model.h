@@ -71,6 +71,10 @@ struct Batch {
   ConstTensor positions_view() const { return {positions.data(), {size()}}; }
 };
 
+// The values where the context's device reads them: themselves on a CPU, a copy in the arena on a
+// GPU.
+ConstTensor ToDevice(const Context& ctx, Arena& arena, const std::vector<int32_t>& values);
+
 // One document without labels (generation, scoring).
 Batch SingleDocument(const std::vector<int32_t>& tokens);
 
@@ -84,25 +88,27 @@ struct RunOptions {
 
 // Tables every layer shares, made once per batch.
 struct BatchTables {
-  Tensor attention_cos, attention_sin;  // empty without rotary embedding
+  ConstTensor tokens, labels, positions;  // i32 [T]
+  Tensor attention_cos, attention_sin;    // empty without rotary embedding
   Tensor lightning_cos, lightning_sin;
   std::vector<kernels::DocumentRange> dense_documents, sparse_documents;
 };
 
 // What the forward pass of a mixer keeps for its backward pass; all in the arena.
 struct MixerState {
-  ConstTensor x;           // [T, H], the normalised input
-  Tensor q_raw, k_raw, v;  // projections
-  Tensor q, k;             // after norm and rotation (the raw ones where there is neither)
-  Tensor q_rstd, k_rstd;   // [T, N], [T, K]
-  Tensor o, lse, blocks;   // attention output; lse and blocks in softmax layers
-  Tensor z, o_rstd, u;     // gate logits, output norm, what enters o_proj
+  ConstTensor x;              // [T, H], the normalised input
+  Tensor projected;           // [T, all outputs of q, k, v and gate]; the next are columns of it
+  Tensor q_raw, k_raw, v, z;  // projections; z: gate logits
+  Tensor q, k;                // after norm and rotation (the raw ones where there is neither)
+  Tensor q_rstd, k_rstd;      // [T, N], [T, K]
+  Tensor o, lse, blocks;      // attention output; lse and blocks in softmax layers
+  Tensor o_rstd, u;           // output norm, what enters o_proj
 };
 
 struct LayerState {
   Tensor x;                          // [T, H] the layer's input, always kept
   Tensor n1, rstd1, mid, n2, rstd2;  // empty when the layer is recomputed
-  Tensor gate, up, h;                // MLP
+  Tensor gate_up, gate, up, h;       // MLP; gate and up are columns of gate_up
   MixerState mixer;
 };
 

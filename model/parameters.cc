@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <utility>
 
 #include "core/check.h"
@@ -33,11 +34,12 @@ std::vector<ParameterSpec> MixerSpecs(const ModelConfig& config, int64_t layer, 
   specs.push_back(Matrix(prefix + "q_proj.weight", width, hidden));
   specs.push_back(Matrix(prefix + "k_proj.weight", kv_width, hidden));
   specs.push_back(Matrix(prefix + "v_proj.weight", kv_width, hidden));
-  specs.push_back(Matrix(prefix + "o_proj.weight", hidden, width));
+  // Next to q, k and v: all that read the same input are one matrix product (model/projection.h).
   if (softmax && config.attn_use_output_gate)
     specs.push_back(Matrix(prefix + "o_gate.weight", width, hidden));
   if (!softmax && config.use_output_gate)
     specs.push_back(Matrix(prefix + "z_proj.weight", width, hidden));
+  specs.push_back(Matrix(prefix + "o_proj.weight", hidden, width));
   if (softmax ? config.attn_qk_norm : config.qk_norm) {
     specs.push_back(Vector(prefix + "q_norm.weight", head_dim));
     specs.push_back(Vector(prefix + "k_norm.weight", head_dim));
@@ -85,11 +87,45 @@ std::vector<ParameterSpec> ParameterSpecs(const ModelConfig& config) {
   return specs;
 }
 
-ParameterStore::ParameterStore(std::vector<ParameterSpec> specs) : specs_(std::move(specs)) {
-  data_.assign(static_cast<size_t>(LayOut(specs_)), 0.0F);
+ParameterStore::ParameterStore(std::vector<ParameterSpec> specs, DType dtype, Device* device)
+    : specs_(std::move(specs)), dtype_(dtype), size_(LayOut(specs_)) {
+  data_ = Buffer(static_cast<size_t>(size_) * SizeOf(dtype), device);
   for (size_t i = 0; i < specs_.size(); ++i) {
     SALA_CHECK(index_.emplace(specs_[i].name, i).second)
         << "parameter " << specs_[i].name << " appears twice";
+  }
+}
+
+DeviceKind ParameterStore::device_kind() const {
+  return data_.device() == nullptr ? DeviceKind::kCpu : DeviceKind::kCuda;
+}
+
+char* ParameterStore::At(int64_t offset) const {
+  return static_cast<char*>(data_.data()) + offset * static_cast<int64_t>(SizeOf(dtype_));
+}
+
+float* ParameterStore::data() {
+  SALA_CHECK(dtype_ == DType::kF32 && data_.device() == nullptr)
+      << "the store holds " << NameOf(dtype_) << " or lies on a device";
+  return static_cast<float*>(data_.data());
+}
+
+const float* ParameterStore::data() const { return const_cast<ParameterStore*>(this)->data(); }
+
+Tensor ParameterStore::Flat() { return Flat(0, size_); }
+
+Tensor ParameterStore::Flat(int64_t begin, int64_t end) {
+  SALA_CHECK(0 <= begin && begin <= end && end <= size_)
+      << "elements [" << begin << ", " << end << ") of " << size_;
+  return Tensor(At(begin), dtype_, {end - begin}, device_kind());
+}
+
+void ParameterStore::Zero() {
+  if (data_.bytes() == 0) return;
+  if (data_.device() != nullptr) {
+    data_.device()->Zero(data_.data(), data_.bytes());
+  } else {
+    std::memset(data_.data(), 0, data_.bytes());
   }
 }
 
@@ -107,16 +143,32 @@ const ParameterSpec& ParameterStore::Spec(const std::string& name) const {
 
 Tensor ParameterStore::Get(const std::string& name) {
   const ParameterSpec& spec = Spec(name);
-  float* data = data_.data() + spec.offset;
-  return spec.shape.size() == 1 ? Tensor(data, {spec.shape[0]})
-                                : Tensor(data, {spec.shape[0], spec.shape[1]});
+  return spec.shape.size() == 1
+             ? Tensor(At(spec.offset), dtype_, {spec.shape[0]}, device_kind())
+             : Tensor(At(spec.offset), dtype_, {spec.shape[0], spec.shape[1]}, device_kind());
 }
 
 ConstTensor ParameterStore::Get(const std::string& name) const {
-  const ParameterSpec& spec = Spec(name);
-  const float* data = data_.data() + spec.offset;
-  return spec.shape.size() == 1 ? ConstTensor(data, {spec.shape[0]})
-                                : ConstTensor(data, {spec.shape[0], spec.shape[1]});
+  return const_cast<ParameterStore*>(this)->Get(name);
+}
+
+ComputeParameters::ComputeParameters(const Context& ctx, ParameterStore& host) : host_(&host) {
+  if (!ctx.cuda()) return;
+  device_ = std::make_unique<ParameterStore>(host.specs(), DType::kBF16, ctx.gpu);
+  Refresh(ctx);
+}
+
+void ComputeParameters::Refresh(const Context& ctx) {
+  if (!device_) return;
+  constexpr int64_t kPiece = int64_t{1} << 20;
+  std::vector<BF16> rounded;
+  const float* values = host_->data();
+  for (int64_t begin = 0; begin < host_->size(); begin += kPiece) {
+    const int64_t end = std::min(host_->size(), begin + kPiece);
+    rounded.resize(static_cast<size_t>(end - begin));
+    for (int64_t i = begin; i < end; ++i) rounded[static_cast<size_t>(i - begin)] = BF16(values[i]);
+    ctx.gpu->Upload(device_->Flat(begin, end).raw(), rounded.data(), rounded.size() * sizeof(BF16));
+  }
 }
 
 void InitialiseNormal(int64_t seed, const std::string& name, double standard_deviation,

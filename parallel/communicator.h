@@ -1,10 +1,11 @@
-// Communication between ranks. One interface, several implementations: `self` (one rank), `mpi`
-// (CPU buffers); a CUDA build adds `nccl` behind the same interface.
+// Communication between ranks. One interface, several implementations: `self` (one rank) and `mpi`
+// for host memory; for device memory `staged`, which takes its way through host memory and one of
+// these, and `nccl` (parallel/device_communicator.h).
 //
 // Every call is collective: all ranks of the communicator call it in the same order with matching
-// sizes. Sums of floating point numbers are added in rank order, so they have the same bits in
-// every run and on every rank. Failures of the library below end in COMM-FAILED (exit 71) with
-// operation, rank and host.
+// sizes. Sums of floating point numbers are added over ranks by the tree of parallel/ordered_sum.h,
+// so they have the same bits in every run and on every rank. Failures of the library below end in
+// COMM-FAILED (exit 71) with operation, rank and host.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "core/status.h"
+#include "core/tensor.h"
 
 namespace sala::parallel {
 
@@ -35,7 +37,7 @@ class Communicator {
   virtual Status AllReduce(std::span<int64_t> values, Reduce op) = 0;
 
   // `send` [sum of counts] holds every rank's contribution to all segments; `recv` [counts[rank]]
-  // becomes the sum over ranks, in rank order, of segment `rank`. May not overlap.
+  // becomes the sum over ranks of segment `rank`. May not overlap.
   virtual Status ReduceScatterSum(std::span<const float> send, std::span<const int64_t> counts,
                                   std::span<float> recv) = 0;
 
@@ -43,6 +45,14 @@ class Communicator {
   // this rank's place in recv.
   virtual Status AllGather(std::span<const float> send, std::span<const int64_t> counts,
                            std::span<float> recv) = 0;
+
+  // The same on flat tensors wherever they lie: ReduceScatterSum f32, AllGather f32 or bf16 (counts
+  // are elements, for bf16 even ones). On a device they are ordered with the compute stream: inputs
+  // need not be ready at the call, results need not be at its return. Here: host memory, f32.
+  virtual Status ReduceScatterSum(const ConstTensor& send, std::span<const int64_t> counts,
+                                  const Tensor& recv);
+  virtual Status AllGather(const ConstTensor& send, std::span<const int64_t> counts,
+                           const Tensor& recv);
 
   virtual Status Broadcast(std::span<char> bytes, int root) = 0;
 

@@ -2,6 +2,10 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
+#include <vector>
+
+#include "parallel/device_communicator.h"
 
 namespace sala::parallel {
 
@@ -10,6 +14,8 @@ void MeshConfig::Bind(ConfigBinder& b) {
   b.Field("cp", &cp, {.min = 1});
   b.Field("tp", &tp, {.min = 1});
   b.Field("zero_stage", &zero_stage, {.min = 0, .max = 1});
+  b.Enum("transport", &transport,
+         {{"auto", Transport::kAuto}, {"mpi", Transport::kMpi}, {"nccl", Transport::kNccl}});
 }
 
 StatusOr<MeshConfig> ResolveMesh(int ranks, const MeshConfig& config) {
@@ -30,10 +36,39 @@ StatusOr<MeshConfig> ResolveMesh(int ranks, const MeshConfig& config) {
   return resolved;
 }
 
-StatusOr<std::unique_ptr<Mesh>> Mesh::Create(Communicator& world, const MeshConfig& config) {
+namespace {
+
+// Whether no two ranks share a device.
+StatusOr<bool> DevicesAreDistinct(Communicator& world, const Device& device) {
+  SALA_ASSIGN_OR_RETURN(
+      std::vector<std::string> devices,
+      world.AllGatherText(device.options().host + "/" + std::to_string(device.info().index)));
+  std::sort(devices.begin(), devices.end());
+  return std::adjacent_find(devices.begin(), devices.end()) == devices.end();
+}
+
+}  // namespace
+
+StatusOr<std::unique_ptr<Mesh>> Mesh::Create(Communicator& world, const MeshConfig& config,
+                                             const Context& ctx) {
   SALA_ASSIGN_OR_RETURN(const MeshConfig resolved, ResolveMesh(world.size(), config));
   std::unique_ptr<Mesh> mesh(new Mesh(world, resolved));
   SALA_ASSIGN_OR_RETURN(mesh->dp_group_, world.Split(0));
+  if (!ctx.cuda()) return mesh;
+  SALA_ASSIGN_OR_RETURN(const bool distinct, DevicesAreDistinct(world, *ctx.gpu));
+  const bool nccl = config.transport == Transport::kNccl ||
+                    (config.transport == Transport::kAuto && distinct && world.size() > 1);
+  if (nccl && !distinct && !ctx.gpu->info().emulated) {
+    return MakeError(ExitCode::kConfig, "CFG-MESH",
+                     "parallel.transport is nccl, but several ranks share a device; start one rank "
+                     "per device or use transport: mpi");
+  }
+  if (nccl) {
+    SALA_ASSIGN_OR_RETURN(mesh->dp_group_, MakeNcclCommunicator(std::move(mesh->dp_group_), ctx,
+                                                                ctx.gpu->options().deterministic));
+  } else {
+    mesh->dp_group_ = MakeStagedCommunicator(std::move(mesh->dp_group_), *ctx.gpu);
+  }
   return mesh;
 }
 

@@ -9,16 +9,22 @@
 #include <vector>
 
 #include "core/config.h"
+#include "core/context.h"
 #include "core/status.h"
 #include "parallel/communicator.h"
 
 namespace sala::parallel {
+
+// How device memory travels between ranks: kAuto is NCCL where every rank has a device of its own,
+// else MPI through host memory.
+enum class Transport : uint8_t { kAuto, kMpi, kNccl };
 
 struct MeshConfig {
   int64_t dp = 0;  // 0: all ranks that cp and tp leave
   int64_t cp = 1;
   int64_t tp = 1;
   int64_t zero_stage = 1;  // 0: optimizer state on every rank; 1: split over dp
+  Transport transport = Transport::kAuto;
 
   void Bind(ConfigBinder& b);
 };
@@ -29,7 +35,9 @@ StatusOr<MeshConfig> ResolveMesh(int ranks, const MeshConfig& config);
 
 class Mesh {
  public:
-  static StatusOr<std::unique_ptr<Mesh>> Create(Communicator& world, const MeshConfig& config);
+  // With a GPU context the groups carry its memory. Collective.
+  static StatusOr<std::unique_ptr<Mesh>> Create(Communicator& world, const MeshConfig& config,
+                                                const Context& ctx = {});
 
   Communicator& world() const { return world_; }
   Communicator& dp_group() const { return *dp_group_; }

@@ -9,15 +9,17 @@
 #include <numeric>
 
 #include "core/check.h"
+#include "parallel/ordered_sum.h"
 
 namespace sala::parallel {
-namespace {
 
 std::string HostName() {
   char name[256] = {};
   gethostname(name, sizeof(name) - 1);
   return name;
 }
+
+namespace {
 
 Status MpiError(const char* operation, int code) {
   char text[MPI_MAX_ERROR_STRING] = {};
@@ -68,6 +70,8 @@ std::vector<int> Displacements(const std::vector<int>& counts) {
 
 class MpiCommunicator : public Communicator {
  public:
+  using Communicator::AllGather;
+  using Communicator::ReduceScatterSum;
   MpiCommunicator(MPI_Comm comm, bool owned) : comm_(comm), owned_(owned) {
     MPI_Comm_rank(comm_, &rank_);
     MPI_Comm_size(comm_, &size_);
@@ -84,22 +88,21 @@ class MpiCommunicator : public Communicator {
     return OkStatus();
   }
 
-  // Gathered and added here in rank order: the order inside MPI_Allreduce is the library's choice.
-  // The vectors are short.
+  // Gathered and added here: the order inside MPI_Allreduce is the library's choice. The vectors
+  // are short.
   Status AllReduce(std::span<double> values, Reduce op) override {
     std::vector<double> all(values.size() * static_cast<size_t>(size_));
     const int n = static_cast<int>(values.size());
     SALA_RETURN_IF_MPI_ERROR(
         MPI_Allgather(values.data(), n, MPI_DOUBLE, all.data(), n, MPI_DOUBLE, comm_));
-    for (size_t i = 0; i < values.size(); ++i) {
-      double result = all[i];
-      for (size_t r = 1; r < static_cast<size_t>(size_); ++r) {
-        const double other = all[r * values.size() + i];
-        result = op == Reduce::kSum   ? result + other
-                 : op == Reduce::kMax ? std::max(result, other)
-                                      : std::min(result, other);
-      }
-      values[i] = result;
+    if (op == Reduce::kSum) {
+      AddRows(all.data(), size_, n);
+      std::copy_n(all.begin(), values.size(), values.begin());
+      return OkStatus();
+    }
+    for (size_t i = 0; i < all.size(); ++i) {
+      double& value = values[i % values.size()];
+      value = op == Reduce::kMax ? std::max(value, all[i]) : std::min(value, all[i]);
     }
     return OkStatus();
   }
@@ -124,11 +127,8 @@ class MpiCommunicator : public Communicator {
     SALA_RETURN_IF_MPI_ERROR(MPI_Alltoallv(send.data(), send_counts.data(), send_offsets.data(),
                                            MPI_FLOAT, work_.data(), recv_counts.data(),
                                            recv_offsets.data(), MPI_FLOAT, comm_));
+    AddRows(work_.data(), size_, static_cast<int64_t>(recv.size()));
     std::copy_n(work_.begin(), recv.size(), recv.begin());
-    for (size_t r = 1; r < static_cast<size_t>(size_); ++r) {
-      const float* other = work_.data() + r * recv.size();
-      for (size_t i = 0; i < recv.size(); ++i) recv[i] += other[i];
-    }
     return OkStatus();
   }
 

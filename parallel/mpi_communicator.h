@@ -33,6 +33,9 @@ class MpiSession {
   std::string host_;
 };
 
+// This machine's name, as it stands in messages.
+std::string HostName();
+
 // True when this process was started by an MPI launcher (mpirun, srun): a lone process then needs
 // no MPI at all.
 bool LaunchedByMpi();

@@ -9,6 +9,8 @@ namespace {
 
 class SelfCommunicator : public Communicator {
  public:
+  using Communicator::AllGather;
+  using Communicator::ReduceScatterSum;
   int rank() const override { return 0; }
   int size() const override { return 1; }
   Status Barrier() override { return OkStatus(); }
@@ -36,6 +38,16 @@ class SelfCommunicator : public Communicator {
   StatusOr<std::unique_ptr<Communicator>> Split(int) override { return MakeSelfCommunicator(); }
 };
 
+std::span<const float> HostSpan(const ConstTensor& x) {
+  SALA_CHECK(x.device() == DeviceKind::kCpu) << "this communicator works on host memory";
+  return {x.Data<float>(), static_cast<size_t>(x.numel())};
+}
+
+std::span<float> HostSpan(const Tensor& x) {
+  SALA_CHECK(x.device() == DeviceKind::kCpu) << "this communicator works on host memory";
+  return {x.Data<float>(), static_cast<size_t>(x.numel())};
+}
+
 // "EXIT\nCODE\nmessage": how a status travels between ranks; "" for OK.
 std::string Encode(const Status& status) {
   if (status.ok()) return "";
@@ -54,6 +66,16 @@ Status Decode(const std::string& text) {
 }
 
 }  // namespace
+
+Status Communicator::ReduceScatterSum(const ConstTensor& send, std::span<const int64_t> counts,
+                                      const Tensor& recv) {
+  return ReduceScatterSum(HostSpan(send), counts, HostSpan(recv));
+}
+
+Status Communicator::AllGather(const ConstTensor& send, std::span<const int64_t> counts,
+                               const Tensor& recv) {
+  return AllGather(HostSpan(send), counts, HostSpan(recv));
+}
 
 std::unique_ptr<Communicator> MakeSelfCommunicator() {
   return std::make_unique<SelfCommunicator>();

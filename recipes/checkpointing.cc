@@ -13,13 +13,16 @@
 namespace sala::recipes {
 namespace {
 
-// This rank's part of every parameter: the flat buffer cut over the data-parallel ranks, whether or
-// not the optimizer is.
+// This rank's part of every parameter: its shard of the flat buffer, as the optimizer cuts it,
+// which on a GPU is the only part whose values are here.
 std::vector<TensorSlice> ParameterSlices(const model::ParameterStore& params,
-                                         const parallel::Mesh& mesh) {
+                                         const Optimizer* optimizer, const parallel::Mesh& mesh) {
   const auto partition = parallel::FlatPartition::Even(params.size(), mesh.dp_size());
-  const int64_t shard_begin = partition.begin[static_cast<size_t>(mesh.dp_rank())];
-  const int64_t shard_end = partition.begin[static_cast<size_t>(mesh.dp_rank()) + 1];
+  const auto rank = static_cast<size_t>(mesh.dp_rank());
+  const int64_t shard_begin =
+      optimizer != nullptr ? optimizer->shard_begin() : partition.begin[rank];
+  const int64_t shard_end =
+      optimizer != nullptr ? optimizer->shard_end() : partition.begin[rank + 1];
   std::vector<TensorSlice> slices;
   for (const model::ParameterSpec& spec : params.specs()) {
     const int64_t begin = std::max(shard_begin, spec.offset);
@@ -90,7 +93,8 @@ StatusOr<std::string> TrySave(Session& session, const SaveRequest& request) {
   SALA_ASSIGN_OR_RETURN(const auto shared, ShareCommit(session, commit ? &*commit : nullptr));
   const auto& [directory, save_id] = shared;
 
-  std::vector<TensorSlice> slices = ParameterSlices(*request.params, session.mesh());
+  std::vector<TensorSlice> slices =
+      ParameterSlices(*request.params, request.optimizer, session.mesh());
   if (request.optimizer != nullptr) request.optimizer->AppendSlices(&slices);
   const auto written = WriteCheckpointSlices(directory, world.rank(), save_id, slices);
   Status status = parallel::AgreeOnStatus(world, written.status());
@@ -228,6 +232,7 @@ StatusOr<LoadedModel> LoadModel(const std::string& path) {
     SALA_ASSIGN_OR_RETURN(HfFolder folder, LoadHfFolder(path));
     loaded.config = std::move(folder.config);
     loaded.params = std::move(folder.params);
+    loaded.tokenizer_fingerprint = folder.tokenizer_fingerprint;
     loaded.origin = {{"path", path}, {"save_id", ""}};
     return loaded;
   }
@@ -236,6 +241,7 @@ StatusOr<LoadedModel> LoadModel(const std::string& path) {
   loaded.params = model::ParameterStore(model::ParameterSpecs(loaded.config));
   SALA_RETURN_IF_ERROR(LoadParameters(checkpoint, loaded.params));
   loaded.origin = {{"path", path}, {"save_id", checkpoint.info().save_id}};
+  loaded.tokenizer_fingerprint = checkpoint.info().tokenizer_fingerprint;
   loaded.checkpoint.emplace(std::move(checkpoint));
   return loaded;
 }

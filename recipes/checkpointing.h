@@ -61,6 +61,7 @@ struct LoadedModel {
   model::ParameterStore params;
   std::optional<Checkpoint> checkpoint;  // when it came from one
   nlohmann::json origin;                 // {path, save_id} for the parent field
+  std::string tokenizer_fingerprint;     // that it was trained with; "": not known
 };
 StatusOr<LoadedModel> LoadModel(const std::string& path);
 

@@ -208,6 +208,7 @@ void BatchConfig::Bind(ConfigBinder& b) {
   b.Field("global_batch_tokens", &global_batch_tokens, {.required = true, .min = 1, .max = 1e12});
   b.Field("micro_batch_sequences", &micro_batch_sequences, {.min = 1, .max = 1 << 20});
   b.Field("steps", &steps, {.required = true, .min = 1, .max = 1e9});
+  b.Field("rank_independent_sums", &rank_independent_sums);
   if (b.reading() && seq_len_tokens * micro_batch_sequences > std::numeric_limits<int32_t>::max()) {
     b.Error("micro_batch_sequences", "CFG-RANGE",
             "a micro-batch of " + std::to_string(micro_batch_sequences) + " x " +
@@ -325,6 +326,8 @@ void RunConfig::Bind(ConfigBinder& b) {
   b.Field("dir", &dir, {.required = true});
   b.Field("resume", &resume);
   b.Field("resume_strict", &resume_strict);
+  b.Enum("device", &device, {{"cpu", DeviceKind::kCpu}, {"cuda", DeviceKind::kCuda}});
+  b.Field("deterministic", &deterministic);
   b.Field("threads", &threads, {.min = 1, .max = 1024});
   b.Field("log_every_steps", &log_every_steps, {.min = 1});
 }

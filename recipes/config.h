@@ -49,8 +49,14 @@ struct BatchConfig {
   int64_t global_batch_tokens = 0;    // a multiple of seq_len_tokens; not necessarily of the ranks
   int64_t micro_batch_sequences = 1;  // sequences per forward pass of a rank
   int64_t steps = 0;
+  // Gradients, losses and norms are added in an order that does not know the number of ranks: 1, 2,
+  // 4, ... ranks give the same bits.
+  bool rank_independent_sums = false;
 
   int64_t global_batch_sequences() const { return global_batch_tokens / seq_len_tokens; }
+  int64_t micro_batches() const {  // of a step, the last one perhaps smaller
+    return (global_batch_sequences() + micro_batch_sequences - 1) / micro_batch_sequences;
+  }
   void Bind(ConfigBinder& b);
 };
 
@@ -164,8 +170,10 @@ struct RunConfig {
   std::string dir;              // the run directory
   std::string resume = "auto";  // auto | never | a checkpoint directory
   bool resume_strict =
-      false;            // auto: a damaged newest checkpoint ends the run instead of falling back
-  int64_t threads = 1;  // compute threads per rank
+      false;  // auto: a damaged newest checkpoint ends the run instead of falling back
+  DeviceKind device = DeviceKind::kCpu;
+  bool deterministic = true;  // cuda: algorithms chosen by rule, sums over ranks in order
+  int64_t threads = 1;        // compute threads per rank
   int64_t log_every_steps = 1;
   bool break_lock = false;  // --break-lock; not a key of the file
 

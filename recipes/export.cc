@@ -134,7 +134,8 @@ StatusOr<std::string> FileSha256(const std::string& path) {
 }
 
 Status WriteExportRecord(const std::string& directory, const nlohmann::json& source,
-                         const ExportReport& report, DType dtype) {
+                         const std::string& tokenizer_fingerprint, const ExportReport& report,
+                         DType dtype) {
   nlohmann::json files = nlohmann::json::object();
   SALA_ASSIGN_OR_RETURN(const std::vector<std::string> names, ListDirectory(directory));
   for (const std::string& name : names) {
@@ -143,6 +144,7 @@ Status WriteExportRecord(const std::string& directory, const nlohmann::json& sou
   const nlohmann::json record = {{"format", "export"},
                                  {"version", 1},
                                  {"source", source},
+                                 {"tokenizer_fingerprint", tokenizer_fingerprint},
                                  {"dtype", NameOf(dtype)},
                                  {"tensors", report.tensors},
                                  {"parameters", report.parameters},
@@ -165,7 +167,10 @@ Status WriteFolder(const std::string& directory, const Weights& weights,
     SALA_RETURN_IF_ERROR(VerifyExport(directory, weights, hf_config));
     report->verified = true;
   }
-  SALA_RETURN_IF_ERROR(WriteExportRecord(directory, source, *report, options.dtype));
+  SALA_RETURN_IF_ERROR(WriteExportRecord(
+      directory, source,
+      tokenizer != nullptr ? tokenizer->fingerprint() : options.tokenizer_fingerprint, *report,
+      options.dtype));
   return FsyncDirectory(directory);
 }
 
@@ -227,6 +232,21 @@ std::vector<std::string> ExtraTensors(const SafetensorsModel& stored,
   return extra;
 }
 
+// "" where the folder has no record, as those of other programs.
+StatusOr<std::string> RecordedTokenizer(const std::string& directory) {
+  const std::string path = directory + "/export.json";
+  if (!PathExists(path)) return std::string();
+  SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  const nlohmann::json record = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!record.is_object()) return DataError("IMP-FIELD", path + ": not a JSON object");
+  const auto fingerprint = record.find("tokenizer_fingerprint");
+  if (fingerprint == record.end()) return std::string();  // of an older version
+  if (!fingerprint->is_string()) {
+    return DataError("IMP-FIELD", path + ": tokenizer_fingerprint is not a text");
+  }
+  return fingerprint->get<std::string>();
+}
+
 }  // namespace
 
 StatusOr<ExportReport> ExportModel(const model::ModelConfig& config,
@@ -281,6 +301,7 @@ StatusOr<HfFolder> LoadHfFolder(const std::string& directory) {
   if (json.is_discarded()) return DataError("IMP-FIELD", config_path + ": not valid JSON");
   HfFolder model;
   SALA_ASSIGN_OR_RETURN(model.config, ModelConfigFromHf(json, config_path));
+  SALA_ASSIGN_OR_RETURN(model.tokenizer_fingerprint, RecordedTokenizer(directory));
   const bool tied = std::exchange(model.config.tie_word_embeddings, false);
   if (PathExists(directory + "/pytorch_model.bin") &&
       !PathExists(directory + "/model.safetensors") &&

@@ -27,6 +27,7 @@ struct ExportOptions {
   bool verify = false;  // read everything back and compare bits before the folder gets its name
   bool force = false;   // replace an exported model that is there
   int64_t max_shard_bytes = int64_t{5} * 1000 * 1000 * 1000;
+  std::string tokenizer_fingerprint = {};  // recorded where no tokenizer is written; "": not known
 };
 
 struct ExportReport {
@@ -36,7 +37,8 @@ struct ExportReport {
   bool verified = false;
 };
 
-// `tokenizer` may be null (none is written). `source` goes into export.json: what the weights are
+// `tokenizer` may be null (none is written); its fingerprint goes into export.json. `source` goes
+// into export.json: what the weights are
 // ({path, save_id, step}). Errors: EXP-EXISTS (74), EXP-QKNORM, EXP-TOKENIZER (a vocabulary larger
 // than the model's), EXP-NUMBERS (a weight is not finite), EXP-VERIFY (what was read back differs),
 // EXP-FIELD (config.json would not give this model back) (65).
@@ -53,10 +55,12 @@ StatusOr<std::string> TokenizerPathFor(const std::string& model_path, const std:
 struct HfFolder {
   model::ModelConfig config;
   model::ParameterStore params;
+  std::string tokenizer_fingerprint;  // of export.json; "" where there is none
 };
 
 // Reads a folder of model_type minicpm_sala, minicpm, llama or qwen3. Tied embeddings are untied:
-// the head becomes a copy of the embedding. Errors: FILE-MISSING (66), IMP-* and ST-* (65);
+// the head becomes a copy of the embedding. An export.json beside the weights says which tokenizer
+// they were trained with. Errors: FILE-MISSING (66), IMP-* and ST-* (65);
 // IMP-MISSING and IMP-EXTRA list tensors the configuration asks for or has no place for.
 StatusOr<HfFolder> LoadHfFolder(const std::string& directory);
 

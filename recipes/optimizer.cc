@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <numeric>
 #include <string>
+#include <utility>
 
 #include "kernels/adamw/adamw.h"
 #include "kernels/global_norm/global_norm.h"
@@ -17,6 +20,10 @@ bool InLinearMixer(const model::ModelConfig& model, const std::string& name) {
   const int64_t layer = std::stoll(name.substr(sizeof(kPrefix) - 1));
   return model.mixer(layer) == model::MixerType::kLightning;
 }
+
+// At most 1024 pieces, so that they are one short message and a shard is at most a thousandth of
+// the buffer larger than another; a multiple of the alignment of shards.
+int64_t NormPiece(int64_t n) { return std::max<int64_t>(1, (n + 16383) / 16384) * 16; }
 
 }  // namespace
 
@@ -47,16 +54,25 @@ double WeightDecay(const OptimizerConfig& config, const model::ParameterSpec& sp
   return decayed ? config.weight_decay : 0.0;
 }
 
-Optimizer::Optimizer(const OptimizerConfig& config, const model::ModelConfig& model,
-                     model::ParameterStore& params,
+Optimizer::Optimizer(const Context& ctx, const OptimizerConfig& config,
+                     const model::ModelConfig& model, model::ComputeParameters& params,
                      const std::function<bool(const model::ParameterSpec&)>& trainable,
-                     const parallel::Mesh& mesh)
+                     const parallel::Mesh& mesh, bool rank_independent)
     : config_(config), params_(params), mesh_(mesh) {
   const bool split = mesh.config().zero_stage >= 1;
-  partition_ = parallel::FlatPartition::Even(params.size(), mesh.dp_size());
-  begin_ = split ? partition_.begin[static_cast<size_t>(mesh.dp_rank())] : 0;
-  end_ = split ? partition_.begin[static_cast<size_t>(mesh.dp_rank()) + 1] : params.size();
-  for (const model::ParameterSpec& spec : params.specs()) {
+  const int64_t size = params.host().size();
+  if (rank_independent) {
+    const int64_t piece = NormPiece(size);
+    partition_ = parallel::FlatPartition::Even(size, mesh.dp_size(), piece);
+    for (int64_t begin = 0; begin < size; begin += piece) norm_borders_.push_back(begin);
+    norm_borders_.push_back(size);
+  } else {
+    partition_ = parallel::FlatPartition::Even(size, mesh.dp_size());
+    norm_borders_ = partition_.begin;
+  }
+  begin_ = split ? shard_begin() : 0;
+  end_ = split ? shard_end() : size;
+  for (const model::ParameterSpec& spec : params.host().specs()) {
     const int64_t begin = std::max(begin_, spec.offset);
     const int64_t end = std::min(end_, spec.offset + spec.numel);
     if (begin >= end || !trainable(spec)) continue;
@@ -66,31 +82,72 @@ Optimizer::Optimizer(const OptimizerConfig& config, const model::ModelConfig& mo
                          .lr_multiplier = LearningRateMultiplier(config, model, spec),
                          .weight_decay = WeightDecay(config, spec)});
   }
+  const size_t bytes = static_cast<size_t>(end_ - begin_) * sizeof(float);
+  grad_ = Buffer(bytes, ctx.gpu);
+  exp_avg_ = Buffer(bytes, ctx.gpu);
+  exp_avg_sq_ = Buffer(bytes, ctx.gpu);
+  if (ctx.cuda()) {
+    master_ = Buffer(bytes, ctx.gpu);
+    TakeParameters(ctx);
+  }
+}
+
+Tensor Optimizer::Range(const Buffer& buffer, int64_t begin, int64_t end) const {
+  return Tensor(static_cast<float*>(buffer.data()) + (begin - begin_), DType::kF32, {end - begin},
+                buffer.device() == nullptr ? DeviceKind::kCpu : DeviceKind::kCuda);
+}
+
+void Optimizer::TakeParameters(const Context& ctx) {
+  if (!ctx.cuda()) return;
+  params_.Refresh(ctx);
+  ctx.gpu->Upload(master_.data(), params_.host().data() + begin_, master_.bytes());
+}
+
+void Optimizer::ReadShard(const Context& ctx) {
+  if (!ctx.cuda()) return;
   const auto n = static_cast<size_t>(end_ - begin_);
-  grad_.resize(n);
-  exp_avg_.resize(n);
-  exp_avg_sq_.resize(n);
+  saved_avg_.resize(n);
+  saved_avg_sq_.resize(n);
+  ctx.gpu->Download(saved_avg_.data(), exp_avg_.data(), exp_avg_.bytes());
+  ctx.gpu->Download(saved_avg_sq_.data(), exp_avg_sq_.data(), exp_avg_sq_.bytes());
+  ctx.gpu->Download(params_.host().data() + begin_, master_.data(), master_.bytes());
+}
+
+Status Optimizer::ReadAll(const Context& ctx) {
+  if (!ctx.cuda()) return OkStatus();
+  model::ParameterStore& host = params_.host();
+  ctx.gpu->Download(host.data() + begin_, master_.data(), master_.bytes());
+  if (mesh_.config().zero_stage == 0) return OkStatus();
+  return mesh_.dp_group().AllGather(ConstTensor(host.Flat(shard_begin(), shard_end())),
+                                    partition_.counts, host.Flat());
+}
+
+// Of the whole gradient, of which this rank has its shard: a sum for each piece, zero where another
+// rank has it, added in order of the pieces.
+StatusOr<double> Optimizer::SumOfSquares(const Context& ctx, const Tensor& shard) {
+  std::vector<double> pieces(norm_borders_.size() - 1, 0.0);
+  for (size_t p = 0; p < pieces.size(); ++p) {
+    const int64_t begin = norm_borders_[p];
+    const int64_t end = norm_borders_[p + 1];
+    if (begin < shard_begin() || end > shard_end() || begin == end) continue;
+    pieces[p] = kernels::SumOfSquares(ctx, shard.Rows(begin - shard_begin(), end - shard_begin()));
+  }
+  SALA_RETURN_IF_ERROR(
+      mesh_.dp_group().AllReduce(std::span<double>(pieces), parallel::Reduce::kSum));
+  return std::accumulate(pieces.begin(), pieces.end(), 0.0);
 }
 
 StatusOr<UpdateResult> Optimizer::Update(const Context& ctx, model::ParameterStore& gradients,
                                          double learning_rate, bool loss_finite) {
   parallel::Communicator& group = mesh_.dp_group();
-  const auto rank = static_cast<size_t>(mesh_.dp_rank());
   const bool split = mesh_.config().zero_stage >= 1;
-  const int64_t shard_begin = partition_.begin[rank];
-  const int64_t shard_count = partition_.counts[rank];
-  float* shard = grad_.data() + (shard_begin - begin_);
-
+  const Tensor shard = Range(grad_, shard_begin(), shard_end());
   SALA_RETURN_IF_ERROR(
-      group.ReduceScatterSum({gradients.data(), static_cast<size_t>(gradients.size())},
-                             partition_.counts, {shard, static_cast<size_t>(shard_count)}));
-  double sum_of_squares =
-      shard_count == 0 ? 0.0 : kernels::SumOfSquares(ctx, ConstTensor(shard, {shard_count}));
-  SALA_RETURN_IF_ERROR(
-      group.AllReduce(std::span<double>(&sum_of_squares, 1), parallel::Reduce::kSum));
+      group.ReduceScatterSum(ConstTensor(gradients.Flat()), partition_.counts, shard));
+  SALA_ASSIGN_OR_RETURN(const double sum_of_squares, SumOfSquares(ctx, shard));
   if (!split) {
     SALA_RETURN_IF_ERROR(
-        group.AllGather({shard, static_cast<size_t>(shard_count)}, partition_.counts, grad_));
+        group.AllGather(ConstTensor(shard), partition_.counts, Range(grad_, begin_, end_)));
   }
 
   UpdateResult result;
@@ -111,19 +168,19 @@ StatusOr<UpdateResult> Optimizer::Update(const Context& ctx, model::ParameterSto
                                 .eps = config_.eps,
                                 .step = updates_,
                                 .grad_scale = grad_scale};
+  model::ParameterStore& computed = params_.store();
   for (const Segment& segment : segments_) {
     options.learning_rate = learning_rate * segment.lr_multiplier;
     options.weight_decay = segment.weight_decay;
-    const int64_t n = segment.end - segment.begin;
-    const int64_t at = segment.begin - begin_;
-    kernels::AdamWStep(ctx, Tensor(params_.data() + segment.begin, {n}),
-                       ConstTensor(grad_.data() + at, {n}), Tensor(exp_avg_.data() + at, {n}),
-                       Tensor(exp_avg_sq_.data() + at, {n}), options);
+    const auto [begin, end] = std::pair(segment.begin, segment.end);
+    const Tensor compute = computed.Flat(begin, end);
+    kernels::AdamWStep(ctx, ctx.cuda() ? Range(master_, begin, end) : compute,
+                       Range(grad_, begin, end), Range(exp_avg_, begin, end),
+                       Range(exp_avg_sq_, begin, end), options, ctx.cuda() ? compute : Tensor());
   }
   if (split) {
-    SALA_RETURN_IF_ERROR(
-        group.AllGather({params_.data() + shard_begin, static_cast<size_t>(shard_count)},
-                        partition_.counts, {params_.data(), static_cast<size_t>(params_.size())}));
+    SALA_RETURN_IF_ERROR(group.AllGather(ConstTensor(computed.Flat(shard_begin(), shard_end())),
+                                         partition_.counts, computed.Flat()));
   }
   return result;
 }
@@ -131,6 +188,9 @@ StatusOr<UpdateResult> Optimizer::Update(const Context& ctx, model::ParameterSto
 void Optimizer::AppendSlices(std::vector<TensorSlice>* slices) const {
   if (mesh_.config().zero_stage == 0 && mesh_.dp_rank() != 0)
     return;  // copies: the lowest rank writes
+  const bool on_device = master_.bytes() > 0;
+  const float* avg = on_device ? saved_avg_.data() : static_cast<float*>(exp_avg_.data());
+  const float* avg_sq = on_device ? saved_avg_sq_.data() : static_cast<float*>(exp_avg_sq_.data());
   for (const Segment& segment : segments_) {
     TensorSlice slice;
     slice.name = segment.spec->name;
@@ -138,23 +198,31 @@ void Optimizer::AppendSlices(std::vector<TensorSlice>* slices) const {
     slice.flat_begin = segment.begin - segment.spec->offset;
     slice.flat_end = segment.end - segment.spec->offset;
     slice.kind = TensorKind::kExpAvg;
-    slice.data = exp_avg_.data() + (segment.begin - begin_);
+    slice.data = avg + (segment.begin - begin_);
     slices->push_back(slice);
     slice.kind = TensorKind::kExpAvgSq;
-    slice.data = exp_avg_sq_.data() + (segment.begin - begin_);
+    slice.data = avg_sq + (segment.begin - begin_);
     slices->push_back(slice);
   }
 }
 
-Status Optimizer::Load(const Checkpoint& checkpoint) {
+Status Optimizer::Load(const Context& ctx, const Checkpoint& checkpoint) {
+  std::vector<float> values;
   for (const Segment& segment : segments_) {
     const int64_t begin = segment.begin - segment.spec->offset;
     const int64_t end = segment.end - segment.spec->offset;
-    const std::string& name = segment.spec->name;
-    SALA_RETURN_IF_ERROR(checkpoint.ReadF32(name, TensorKind::kExpAvg, begin, end,
-                                            exp_avg_.data() + (segment.begin - begin_)));
-    SALA_RETURN_IF_ERROR(checkpoint.ReadF32(name, TensorKind::kExpAvgSq, begin, end,
-                                            exp_avg_sq_.data() + (segment.begin - begin_)));
+    values.resize(static_cast<size_t>(end - begin));
+    for (const auto& [kind, buffer] : {std::pair(TensorKind::kExpAvg, &exp_avg_),
+                                       std::pair(TensorKind::kExpAvgSq, &exp_avg_sq_)}) {
+      SALA_RETURN_IF_ERROR(checkpoint.ReadF32(segment.spec->name, kind, begin, end, values.data()));
+      void* to = Range(*buffer, segment.begin, segment.end).raw();
+      const size_t bytes = values.size() * sizeof(float);
+      if (ctx.cuda()) {
+        ctx.gpu->Upload(to, values.data(), bytes);
+      } else {
+        std::memcpy(to, values.data(), bytes);
+      }
+    }
   }
   return OkStatus();
 }

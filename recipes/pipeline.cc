@@ -96,11 +96,11 @@ StatusOr<Continuation> Continue(Session& session) {
   return next;
 }
 
-// The rows so far, kept in summary.json so that a resumed run shows all stages. Rank 0 only.
+// The rows so far, kept in summary.json so that a resumed run shows all stages.
 class Summaries {
  public:
-  explicit Summaries(std::string path) : path_(std::move(path)) {
-    const auto text = ReadFile(path_);
+  explicit Summaries(Session& session) : session_(session) {
+    const auto text = ReadFile(session.path("summary.json"));
     if (!text.ok()) return;  // a new run
     const auto json = nlohmann::ordered_json::parse(*text, nullptr, false);
     if (!json.is_array()) return;
@@ -117,7 +117,7 @@ class Summaries {
     }
   }
 
-  Status Add(const StageSummary& row) {
+  void Add(const StageSummary& row) {
     std::erase_if(rows_, [&row](const StageSummary& old) { return old.stage == row.stage; });
     rows_.push_back(row);
     auto json = nlohmann::ordered_json::array();
@@ -129,7 +129,7 @@ class Summaries {
                       {"loss_after", r.loss_after},
                       {"note", r.note}});
     }
-    return WriteFileAtomically(path_, json.dump(1) + "\n");
+    session_.WriteSummary(json);
   }
 
   const std::vector<StageSummary>& rows() const { return rows_; }
@@ -140,7 +140,7 @@ class Summaries {
   }
 
  private:
-  std::string path_;
+  Session& session_;
   std::vector<StageSummary> rows_;
 };
 
@@ -233,10 +233,10 @@ Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config) 
   auto next = Continue(*session);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, next.status()));
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, CheckInputs(*session, next->stage)));
-  Summaries summaries(session->path("summary.json"));
+  Summaries summaries(*session);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, session->WriteConfig()));
-  if (session->is_root() && next->finished && summaries.Find(next->finished->stage) == nullptr)
-    SALA_RETURN_IF_ERROR(summaries.Add(*next->finished));
+  if (next->finished && summaries.Find(next->finished->stage) == nullptr)
+    summaries.Add(*next->finished);
   if (session->is_root()) {
     SALA_LOG(Info) << "run " << config.name << " in " << config.run.dir << ": "
                    << config.stages.size() << " stage(s), " << world.size() << " rank(s), "
@@ -250,7 +250,7 @@ Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config) 
                            config.stages[static_cast<size_t>(i)].name, session->global_step);
       return row.status();
     }
-    if (session->is_root()) SALA_RETURN_IF_ERROR(summaries.Add(*row));
+    summaries.Add(*row);
     auto request = static_cast<int64_t>(PendingRequest());
     SALA_RETURN_IF_ERROR(world.AllReduce(std::span<int64_t>(&request, 1), parallel::Reduce::kMax));
     if (request == static_cast<int64_t>(Request::kStop) &&

@@ -6,6 +6,7 @@
 
 #include "core/log.h"
 #include "model/loss.h"
+#include "parallel/ordered_sum.h"
 #include "recipes/stage.h"
 #include "recipes/step_loop.h"
 
@@ -14,14 +15,16 @@ namespace {
 
 class PretrainTask : public StepTask {
  public:
-  PretrainTask(LoadedModel loaded, const StageConfig& stage, const data::ValidationSet& validation)
+  PretrainTask(const Context& ctx, LoadedModel loaded, const StageConfig& stage,
+               const data::ValidationSet& validation)
       : loaded_(std::move(loaded)),
-        model_(loaded_.config, loaded_.params),
+        parameters_(ctx, loaded_.params),
+        model_(loaded_.config, parameters_.store()),
         options_{.sparse_attention = stage.sparse_attention, .recompute = stage.recompute},
         validation_(validation) {}
 
   const model::ModelConfig& config() const override { return loaded_.config; }
-  model::ParameterStore& params() override { return loaded_.params; }
+  model::ComputeParameters& parameters() override { return parameters_; }
   const LoadedModel& loaded() const { return loaded_; }
 
   Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
@@ -58,6 +61,7 @@ class PretrainTask : public StepTask {
 
  private:
   LoadedModel loaded_;
+  model::ComputeParameters parameters_;
   model::Model model_;
   model::RunOptions options_;
   const data::ValidationSet& validation_;
@@ -100,6 +104,14 @@ Status RequireChatData(const data::SampleStream& stream) {
 }  // namespace
 
 Status CheckVocabulary(Session& session, const LoadedModel& loaded) {
+  const std::string& expected = loaded.tokenizer_fingerprint;
+  if (!expected.empty() && expected != session.tokenizer().fingerprint()) {
+    return MakeError(ExitCode::kData, "TOK-MISMATCH",
+                     loaded.origin.value("path", "") + ": trained with the tokenizer " +
+                         expected.substr(0, 12) + "..., this run's is " +
+                         session.tokenizer().fingerprint().substr(0, 12) +
+                         "...; use the tokenizer folder of that model");
+  }
   const int64_t tokens = session.tokenizer().vocab_size();
   if (tokens > loaded.config.vocab_size) {
     return MakeError(ExitCode::kData, "TOK-VOCAB",
@@ -108,22 +120,13 @@ Status CheckVocabulary(Session& session, const LoadedModel& loaded) {
                          " (model.vocab_size); use the model's own tokenizer or set vocab_size to "
                          "0 for a new model");
   }
-  if (!loaded.checkpoint) return OkStatus();
-  const std::string& expected = loaded.checkpoint->info().tokenizer_fingerprint;
-  if (!expected.empty() && expected != session.tokenizer().fingerprint()) {
-    return MakeError(ExitCode::kData, "TOK-MISMATCH",
-                     loaded.checkpoint->directory() + ": trained with the tokenizer " +
-                         expected.substr(0, 12) + "..., this run's is " +
-                         session.tokenizer().fingerprint().substr(0, 12) +
-                         "...; use the tokenizer folder of that run");
-  }
   return OkStatus();
 }
 
 StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Model& model,
                                               const data::ValidationSet& set,
                                               const model::RunOptions& options) {
-  double sums[3] = {0, 0, 0};
+  std::vector<double> mine;  // of each sample: loss, targets, right ones
   Status status = OkStatus();
   for (int64_t i = session.mesh().dp_rank(); i < set.size(); i += session.mesh().dp_size()) {
     auto sample = set.Get(i);
@@ -132,13 +135,12 @@ StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Mod
     const model::Batch batch = MakeBatch({std::move(sample).value()});
     const auto result =
         model::EvaluateCrossEntropy(session.ctx(), session.arena(), model, batch, options);
-    sums[0] += result.loss_sum;
-    sums[1] += static_cast<double>(result.targets);
-    sums[2] += static_cast<double>(result.correct);
+    mine.insert(mine.end(), {result.loss_sum, static_cast<double>(result.targets),
+                             static_cast<double>(result.correct)});
   }
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), status));
-  SALA_RETURN_IF_ERROR(
-      session.mesh().dp_group().AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
+  SALA_ASSIGN_OR_RETURN(const std::vector<double> sums,
+                        parallel::SumDealtItems(session.mesh().dp_group(), mine, 3));
   ValidationResult result;
   result.targets = static_cast<int64_t>(sums[1]);
   result.loss = sums[0] / std::max(1.0, sums[1]);
@@ -147,6 +149,7 @@ StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Mod
 }
 
 Status CheckPretrainInputs(Session& session, const StageConfig& stage) {
+  SALA_RETURN_IF_ERROR(CheckShares(stage.batch, session.world().size()));
   SALA_ASSIGN_OR_RETURN(const auto stream,
                         data::SampleStream::Open(stage.data, stage.name, stage.batch.seq_len_tokens,
                                                  session.tokenizer()));
@@ -209,7 +212,7 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
                    << " tokens" << (stage.sparse_attention ? ", sparse attention on" : "");
   }
 
-  PretrainTask task(std::move(loaded).value(), stage, **held_out);
+  PretrainTask task(session.ctx(), std::move(loaded).value(), stage, **held_out);
   SALA_ASSIGN_OR_RETURN(
       const StepLoopSummary done,
       RunStepLoop(session, loop, task, *stream, input.resume, carry ? &*carry : nullptr));

@@ -11,11 +11,16 @@
 
 #include "core/checkpoint.h"
 #include "core/clock.h"
+#include "core/cuda_module.h"
 #include "core/file.h"
 #include "core/log.h"
+#include "parallel/device_communicator.h"
+#include "parallel/mpi_communicator.h"
 
 namespace sala::recipes {
 namespace {
+
+constexpr size_t kArenaBlock = size_t{64} << 20;
 
 // Written by signal handlers, so only lock-free atomics.
 std::atomic<int64_t> pending_request{0};
@@ -71,7 +76,33 @@ void ClearSaveRequest() {
 Session::Session(parallel::Communicator& world, const PipelineConfig& config)
     : world_(world), config_(config), pool_(static_cast<int>(config.run.threads)) {
   ctx_.pool = &pool_;
-  ctx_.scratch = &scratch_;
+}
+
+// The device of this rank, and the arenas on it. All ranks learn of a rank that has none.
+Status Session::OpenDevice() {
+  if (config_.run.device == DeviceKind::kCuda) {
+    const std::string host = parallel::HostName();
+    SALA_ASSIGN_OR_RETURN(const parallel::HostRanks ranks, parallel::RanksOfThisHost(world_, host));
+    auto device = OpenCudaDevice({.local_rank = ranks.local_rank,
+                                  .rank = world_.rank(),
+                                  .host = host,
+                                  .deterministic = config_.run.deterministic});
+    SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world_, device.status()));
+    device_ = std::move(device).value();
+    ctx_.device = DeviceKind::kCuda;
+    ctx_.gpu = device_.get();
+  }
+  arena_ = std::make_unique<Arena>(kArenaBlock, device_.get());
+  scratch_ = std::make_unique<Arena>(kArenaBlock, device_.get());
+  ctx_.scratch = scratch_.get();
+  if (device_ != nullptr && is_root()) {
+    SALA_LOG(Info) << "device: " << device_->info().name << ", compute capability "
+                   << device_->info().compute_capability / 10 << "."
+                   << device_->info().compute_capability % 10 << ", "
+                   << (device_->info().memory_bytes >> 20) << " MiB"
+                   << (device_->info().emulated ? " (emulated on the CPU)" : "");
+  }
+  return OkStatus();
 }
 
 Status Session::PrepareDirectory() {
@@ -96,7 +127,9 @@ Status Session::PrepareDirectory() {
 StatusOr<std::unique_ptr<Session>> Session::Open(parallel::Communicator& world,
                                                  const PipelineConfig& config) {
   std::unique_ptr<Session> session(new Session(world, config));
-  SALA_ASSIGN_OR_RETURN(session->mesh_, parallel::Mesh::Create(world, config.stages[0].parallel));
+  SALA_RETURN_IF_ERROR(session->OpenDevice());
+  SALA_ASSIGN_OR_RETURN(session->mesh_,
+                        parallel::Mesh::Create(world, config.stages[0].parallel, session->ctx_));
   auto tokenizer = data::LoadTokenizer(config.stages[0].tokenizer);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, tokenizer.status()));
   session->tokenizer_ = std::move(tokenizer).value();
@@ -115,14 +148,15 @@ Status Session::WriteConfig() {
 }
 
 Status Session::UseMesh(const parallel::MeshConfig& config) {
-  SALA_ASSIGN_OR_RETURN(mesh_, parallel::Mesh::Create(world_, config));
+  mesh_.reset();
+  SALA_ASSIGN_OR_RETURN(mesh_, parallel::Mesh::Create(world_, config, ctx_));
   return OkStatus();
 }
 
 void Session::WarnOnce(const Status& status) {
   if (status.ok() || warned_) return;
   warned_ = true;
-  SALA_LOG(Warn) << "metrics or status are not written any more: " << MessageOf(status);
+  SALA_LOG(Warn) << "metrics, status or summary are not written any more: " << MessageOf(status);
 }
 
 void Session::WriteMetrics(const nlohmann::ordered_json& line) {
@@ -131,6 +165,10 @@ void Session::WriteMetrics(const nlohmann::ordered_json& line) {
 
 void Session::WriteValidation(const nlohmann::ordered_json& line) {
   if (is_root()) WarnOnce(valid_metrics_.Write(line));
+}
+
+void Session::WriteSummary(const nlohmann::ordered_json& rows) {
+  if (is_root()) WarnOnce(WriteFileAtomically(path("summary.json"), rows.dump(1) + "\n"));
 }
 
 void Session::WriteStatus(const std::string& state, const std::string& stage, int64_t step) {

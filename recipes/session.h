@@ -8,6 +8,7 @@
 #include <string>
 
 #include "core/context.h"
+#include "core/device.h"
 #include "core/metrics.h"
 #include "core/run_lock.h"
 #include "data/tokenizer.h"
@@ -37,7 +38,7 @@ class Session {
   parallel::Communicator& world() { return world_; }
   parallel::Mesh& mesh() { return *mesh_; }
   const Context& ctx() const { return ctx_; }
-  Arena& arena() { return arena_; }  // activations; ctx().scratch is another one
+  Arena& arena() { return *arena_; }  // activations; ctx().scratch is another one
   const data::Tokenizer& tokenizer() const { return *tokenizer_; }
   const PipelineConfig& config() const { return config_; }
 
@@ -56,7 +57,8 @@ class Session {
   void WriteMetrics(const nlohmann::ordered_json& line);     // metrics/train.jsonl
   void WriteValidation(const nlohmann::ordered_json& line);  // metrics/valid.jsonl
   void WriteStatus(const std::string& state, const std::string& stage,
-                   int64_t step);  // status.json
+                   int64_t step);                         // status.json
+  void WriteSummary(const nlohmann::ordered_json& rows);  // summary.json
 
   // Steps done over the whole pipeline; checkpoints are named after it.
   int64_t global_step = 0;
@@ -64,6 +66,7 @@ class Session {
 
  private:
   Session(parallel::Communicator& world, const PipelineConfig& config);
+  Status OpenDevice();
   Status PrepareDirectory();  // rank 0
   void WarnOnce(const Status& status);
   bool warned_ = false;
@@ -72,10 +75,12 @@ class Session {
 
   parallel::Communicator& world_;
   PipelineConfig config_;
-  std::unique_ptr<parallel::Mesh> mesh_;
+  // The order matters: what uses the device is gone before the device.
+  std::unique_ptr<Device> device_;
   ThreadPool pool_;
-  Arena arena_, scratch_;
+  std::unique_ptr<Arena> arena_, scratch_;
   Context ctx_;
+  std::unique_ptr<parallel::Mesh> mesh_;
   std::optional<RunLock> lock_;  // rank 0
   std::unique_ptr<data::Tokenizer> tokenizer_;
   MetricsFile train_metrics_, valid_metrics_;

@@ -60,7 +60,8 @@ StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Mod
 
 // What can be known before step one: datasets, tokenizer, epochs, loss masks, recall prompts of a
 // stage. Reads little and trains nothing, so that a mistake in the last stage does not show after
-// hours. Every rank checks the same.
+// hours. Every rank checks the same. What is opened is let go of and opened again by the stage: to
+// keep it would hold the document lists of all stages in memory for the whole run.
 Status CheckPretrainInputs(Session& session, const StageConfig& stage);
 Status CheckHaloInputs(Session& session, const StageConfig& stage);
 

@@ -1,14 +1,17 @@
 #include "recipes/step_loop.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
+#include <deque>
 #include <limits>
 
 #include "core/clock.h"
 #include "core/hash.h"
 #include "core/log.h"
 #include "core/progress.h"
+#include "kernels/tensor_ops/tensor_ops.h"
+#include "parallel/ordered_sum.h"
 #include "recipes/schedule.h"
 
 namespace sala::recipes {
@@ -89,11 +92,23 @@ struct Progress {
 
 // One global batch as this rank sees it.
 struct StepData {
-  std::vector<data::PackedSample> mine;  // positions dp_rank, dp_rank + dp, ... of the batch
-  StepCounts counts;                     // of all ranks
-  uint32_t crc = 0;                      // of all samples, in order
+  std::vector<data::PackedSample> mine;
+  StepCounts counts;  // of all ranks
+  uint32_t crc = 0;   // of all samples, in order
   Request request = Request::kNone;
 };
+
+// The positions of the global batch that a rank takes: each ranks-th one, or, so that the shares
+// are subtrees of the sum over micro-batches, as many whole micro-batches in a row as the others.
+std::vector<int64_t> ShareOf(const BatchConfig& batch, int64_t rank, int64_t ranks) {
+  const int64_t in_a_row =
+      batch.rank_independent_sums ? batch.micro_batches() / ranks * batch.micro_batch_sequences : 1;
+  std::vector<int64_t> share;
+  for (int64_t p = 0; p < batch.global_batch_sequences(); ++p) {
+    if (p / in_a_row % ranks == rank) share.push_back(p);
+  }
+  return share;
+}
 
 class StepLoop {
  public:
@@ -103,11 +118,11 @@ class StepLoop {
         config_(config),
         task_(task),
         stream_(stream),
-        gradients_(task.params().specs()),
+        gradients_(task.params().specs(), DType::kF32, session.ctx().gpu),
         optimizer_(
-            config.optimizer, task.config(), task.params(),
+            session.ctx(), config.optimizer, task.config(), task.parameters(),
             [&task](const model::ParameterSpec& spec) { return task.Trainable(spec); },
-            session.mesh()),
+            session.mesh(), config.batch.rank_independent_sums),
         display_(config.label, config.batch.steps, session.is_root()) {}
 
   StatusOr<StepLoopSummary> Run(const Checkpoint* resume, const Checkpoint* carry);
@@ -117,6 +132,10 @@ class StepLoop {
   StatusOr<StepData> LoadStep();
   Status Step();
   StatusOr<Values> RunMicroBatches(const StepData& data, double* loss);
+  Status AddMicroBatch(const StepData& data, int64_t index, model::ParameterStore& gradients,
+                       std::span<double> sums);
+  Status SumMicroBatches(const StepData& data, int64_t first, int64_t count, size_t level,
+                         model::ParameterStore& gradients, std::span<double> sums);
   void Report(const StepData& data, const Values& values, const UpdateResult& update, double lr,
               double started);
   StatusOr<double> Validate();
@@ -128,6 +147,7 @@ class StepLoop {
   StepTask& task_;
   data::SampleStream& stream_;
   model::ParameterStore gradients_;
+  std::deque<model::ParameterStore> right_;  // by level of the tree of SumMicroBatches
   Optimizer optimizer_;
   ProgressDisplay display_;
   Progress progress_;
@@ -135,6 +155,7 @@ class StepLoop {
 };
 
 Status StepLoop::Start(const Checkpoint* resume, const Checkpoint* carry) {
+  SALA_RETURN_IF_ERROR(CheckShares(config_.batch, session_.mesh().dp_size()));
   SALA_RETURN_IF_ERROR(
       stream_.CheckEpochs(config_.batch.steps * config_.batch.global_batch_sequences()));
   if (resume != nullptr) {
@@ -144,13 +165,14 @@ Status StepLoop::Start(const Checkpoint* resume, const Checkpoint* carry) {
                                    PositionOf(*resume).phase_step);
     optimizer_.set_updates(trainer.value("updates", int64_t{0}));
     SALA_RETURN_IF_ERROR(LoadParameters(*resume, task_.params()));
-    SALA_RETURN_IF_ERROR(optimizer_.Load(*resume));
+    optimizer_.TakeParameters(session_.ctx());
+    SALA_RETURN_IF_ERROR(optimizer_.Load(session_.ctx(), *resume));
     session_.WriteMetrics({{"event", "resume"}, {"step", session_.global_step}});
     SALA_LOG(Info) << config_.position.stage << "/" << config_.position.phase
                    << ": resumed after step " << progress_.step << " from " << resume->directory();
   } else if (carry != nullptr) {
     optimizer_.set_updates(carry->info().trainer.value("updates", int64_t{0}));
-    SALA_RETURN_IF_ERROR(optimizer_.Load(*carry));
+    SALA_RETURN_IF_ERROR(optimizer_.Load(session_.ctx(), *carry));
   }
   if (session_.is_root()) {
     SALA_LOG(Info) << config_.position.stage << "/" << config_.position.phase << ": "
@@ -167,8 +189,8 @@ StatusOr<StepData> StepLoop::LoadStep() {
   // ranks everything they must agree on.
   std::vector<int64_t> sums(static_cast<size_t>(2 + batch), 0);
   Status status = OkStatus();
-  for (int64_t p = session_.mesh().dp_rank(); p < batch && status.ok();
-       p += session_.mesh().dp_size()) {
+  for (const int64_t p :
+       ShareOf(config_.batch, session_.mesh().dp_rank(), session_.mesh().dp_size())) {
     auto sample = stream_.Get(progress_.step * batch + p);
     status = sample.status();
     if (!status.ok()) break;
@@ -188,17 +210,49 @@ StatusOr<StepData> StepLoop::LoadStep() {
   return step;
 }
 
+Status StepLoop::AddMicroBatch(const StepData& data, int64_t index,
+                               model::ParameterStore& gradients, std::span<double> sums) {
+  const int64_t per_batch = config_.batch.micro_batch_sequences;
+  const auto begin = data.mine.begin() + index * per_batch;
+  const auto left = static_cast<int64_t>(data.mine.end() - begin);
+  const model::Batch batch = MakeBatch({begin, begin + std::min(per_batch, left)});
+  if (batch.size() == 0) return OkStatus();
+  return task_.MicroBatch(session_.ctx(), session_.arena(), batch, data.counts, gradients, sums);
+}
+
+// `gradients` and `sums` become those of the micro-batches [first, first + count), each computed on
+// its own and added by the tree of parallel/ordered_sum.h; `gradients` is overwritten, `sums` comes
+// as zeros. A buffer for each level of the tree holds the sum of its right half.
+Status StepLoop::SumMicroBatches(const StepData& data, int64_t first, int64_t count, size_t level,
+                                 model::ParameterStore& gradients, std::span<double> sums) {
+  if (count == 1) {
+    gradients.Zero();
+    return AddMicroBatch(data, first, gradients, sums);
+  }
+  const int64_t left = parallel::SumTreeLeft(count);
+  SALA_RETURN_IF_ERROR(SumMicroBatches(data, first, left, level, gradients, sums));
+  if (right_.size() <= level)
+    right_.emplace_back(gradients.specs(), DType::kF32, session_.ctx().gpu);
+  model::ParameterStore& right = right_[level];
+  std::vector<double> right_sums(sums.size(), 0.0);
+  SALA_RETURN_IF_ERROR(
+      SumMicroBatches(data, first + left, count - left, level + 1, right, right_sums));
+  kernels::Add(session_.ctx(), right.Flat(), gradients.Flat());
+  for (size_t i = 0; i < sums.size(); ++i) sums[i] += right_sums[i];
+  return OkStatus();
+}
+
 StatusOr<Values> StepLoop::RunMicroBatches(const StepData& data, double* loss) {
-  const size_t per_batch = static_cast<size_t>(config_.batch.micro_batch_sequences);
-  std::memset(gradients_.data(), 0, static_cast<size_t>(gradients_.size()) * sizeof(float));
+  const int64_t per_batch = config_.batch.micro_batch_sequences;
+  const int64_t count = (static_cast<int64_t>(data.mine.size()) + per_batch - 1) / per_batch;
   std::vector<double> sums(task_.SumNames().size(), 0.0);
-  for (size_t begin = 0; begin < data.mine.size(); begin += per_batch) {
-    const size_t end = std::min(data.mine.size(), begin + per_batch);
-    const model::Batch batch = MakeBatch({data.mine.begin() + static_cast<int64_t>(begin),
-                                          data.mine.begin() + static_cast<int64_t>(end)});
-    if (batch.size() == 0) continue;
-    SALA_RETURN_IF_ERROR(
-        task_.MicroBatch(session_.ctx(), session_.arena(), batch, data.counts, gradients_, sums));
+  if (config_.batch.rank_independent_sums) {
+    SALA_RETURN_IF_ERROR(SumMicroBatches(data, 0, count, 0, gradients_, sums));
+  } else {
+    gradients_.Zero();
+    for (int64_t i = 0; i < count; ++i) {
+      SALA_RETURN_IF_ERROR(AddMicroBatch(data, i, gradients_, sums));
+    }
   }
   SALA_RETURN_IF_ERROR(
       session_.mesh().dp_group().AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
@@ -299,6 +353,7 @@ StatusOr<double> StepLoop::Validate() {
 }
 
 Status StepLoop::Save(bool final_step) {
+  optimizer_.ReadShard(session_.ctx());
   SaveRequest request;
   request.position = config_.position;
   request.position.phase_step = progress_.step;
@@ -344,6 +399,7 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
     if (request_ == Request::kStop && !last) return Stopped(session_, config_.position.stage);
   }
   display_.Finish();
+  SALA_RETURN_IF_ERROR(optimizer_.ReadAll(session_.ctx()));
   return progress_.Summary();
 }
 
@@ -366,6 +422,20 @@ StatusOr<StepLoopSummary> RunStepLoop(Session& session, const StepLoopConfig& co
                                       StepTask& task, data::SampleStream& stream,
                                       const Checkpoint* resume, const Checkpoint* carry) {
   return StepLoop(session, config, task, stream).Run(resume, carry);
+}
+
+Status CheckShares(const BatchConfig& batch, int ranks) {
+  if (!batch.rank_independent_sums) return OkStatus();
+  const bool power_of_two = (ranks & (ranks - 1)) == 0;
+  if (power_of_two && batch.micro_batches() % ranks == 0) return OkStatus();
+  return MakeError(ExitCode::kConfig, "CFG-MESH",
+                   "batch.rank_independent_sums is on, but the " +
+                       std::to_string(batch.micro_batches()) + " micro-batches of a step (" +
+                       std::to_string(batch.global_batch_sequences()) + " sequences by " +
+                       std::to_string(batch.micro_batch_sequences) +
+                       ") cannot be shared out evenly over " + std::to_string(ranks) +
+                       " ranks; expected a number of ranks that is a power of two and divides "
+                       "them: change the ranks, the batch or micro_batch_sequences");
 }
 
 model::Batch MakeBatch(const std::vector<data::PackedSample>& samples) {

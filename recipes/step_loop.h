@@ -26,11 +26,13 @@ class StepTask {
  public:
   virtual ~StepTask() = default;
 
-  virtual const model::ModelConfig& config() const = 0;  // saved with the parameters
-  virtual model::ParameterStore& params() = 0;           // trained and saved
+  virtual const model::ModelConfig& config() const = 0;            // saved with the parameters
+  virtual model::ComputeParameters& parameters() = 0;              // trained
+  model::ParameterStore& params() { return parameters().host(); }  // saved
   virtual bool Trainable(const model::ParameterSpec& spec) const { return true; }
 
-  // Adds the gradients of this micro-batch to `gradients` (laid out as params()), already divided
+  // Adds the gradients of this micro-batch to `gradients` (laid out as params(), float32 on the
+  // context's device), already divided
   // by `counts`, and to `sums` one number per name of SumNames(). Sums are added over micro-batches
   // and ranks.
   virtual Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
@@ -82,6 +84,10 @@ StepLoopSummary SummaryOf(const Checkpoint& checkpoint);
 
 // STOPPED (exit 75), after the status file says so.
 Status Stopped(Session& session, const std::string& stage);
+
+// CFG-MESH (78) when the micro-batches of a step cannot be shared out over this many ranks as
+// `rank_independent_sums` asks.
+Status CheckShares(const BatchConfig& batch, int ranks);
 
 // Samples as one packed micro-batch, padding dropped.
 model::Batch MakeBatch(const std::vector<data::PackedSample>& samples);

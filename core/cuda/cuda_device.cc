@@ -79,6 +79,7 @@ CudaDevice::CudaDevice(const DeviceOptions& options, const void* kernel_table)
 CudaDevice::~CudaDevice() {
   if (options_.dry) return;
   cudaStreamSynchronize(stream_);
+  while (!kept_.empty()) kept_.pop_back();
   for (const Stage& stage : stages_) {
     cudaEventDestroy(stage.done);
     cudaFreeHost(stage.data);

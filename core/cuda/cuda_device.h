@@ -4,6 +4,9 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <memory>
+#include <typeindex>
+#include <utility>
 #include <vector>
 
 #include "core/device.h"
@@ -44,6 +47,20 @@ class CudaDevice final : public Device {
   cudaStream_t cuda_stream() const { return stream_; }
   bool dry() const { return options_.dry; }
 
+  // What a higher room keeps as long as the device lives (a library's handle, its plans): one
+  // object of each type T, made by make(), a std::unique_ptr<T>, at first use. Destroyed before the
+  // stream, with the stream idle, latest first.
+  template <typename T, typename Make>
+  T& Keep(const Make& make) {
+    for (const auto& [type, object] : kept_) {
+      if (type == typeid(T)) return *static_cast<T*>(object.get());
+    }
+    std::unique_ptr<T> made = make();
+    T& object = *made;
+    kept_.emplace_back(typeid(T), std::shared_ptr<void>(std::move(made)));
+    return object;
+  }
+
  private:
   // A piece of pinned memory and the event after which it is free again.
   struct Stage {
@@ -60,6 +77,7 @@ class CudaDevice final : public Device {
   cudaStream_t stream_ = nullptr;
   std::vector<Stage> stages_;
   size_t next_stage_ = 0;
+  std::vector<std::pair<std::type_index, std::shared_ptr<void>>> kept_;
 };
 
 }  // namespace sala

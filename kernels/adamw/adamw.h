@@ -21,7 +21,9 @@ struct AdamWOptions {
 };
 
 // All f32 [n]; param, exp_avg, exp_avg_sq updated in place. `rounded` bf16 [n], GPU only, may be
-// empty: overwritten with the new param rounded to bfloat16, what the model computes with.
+// empty: overwritten with the new param rounded to bfloat16, what the model computes with. On a GPU
+// the buffers may begin anywhere; 16-byte boundaries are faster. Both forms round every operation
+// by itself, in one order: the same numbers give the same bits.
 void AdamWStep(const Context& ctx, const Tensor& param, const ConstTensor& grad,
                const Tensor& exp_avg, const Tensor& exp_avg_sq, const AdamWOptions& options,
                const Tensor& rounded = {});

@@ -1,6 +1,5 @@
-#include <cmath>
-
 #include "kernels/adamw/adamw.h"
+#include "kernels/adamw/factors.h"
 #include "kernels/common/tensor_check.h"
 #include "kernels/common/vector_math.h"
 #include "kernels/cuda_kernels.h"
@@ -10,23 +9,9 @@ namespace {
 
 constexpr int64_t kElementGrain = 16384;
 
-// The step's scalars, worked out in double. With c1 = 1 - b1^step and c2 = 1 - b2^step:
-//   p -= lr / c1 * m / (sqrt(v) / sqrt(c2) + eps) + lr wd p
-struct Factors {
-  float grad_scale;
-  float beta1;
-  float one_minus_beta1;
-  float beta2;
-  float one_minus_beta2;
-  float step_size;    // lr / c1
-  float root_factor;  // 1 / sqrt(c2)
-  float eps;
-  float decay;  // lr wd
-};
-
-SALA_VECTORIZE void Update(int64_t n, const Factors& given, const float* grad, float* param,
+SALA_VECTORIZE void Update(int64_t n, const AdamWFactors& given, const float* grad, float* param,
                            float* exp_avg, float* exp_avg_sq) {
-  const Factors f = given;
+  const AdamWFactors f = given;
   SALA_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     const float g = f.grad_scale * grad[i];
@@ -54,19 +39,7 @@ void AdamWStep(const Context& ctx, const Tensor& param, const ConstTensor& grad,
        {ConstTensor(param), grad, ConstTensor(exp_avg), ConstTensor(exp_avg_sq)}) {
     CheckVector(x, n);
   }
-  SALA_CHECK(options.step >= 1) << "step " << options.step;
-  const auto step = static_cast<double>(options.step);
-  const double c1 = 1 - std::pow(options.beta1, step);
-  const double c2 = 1 - std::pow(options.beta2, step);
-  const Factors factors = {static_cast<float>(options.grad_scale),
-                           static_cast<float>(options.beta1),
-                           static_cast<float>(1 - options.beta1),
-                           static_cast<float>(options.beta2),
-                           static_cast<float>(1 - options.beta2),
-                           static_cast<float>(options.learning_rate / c1),
-                           static_cast<float>(1 / std::sqrt(c2)),
-                           static_cast<float>(options.eps),
-                           static_cast<float>(options.learning_rate * options.weight_decay)};
+  const AdamWFactors factors = FactorsOf(options);
   ctx.pool->For(n, kElementGrain, [&](int64_t begin, int64_t end) {
     Update(end - begin, factors, grad.Data<float>() + begin, param.Data<float>() + begin,
            exp_avg.Data<float>() + begin, exp_avg_sq.Data<float>() + begin);

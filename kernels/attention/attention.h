@@ -1,6 +1,10 @@
 // Dense causal softmax attention over packed documents, grouped-query: query head h reads key/value
 // head h / (N / K).
 //   o_h[t] = sum_{j <= t, same document} softmax_j(scale q_h[t] . k_g[j]) v_g[j]
+//
+// On a GPU f32 reads bf16 below, except for lse; D is 16, 32, 64 or 128 and token strides are
+// multiples of 8. P and dS are rounded to bf16 where they enter a product, sums are float32.
+// Results repeat bit for bit, and those of a document do not depend on what else is packed.
 #pragma once
 
 #include <span>
@@ -17,7 +21,9 @@ void AttentionForward(const Context& ctx, const ConstTensor& q, const ConstTenso
                       const ConstTensor& v, std::span<const DocumentRange> documents, float scale,
                       const Tensor& out, const Tensor& lse);
 
-// dq, dk, dv overwritten for the tokens of `documents`.
+// dq, dk, dv overwritten for the tokens of `documents`. Scratch on a GPU: T * N floats, and for
+// documents of more than 32768 / (N / K) tokens 512 * D bytes for each 64 keys and each such number
+// of later tokens (sums of dk and dv that are joined at the end).
 void AttentionBackward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                        const ConstTensor& v, const ConstTensor& out, const ConstTensor& lse,
                        const ConstTensor& dout, std::span<const DocumentRange> documents,

@@ -1,6 +1,7 @@
 // Dense attention is block attention that leaves no block out.
 #include "kernels/attention/attention.h"
 #include "kernels/attention/block_attention.h"
+#include "kernels/cuda_kernels.h"
 
 namespace sala::kernels {
 namespace {
@@ -18,6 +19,7 @@ BlockAttention Dense(const ConstTensor& q, const ConstTensor& k, const ConstTens
 void AttentionForward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                       const ConstTensor& v, std::span<const DocumentRange> documents, float scale,
                       const Tensor& out, const Tensor& lse) {
+  if (ctx.cuda()) return Cuda(ctx).AttentionForward(ctx, q, k, v, documents, scale, out, lse);
   BlockAttentionForward(ctx, Dense(q, k, v, documents, scale), out, lse);
 }
 
@@ -25,6 +27,9 @@ void AttentionBackward(const Context& ctx, const ConstTensor& q, const ConstTens
                        const ConstTensor& v, const ConstTensor& out, const ConstTensor& lse,
                        const ConstTensor& dout, std::span<const DocumentRange> documents,
                        float scale, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).AttentionBackward(ctx, q, k, v, out, lse, dout, documents, scale, dq, dk, dv);
+  }
   BlockAttentionBackward(ctx, Dense(q, k, v, documents, scale), out, lse, dout, dq, dk, dv);
 }
 

@@ -90,12 +90,75 @@ AttentionResult<Number> AttentionForward(const AttentionShape& shape, const std:
   return result;
 }
 
+// P = exp(scale q.k - lse), dP = do.v, D = do.o, dS = P (dP - D); dq = scale dS k, dk = scale dS q,
+// dv = P do. One row at a time: a long document can be checked at some of its rows.
+class AttentionBackwardRows {
+ public:
+  // Everything must outlive this.
+  AttentionBackwardRows(const AttentionShape& shape, const std::vector<double>& q,
+                        const std::vector<double>& k, const std::vector<double>& v,
+                        const AttentionResult<double>& forward, const std::vector<double>& dout)
+      : shape_(shape), q_(q), k_(k), v_(v), forward_(forward), dout_(dout) {}
+
+  // Calls term(p, ds) for the query (t, h) and the key (j, h / group()).
+  template <typename Term>
+  void Pair(int64_t t, int64_t h, int64_t j, const Term& term) const {
+    const size_t row = shape_.Query(t, h);
+    const size_t key = shape_.Key(j, h / shape_.group());
+    const double delta = Dot(dout_.data() + row, forward_.out.data() + row, shape_.d);
+    const double score = shape_.scale * Dot(q_.data() + row, k_.data() + key, shape_.d);
+    const double p =
+        std::exp(score - forward_.lse[static_cast<size_t>(t * shape_.query_heads + h)]);
+    term(p, p * (Dot(dout_.data() + row, v_.data() + key, shape_.d) - delta));
+  }
+
+  // dq [D] of one query head of one token.
+  std::vector<double> Query(int64_t t, int64_t h, const Attends& attends) const {
+    std::vector<double> dq(static_cast<size_t>(shape_.d));
+    for (int64_t j = 0; j <= t; ++j) {
+      if (!attends(t, h / shape_.group(), j)) continue;
+      const double* key = k_.data() + shape_.Key(j, h / shape_.group());
+      Pair(t, h, j, [&](double /*p*/, double ds) {
+        for (size_t c = 0; c < dq.size(); ++c) dq[c] += shape_.scale * ds * key[c];
+      });
+    }
+    return dq;
+  }
+
+  struct KeyGradients {
+    std::vector<double> dk, dv;  // [D]
+  };
+  // Of one key/value head of one token in a document of n tokens: summed over the queries j .. n
+  // - 1.
+  KeyGradients Key(int64_t j, int64_t g, int64_t n, const Attends& attends) const {
+    KeyGradients grad = {std::vector<double>(static_cast<size_t>(shape_.d)),
+                         std::vector<double>(static_cast<size_t>(shape_.d))};
+    for (int64_t t = j; t < n; ++t) {
+      if (!attends(t, g, j)) continue;
+      for (int64_t h = g * shape_.group(); h < (g + 1) * shape_.group(); ++h) {
+        const size_t row = shape_.Query(t, h);
+        Pair(t, h, j, [&](double p, double ds) {
+          for (size_t c = 0; c < grad.dk.size(); ++c) {
+            grad.dk[c] += shape_.scale * ds * q_[row + c];
+            grad.dv[c] += p * dout_[row + c];
+          }
+        });
+      }
+    }
+    return grad;
+  }
+
+ private:
+  const AttentionShape& shape_;
+  const std::vector<double>&q_, &k_, &v_;
+  const AttentionResult<double>& forward_;
+  const std::vector<double>& dout_;
+};
+
 struct AttentionGradients {
   std::vector<double> dq, dk, dv;
 };
 
-// P = exp(scale q.k - lse), dP = do.v, D = do.o, dS = P (dP - D); dq = scale dS k, dk = scale dS q,
-// dv = P do.
 inline AttentionGradients AttentionBackward(const AttentionShape& shape,
                                             const std::vector<double>& q,
                                             const std::vector<double>& k,
@@ -103,26 +166,17 @@ inline AttentionGradients AttentionBackward(const AttentionShape& shape,
                                             const std::vector<double>& dout,
                                             const Attends& attends = AttendsAll) {
   const AttentionResult<double> forward = AttentionForward(shape, q, k, v, attends);
-  AttentionGradients grad = {std::vector<double>(q.size()), std::vector<double>(k.size()),
-                             std::vector<double>(v.size())};
+  const AttentionBackwardRows rows(shape, q, k, v, forward, dout);
+  AttentionGradients grad;
   for (int64_t t = 0; t < shape.n; ++t) {
     for (int64_t h = 0; h < shape.query_heads; ++h) {
-      const int64_t g = h / shape.group();
-      const size_t row = shape.Query(t, h);
-      const double delta = Dot(dout.data() + row, forward.out.data() + row, shape.d);
-      for (int64_t j = 0; j <= t; ++j) {
-        if (!attends(t, g, j)) continue;
-        const size_t key = shape.Key(j, g);
-        const double score = shape.scale * Dot(q.data() + row, k.data() + key, shape.d);
-        const double p =
-            std::exp(score - forward.lse[static_cast<size_t>(t * shape.query_heads + h)]);
-        const double ds = p * (Dot(dout.data() + row, v.data() + key, shape.d) - delta);
-        for (size_t c = 0; c < static_cast<size_t>(shape.d); ++c) {
-          grad.dq[row + c] += shape.scale * ds * k[key + c];
-          grad.dk[key + c] += shape.scale * ds * q[row + c];
-          grad.dv[key + c] += p * dout[row + c];
-        }
-      }
+      const std::vector<double> dq = rows.Query(t, h, attends);
+      grad.dq.insert(grad.dq.end(), dq.begin(), dq.end());
+    }
+    for (int64_t g = 0; g < shape.kv_heads; ++g) {
+      const auto key = rows.Key(t, g, shape.n, attends);
+      grad.dk.insert(grad.dk.end(), key.dk.begin(), key.dk.end());
+      grad.dv.insert(grad.dv.end(), key.dv.begin(), key.dv.end());
     }
   }
   return grad;

@@ -1,5 +1,5 @@
-// Device functions that several .cu files share: eight bfloat16 values at a time, sums over a warp
-// and over a block in a fixed order.
+// Device functions that several .cu files share: eight values at a time, elementary functions, sums
+// over a warp and over a block in a fixed order. Row-wise kernels find more in cuda_rows.h.
 #pragma once
 
 #include "kernels/common/cuda.h"
@@ -39,6 +39,31 @@ __device__ __forceinline__ void Load8(const Bf16* from, float (&values)[8]) {
 __device__ __forceinline__ void Store8(Bf16* to, const float (&values)[8]) {
   *reinterpret_cast<Bf16x8*>(to) = Pack(values);
 }
+
+// Eight floats, in two accesses. The address must be a multiple of 16 bytes.
+__device__ __forceinline__ void Load8(const float* from, float (&values)[8]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float4 four = reinterpret_cast<const float4*>(from)[i];
+    values[4 * i] = four.x;
+    values[4 * i + 1] = four.y;
+    values[4 * i + 2] = four.z;
+    values[4 * i + 3] = four.w;
+  }
+}
+
+__device__ __forceinline__ void Store8(float* to, const float (&values)[8]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    reinterpret_cast<float4*>(to)[i] =
+        make_float4(values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3]);
+  }
+}
+
+// 1 / (1 + e^-x). __expf is off by 2 + |1.16 x| units in the last place of float32 (CUDA C++
+// Programming Guide, mathematical functions): below 2^-16 relative wherever the result is normal, a
+// hundredth of a rounding to bfloat16.
+__device__ __forceinline__ float FastSigmoid(float x) { return 1.0F / (1.0F + __expf(-x)); }
 
 // Two floats as the bits of a bfloat162, low half first: an operand register of mma.
 __device__ __forceinline__ uint32_t PackBf16(float low, float high) {

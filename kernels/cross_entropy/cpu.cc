@@ -3,6 +3,7 @@
 #include "kernels/common/softmax_row.h"
 #include "kernels/common/tensor_check.h"
 #include "kernels/cross_entropy/cross_entropy.h"
+#include "kernels/cuda_kernels.h"
 #include "kernels/gemm/gemm.h"
 
 namespace sala::kernels {
@@ -61,6 +62,10 @@ CrossEntropyResult CrossEntropy(const Context& ctx, const ConstTensor& hidden,
                                 const ConstTensor& weight, const ConstTensor& labels,
                                 const CrossEntropyOptions& options, const Tensor& token_loss,
                                 const Tensor& dhidden, const Tensor& dweight) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).CrossEntropy(ctx, hidden, weight, labels, options, token_loss, dhidden,
+                                  dweight);
+  }
   Check(ctx, hidden, weight, labels, options, token_loss, dhidden, dweight);
   const int64_t tokens = hidden.dim(0);
   const int64_t vocabulary = weight.dim(0);

@@ -1,5 +1,12 @@
 // Next-token cross entropy fused with the output head, in chunks of tokens: logits = logit_scale *
 // hidden W^T exist for `chunk_tokens` rows at a time, in scratch, never for all tokens.
+// The caller waits for the result.
+//
+// On a GPU hidden, weight and dhidden are bf16, logits stay f32 and their gradient, an operand of
+// two products, is bf16; H and row strides are multiples of 8, V is free up to 2^30 (products whose
+// rows are not whole multiples of 8 long are slower). Scratch: chunk_tokens * V * 4 bytes, 32 bytes
+// a token, and that of a product (gemm.h). The same inputs give the same bits; chunk_tokens may
+// change the last ones. A label out of range ends the program at the end of the call.
 #pragma once
 
 #include <cstdint>

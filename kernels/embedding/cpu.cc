@@ -1,5 +1,6 @@
 #include "kernels/common/tensor_check.h"
 #include "kernels/common/vector_math.h"
+#include "kernels/cuda_kernels.h"
 #include "kernels/embedding/embedding.h"
 
 namespace sala::kernels {
@@ -38,6 +39,7 @@ void Check(const Context& ctx, const ConstTensor& tokens, const ConstTensor& wei
 
 void EmbeddingForward(const Context& ctx, const ConstTensor& tokens, const ConstTensor& weight,
                       float scale, const Tensor& out) {
+  if (ctx.cuda()) return Cuda(ctx).EmbeddingForward(ctx, tokens, weight, scale, out);
   Check(ctx, tokens, weight, out);
   ctx.pool->For(tokens.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -49,6 +51,7 @@ void EmbeddingForward(const Context& ctx, const ConstTensor& tokens, const Const
 
 void EmbeddingBackward(const Context& ctx, const ConstTensor& tokens, const ConstTensor& dout,
                        float scale, const Tensor& dweight) {
+  if (ctx.cuda()) return Cuda(ctx).EmbeddingBackward(ctx, tokens, dout, scale, dweight);
   Check(ctx, tokens, dweight, dout);
   ctx.pool->For(dweight.dim(1), kColumnGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = 0; t < tokens.dim(0); ++t) {

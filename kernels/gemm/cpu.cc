@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "kernels/cuda_kernels.h"
 #include "kernels/gemm/gemm.h"
 #include "kernels/gemm/serial.h"
 
@@ -28,7 +29,6 @@ void CheckMatrix(const ConstTensor& x, int64_t rows, int64_t columns) {
 
 void Gemm(const Form& form, const Context& ctx, const ConstTensor& a, const ConstTensor& b,
           const Tensor& c, const GemmOptions& options) {
-  SALA_CHECK(ctx.device == DeviceKind::kCpu) << "this form runs on the CPU";
   const int64_t m = c.dim(0);
   const int64_t n = c.dim(1);
   const int64_t k = a.dim(form.a_transposed ? 0 : 1);
@@ -74,16 +74,19 @@ void Gemm(const Form& form, const Context& ctx, const ConstTensor& a, const Cons
 
 void GemmNT(const Context& ctx, const ConstTensor& a, const ConstTensor& b, const Tensor& c,
             const GemmOptions& options) {
+  if (ctx.cuda()) return Cuda(ctx).GemmNT(ctx, a, b, c, options);
   Gemm({GemmSerialNT, false, true}, ctx, a, b, c, options);
 }
 
 void GemmNN(const Context& ctx, const ConstTensor& a, const ConstTensor& b, const Tensor& c,
             const GemmOptions& options) {
+  if (ctx.cuda()) return Cuda(ctx).GemmNN(ctx, a, b, c, options);
   Gemm({GemmSerialNN, false, false}, ctx, a, b, c, options);
 }
 
 void GemmTN(const Context& ctx, const ConstTensor& a, const ConstTensor& b, const Tensor& c,
             const GemmOptions& options) {
+  if (ctx.cuda()) return Cuda(ctx).GemmTN(ctx, a, b, c, options);
   Gemm({GemmSerialTN, true, false}, ctx, a, b, c, options);
 }
 

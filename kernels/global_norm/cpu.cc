@@ -1,5 +1,6 @@
 #include "kernels/common/tensor_check.h"
 #include "kernels/common/vector_math.h"
+#include "kernels/cuda_kernels.h"
 #include "kernels/global_norm/global_norm.h"
 
 namespace sala::kernels {
@@ -17,6 +18,7 @@ SALA_VECTORIZE double SumPiece(int64_t n, const float* x) {
 }  // namespace
 
 double SumOfSquares(const Context& ctx, const ConstTensor& x) {
+  if (ctx.cuda()) return Cuda(ctx).SumOfSquares(ctx, x);
   CheckCpu(ctx);
   SALA_CHECK(x.contiguous()) << "not contiguous: " << ShapeText(x);
   const int64_t n = x.numel();

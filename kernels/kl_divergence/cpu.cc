@@ -4,6 +4,7 @@
 
 #include "kernels/common/softmax_row.h"
 #include "kernels/common/tensor_check.h"
+#include "kernels/cuda_kernels.h"
 #include "kernels/gemm/gemm.h"
 
 namespace sala::kernels {
@@ -101,6 +102,10 @@ KlDivergenceResult KlDivergence(const Context& ctx, const ConstTensor& teacher_h
                                 const ConstTensor& student_weight,
                                 const KlDivergenceOptions& options, const Tensor& dhidden,
                                 const Tensor& dweight) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).KlDivergence(ctx, teacher_hidden, teacher_weight, student_hidden,
+                                  student_weight, options, dhidden, dweight);
+  }
   Check(ctx, teacher_hidden, teacher_weight, student_hidden, student_weight, options, dhidden,
         dweight);
   const int64_t tokens = student_hidden.dim(0);

@@ -2,6 +2,12 @@
 // tokens.
 //   loss_sum = sum_t tau^2 sum_v p_T (log p_T - log p_S),  p = softmax(logits / tau),  every token
 //   counts gradient on the student's logits: tau (p_S - p_T)   (halo.md 6)
+//
+// On a GPU hidden states, weights and dhidden are bf16, logits stay f32 and the gradient of the
+// student's, an operand of two products, is bf16; widths and row strides are multiples of 8, V is
+// free up to 2^30 (products whose rows are not whole multiples of 8 long are slower). Scratch:
+// 2 * chunk_tokens * V * 4 bytes, 24 bytes a token, and that of a product (gemm.h). The same inputs
+// give the same bits; chunk_tokens may change the last ones.
 #pragma once
 
 #include <cstdint>

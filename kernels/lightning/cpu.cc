@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <initializer_list>
 #include <vector>
 
 #include "kernels/attention/block_attention.h"
@@ -234,21 +235,50 @@ void SweepBackward(const HeadChunks& head, const std::vector<Chunk>& chunks, con
   }
 }
 
-void CheckArguments(const Context& ctx, const ConstTensor& q, std::span<const int32_t> cu_seqlens,
-                    std::span<const float> slopes) {
-  SALA_CHECK(ctx.device == DeviceKind::kCpu) << "this form runs on the CPU";
-  SALA_CHECK(!cu_seqlens.empty() && cu_seqlens.back() <= q.dim(0))
-      << "documents end after the " << q.dim(0) << " tokens";
-  SALA_CHECK(static_cast<int64_t>(slopes.size()) == q.dim(1))
-      << slopes.size() << " slopes for " << q.dim(1) << " heads";
-}
-
 void CheckState(const ConstTensor& state, int64_t heads, int64_t d) {
   if (state.empty()) return;
   SALA_CHECK(state.rank() == 3 && state.dim(0) == heads && state.dim(1) == d && state.dim(2) == d &&
              state.dtype() == DType::kF32 && state.contiguous())
       << "state " << ShapeText(state) << " for " << heads << " heads of " << d;
 }
+
+// One call over packed documents, forward or backward: its heads one after the other, each with
+// work space of the thread it runs on.
+class HeadLoop {
+ public:
+  // `tensors` are shaped as q, `states` may be empty; aborts where one does not fit.
+  HeadLoop(const Context& ctx, const ConstTensor& q, std::span<const int32_t> cu_seqlens,
+           std::span<const float> slopes, float scale, std::initializer_list<ConstTensor> tensors,
+           std::initializer_list<ConstTensor> states)
+      : ctx_(ctx), heads_(q.dim(1)), d_(q.dim(2)), slopes_(slopes), scale_(scale) {
+    SALA_CHECK(ctx.device == DeviceKind::kCpu) << "this form runs on the CPU";
+    SALA_CHECK(!cu_seqlens.empty() && cu_seqlens.back() <= q.dim(0))
+        << "documents end after the " << q.dim(0) << " tokens";
+    SALA_CHECK(static_cast<int64_t>(slopes.size()) == heads_)
+        << slopes.size() << " slopes for " << heads_ << " heads";
+    for (const ConstTensor& x : tensors) CheckHeads(x, q.dim(0), heads_, d_);
+    for (const ConstTensor& x : states) CheckState(x, heads_, d_);
+  }
+
+  // Calls body(head, h) for every head h.
+  template <typename Body>
+  void Run(const Body& body) const {
+    const ArenaScope scope(*ctx_.scratch);
+    const std::vector<Work> work = NewWork(ctx_, d_);
+    ForEachItem(ctx_, heads_, [&](int64_t worker, int64_t h) {
+      body(HeadChunks(d_, slopes_[static_cast<size_t>(h)], scale_,
+                      work[static_cast<size_t>(worker)]),
+           h);
+    });
+  }
+
+ private:
+  const Context& ctx_;
+  int64_t heads_;
+  int64_t d_;
+  std::span<const float> slopes_;
+  float scale_;
+};
 
 }  // namespace
 
@@ -274,19 +304,9 @@ void LightningForward(const Context& ctx, const ConstTensor& q, const ConstTenso
     return Cuda(ctx).LightningForward(ctx, q, k, v, cu_seqlens, slopes, scale, state_in, out,
                                       state_out);
   }
-  CheckArguments(ctx, q, cu_seqlens, slopes);
-  const int64_t d = q.dim(2);
-  for (const ConstTensor& x : {q, k, v, ConstTensor(out)}) {
-    CheckHeads(x, q.dim(0), q.dim(1), d);
-  }
-  CheckState(state_in, q.dim(1), d);
-  CheckState(state_out, q.dim(1), d);
+  const HeadLoop loop(ctx, q, cu_seqlens, slopes, scale, {q, k, v, out}, {state_in, state_out});
   const std::vector<Chunk> chunks = CutInChunks(cu_seqlens, !state_in.empty());
-  const ArenaScope scope(*ctx.scratch);
-  const std::vector<Work> work = NewWork(ctx, d);
-  ForEachItem(ctx, q.dim(1), [&](int64_t worker, int64_t h) {
-    const HeadChunks head(d, slopes[static_cast<size_t>(h)], scale,
-                          work[static_cast<size_t>(worker)]);
+  loop.Run([&](const HeadChunks& head, int64_t h) {
     const Operands x(q, k, v, h);
     const MutableHeadRows o(out, h);
     head.LoadState(state_in, h);
@@ -313,21 +333,11 @@ void LightningBackward(const Context& ctx, const ConstTensor& q, const ConstTens
     return Cuda(ctx).LightningBackward(ctx, q, k, v, dout, cu_seqlens, slopes, scale, state_in,
                                        dstate_out, dq, dk, dv, dstate_in);
   }
-  CheckArguments(ctx, q, cu_seqlens, slopes);
-  const int64_t d = q.dim(2);
-  for (const ConstTensor& x : {q, k, v, dout, ConstTensor(dq), ConstTensor(dk), ConstTensor(dv)}) {
-    CheckHeads(x, q.dim(0), q.dim(1), d);
-  }
-  for (const ConstTensor& x : {state_in, dstate_out, ConstTensor(dstate_in)}) {
-    CheckState(x, q.dim(1), d);
-  }
+  const HeadLoop loop(ctx, q, cu_seqlens, slopes, scale, {q, k, v, dout, dq, dk, dv},
+                      {state_in, dstate_out, dstate_in});
   const std::vector<Chunk> chunks =
       CutInChunks(cu_seqlens, !state_in.empty() || !dstate_in.empty());
-  const ArenaScope scope(*ctx.scratch);
-  const std::vector<Work> work = NewWork(ctx, d);
-  ForEachItem(ctx, q.dim(1), [&](int64_t worker, int64_t h) {
-    const HeadChunks head(d, slopes[static_cast<size_t>(h)], scale,
-                          work[static_cast<size_t>(worker)]);
+  loop.Run([&](const HeadChunks& head, int64_t h) {
     const Operands x(q, k, v, h);
     const HeadRows g(dout, h);
     head.LoadState(state_in, h);

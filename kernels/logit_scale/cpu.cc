@@ -7,6 +7,7 @@ namespace sala::kernels {
 
 void LogitScaleForward(const Context& ctx, const ConstTensor& positions, double a,
                        const Tensor& q) {
+  SALA_CHECK(!ctx.cuda()) << "the logit scale is part of inference, which runs on the CPU only";
   SALA_CHECK(a > 1 && q.rank() == 3 && positions.dim(0) == q.dim(0))
       << "a " << a << ", q " << ShapeText(q);
   const auto* position = positions.Data<int32_t>();

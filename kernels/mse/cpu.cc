@@ -1,5 +1,6 @@
 #include "kernels/common/tensor_check.h"
 #include "kernels/common/vector_math.h"
+#include "kernels/cuda_kernels.h"
 #include "kernels/mse/mse.h"
 
 namespace sala::kernels {
@@ -35,6 +36,7 @@ SALA_VECTORIZE void GradientRow(int64_t n, const float* y, const float* target, 
 
 MseResult MeanSquaredError(const Context& ctx, const ConstTensor& y, const ConstTensor& target,
                            float grad_scale, const Tensor& dy) {
+  if (ctx.cuda()) return Cuda(ctx).MeanSquaredError(ctx, y, target, grad_scale, dy);
   CheckCpu(ctx);
   SALA_CHECK(y.rank() == 2) << ShapeText(y);
   const int64_t tokens = y.dim(0);

@@ -1,4 +1,5 @@
 #include "kernels/common/tensor_check.h"
+#include "kernels/cuda_kernels.h"
 #include "kernels/output_gate/output_gate.h"
 #include "kernels/rms_norm/row.h"
 
@@ -69,6 +70,7 @@ auto RowOrNull(const TensorType& x, int64_t t) {
 
 void OutputGateForward(const Context& ctx, const ConstTensor& o, const ConstTensor& weight,
                        const ConstTensor& z, float eps, const Tensor& y, const Tensor& rstd) {
+  if (ctx.cuda()) return Cuda(ctx).OutputGateForward(ctx, o, weight, z, eps, y, rstd);
   Check(ctx, o, weight, z, rstd);
   CheckShape(y, {o.dim(0), o.dim(1)});
   ctx.pool->For(o.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
@@ -82,6 +84,9 @@ void OutputGateForward(const Context& ctx, const ConstTensor& o, const ConstTens
 void OutputGateBackward(const Context& ctx, const ConstTensor& dy, const ConstTensor& o,
                         const ConstTensor& weight, const ConstTensor& z, const ConstTensor& rstd,
                         const Tensor& dout, const Tensor& dz, const Tensor& dweight) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).OutputGateBackward(ctx, dy, o, weight, z, rstd, dout, dz, dweight);
+  }
   Check(ctx, o, weight, z, rstd);
   const int64_t width = o.dim(1);
   CheckShape(dy, {o.dim(0), width});

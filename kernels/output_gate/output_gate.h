@@ -3,6 +3,11 @@
 //   y = norm(o) * sigmoid(z)
 // Softmax layers use the gate alone (weight empty), linear layers both. At least one must be
 // present.
+//
+// On a GPU o, z, y, weight and their gradients are bf16, except for dweight, which like rstd stays
+// f32. W is a multiple of 8, with a norm up to 16384; row strides are multiples of 8. Sums over a
+// row are taken in float32 by a fixed tree. The backward pass takes min(ceil(T / 16), 512) W floats
+// of scratch when dweight is given, and sums in an order that depends on T and W only.
 #pragma once
 
 #include "core/context.h"

@@ -2,6 +2,8 @@
 #include <vector>
 
 #include "kernels/common/tensor_check.h"
+#include "kernels/cuda_kernels.h"
+#include "kernels/qk_norm_rope/frequencies.h"
 #include "kernels/qk_norm_rope/qk_norm_rope.h"
 #include "kernels/rms_norm/row.h"
 
@@ -83,6 +85,7 @@ auto RowOrNull(const TensorType& x, int64_t t) {
 
 void RopeTable(const Context& ctx, const ConstTensor& positions, int64_t head_dim, float theta,
                const Tensor& cos, const Tensor& sin) {
+  if (ctx.cuda()) return Cuda(ctx).RopeTable(ctx, positions, head_dim, theta, cos, sin);
   CheckCpu(ctx);
   SALA_CHECK(positions.rank() == 1 && head_dim % 2 == 0) << "head dimension " << head_dim;
   const int64_t tokens = positions.dim(0);
@@ -90,11 +93,7 @@ void RopeTable(const Context& ctx, const ConstTensor& positions, int64_t head_di
   CheckVector(positions, tokens, DType::kI32);
   CheckShape(cos, {tokens, half});
   CheckShape(sin, {tokens, half});
-  std::vector<float> frequency(static_cast<size_t>(half));
-  for (int64_t i = 0; i < half; ++i) {
-    frequency[static_cast<size_t>(i)] = static_cast<float>(std::pow(
-        static_cast<double>(theta), -2.0 * static_cast<double>(i) / static_cast<double>(head_dim)));
-  }
+  const std::vector<float> frequency = RopeFrequencies(head_dim, theta);
   ctx.pool->For(tokens, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const auto position = static_cast<float>(positions.Data<int32_t>()[t]);
@@ -110,6 +109,7 @@ void RopeTable(const Context& ctx, const ConstTensor& positions, int64_t head_di
 void QkNormRopeForward(const Context& ctx, const ConstTensor& x, const ConstTensor& weight,
                        float eps, const ConstTensor& cos, const ConstTensor& sin, const Tensor& y,
                        const Tensor& rstd) {
+  if (ctx.cuda()) return Cuda(ctx).QkNormRopeForward(ctx, x, weight, eps, cos, sin, y, rstd);
   Check(ctx, x, weight, rstd, cos, sin);
   CheckShape(y, {x.dim(0), x.dim(1), x.dim(2)});
   ctx.pool->For(x.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
@@ -126,6 +126,9 @@ void QkNormRopeForward(const Context& ctx, const ConstTensor& x, const ConstTens
 void QkNormRopeBackward(const Context& ctx, const ConstTensor& dy, const ConstTensor& x,
                         const ConstTensor& weight, const ConstTensor& rstd, const ConstTensor& cos,
                         const ConstTensor& sin, const Tensor& dx, const Tensor& dweight) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).QkNormRopeBackward(ctx, dy, x, weight, rstd, cos, sin, dx, dweight);
+  }
   Check(ctx, x, weight, rstd, cos, sin);
   CheckShape(dy, {x.dim(0), x.dim(1), x.dim(2)});
   CheckShape(dx, {x.dim(0), x.dim(1), x.dim(2)});

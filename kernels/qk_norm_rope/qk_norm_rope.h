@@ -1,6 +1,11 @@
 // Per-head RMSNorm of queries or keys followed by the rotary embedding ("rotate half": channel i
 // pairs with i + D/2). Either part may be left out: an empty weight means no norm, empty cos/sin
 // mean no rotation.
+//
+// On a GPU x, y, weight, dy and dx are bf16; cos, sin, rstd and dweight stay f32. D is 16, 32, 64
+// or 128; strides of tokens and heads are multiples of 8. The normed value is not rounded before
+// the rotation. The backward pass takes min(ceil(T / 8), 1024) D floats of scratch when dweight is
+// given, and sums in an order that depends on the shape only.
 #pragma once
 
 #include "core/context.h"

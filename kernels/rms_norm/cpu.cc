@@ -1,4 +1,5 @@
 #include "kernels/common/tensor_check.h"
+#include "kernels/cuda_kernels.h"
 #include "kernels/rms_norm/rms_norm.h"
 #include "kernels/rms_norm/row.h"
 
@@ -42,6 +43,7 @@ void CheckForward(const Context& ctx, const ConstTensor& x, const ConstTensor& w
 
 void RmsNormForward(const Context& ctx, const ConstTensor& x, const ConstTensor& weight, float eps,
                     const Tensor& y, const Tensor& rstd) {
+  if (ctx.cuda()) return Cuda(ctx).RmsNormForward(ctx, x, weight, eps, y, rstd);
   CheckForward(ctx, x, weight, y, rstd);
   ctx.pool->For(x.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -55,6 +57,10 @@ void RmsNormResidualForward(const Context& ctx, const ConstTensor& residual,
                             const ConstTensor& branch, float branch_scale,
                             const ConstTensor& weight, float eps, const Tensor& sum,
                             const Tensor& y, const Tensor& rstd) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).RmsNormResidualForward(ctx, residual, branch, branch_scale, weight, eps, sum,
+                                            y, rstd);
+  }
   CheckForward(ctx, sum, weight, y, rstd);
   CheckShape(residual, {sum.dim(0), sum.dim(1)});
   CheckShape(branch, {sum.dim(0), sum.dim(1)});
@@ -71,6 +77,9 @@ void RmsNormResidualForward(const Context& ctx, const ConstTensor& residual,
 void RmsNormBackward(const Context& ctx, const ConstTensor& dy, const ConstTensor& x,
                      const ConstTensor& weight, const ConstTensor& rstd, const Tensor& dx,
                      Write write, const Tensor& dweight) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).RmsNormBackward(ctx, dy, x, weight, rstd, dx, write, dweight);
+  }
   CheckCpu(ctx);
   SALA_CHECK(x.rank() == 2) << ShapeText(x);
   const int64_t tokens = x.dim(0);

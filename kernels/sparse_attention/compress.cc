@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "kernels/attention/block_attention.h"
+#include "kernels/cuda_kernels.h"
 #include "kernels/sparse_attention/sparse_attention.h"
 
 namespace sala::kernels {
@@ -89,6 +90,7 @@ std::string SparseConfigProblem(const SparseAttentionConfig& c) {
 void CompressKeys(const Context& ctx, const ConstTensor& k,
                   std::span<const DocumentRange> documents, const SparseAttentionConfig& config,
                   const Tensor& fine, const Tensor& coarse) {
+  if (ctx.cuda()) return Cuda(ctx).CompressKeys(ctx, k, documents, config, fine, coarse);
   SALA_CHECK(ctx.device == DeviceKind::kCpu) << "this form runs on the CPU";
   CheckHeads(k, k.dim(0), k.dim(1), k.dim(2));
   CheckDocuments(documents, k.dim(0));

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "kernels/attention/block_attention.h"
+#include "kernels/cuda_kernels.h"
 #include "kernels/sparse_attention/selector.h"
 #include "kernels/sparse_attention/sparse_attention.h"
 
@@ -82,6 +83,7 @@ BlockMembers MembersFrom(const SparseAttentionConfig& config, const ConstTensor&
 void SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                   std::span<const DocumentRange> documents, const SparseAttentionConfig& config,
                   float scale, const Tensor& blocks) {
+  if (ctx.cuda()) return Cuda(ctx).SelectBlocks(ctx, q, k, documents, config, scale, blocks);
   CheckConfig(config);
   const int64_t heads = k.dim(1);
   const int64_t group = q.dim(1) / heads;
@@ -126,6 +128,10 @@ void SparseAttentionForward(const Context& ctx, const ConstTensor& q, const Cons
                             const ConstTensor& v, std::span<const DocumentRange> documents,
                             const SparseAttentionConfig& config, float scale,
                             const ConstTensor& blocks, const Tensor& out, const Tensor& lse) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).SparseAttentionForward(ctx, q, k, v, documents, config, scale, blocks, out,
+                                            lse);
+  }
   CheckConfig(config);
   CheckBlocks(blocks, q.dim(0), k.dim(1), config);
   BlockAttentionForward(
@@ -138,6 +144,10 @@ void SparseAttentionBackward(const Context& ctx, const ConstTensor& q, const Con
                              const SparseAttentionConfig& config, float scale,
                              const ConstTensor& blocks, const Tensor& dq, const Tensor& dk,
                              const Tensor& dv) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).SparseAttentionBackward(ctx, q, k, v, out, lse, dout, documents, config, scale,
+                                             blocks, dq, dk, dv);
+  }
   CheckConfig(config);
   CheckBlocks(blocks, q.dim(0), k.dim(1), config);
   BlockAttentionBackward(

@@ -41,7 +41,8 @@ std::string SparseConfigProblem(const SparseAttentionConfig& config);
 int64_t FineCount(const SparseAttentionConfig& config, int64_t n);
 int64_t CoarseCount(const SparseAttentionConfig& config, int64_t n);
 // fine f32 [sum FineCount, K, D], coarse f32 [sum CoarseCount, K, D], overwritten; sums in float64,
-// rounded once.
+// rounded once. On a GPU k, fine and coarse are of the context's activation type, sums are float32,
+// and D and the row strides are multiples of 8.
 void CompressKeys(const Context& ctx, const ConstTensor& k,
                   std::span<const DocumentRange> documents, const SparseAttentionConfig& config,
                   const Tensor& fine, const Tensor& coarse);
@@ -51,12 +52,19 @@ constexpr int32_t kNoBlock = -1;
 // blocks i32 [T, K, max(1, free_blocks)]: the free blocks (document-relative index) chosen by each
 // token and key/value head, ascending, then kNoBlock. Forced blocks (initial and local) are implied
 // and not stored. Where all past blocks fit the budget the list holds all of them that are not
-// forced. Ties go to the lower block index.
+// forced. Ties go to the lower block index. q and k as for AttentionForward. On a GPU they are of
+// the context's activation type, and so are the compressed keys that scores are computed from; N /
+// K is at most 16, D is 16, 32, 64 or 128 and row strides are multiples of 8. Scores are float32 on
+// both. Work space: the compressed keys.
 void SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                   std::span<const DocumentRange> documents, const SparseAttentionConfig& config,
                   float scale, const Tensor& blocks);
 
-// Shapes as AttentionForward; every document is treated as sparse, whatever its length.
+// Shapes as AttentionForward; every document is treated as sparse, whatever its length. On a GPU
+// also the number types and strides of AttentionForward, at most 16 query heads to a key/value head
+// and blocks of a multiple of 16 tokens; numbers in `blocks` that are no free block of their token
+// are passed over (the CPU aborts). The bits of a row depend on its document alone, but are not
+// those of dense attention where the budget covers the past: blocks come in another order.
 void SparseAttentionForward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                             const ConstTensor& v, std::span<const DocumentRange> documents,
                             const SparseAttentionConfig& config, float scale,

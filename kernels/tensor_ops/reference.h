@@ -1,6 +1,7 @@
 // Plain loops for the tests of tensor_ops.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 

@@ -4,6 +4,7 @@
 #include "core/cuda/cuda_device.h"
 #include "core/cuda_module.h"
 #include "kernels/cuda_kernels.h"
+#include "parallel/nccl/nccl_table.h"
 
 namespace {
 
@@ -11,7 +12,9 @@ sala::Device* OpenDevice(const sala::DeviceOptions& options) {
   return new sala::CudaDevice(options, &sala::kernels::cuda::Table());
 }
 
-const void* Find(const char* name) { return nullptr; }
+const void* Find(const char* name) {
+  return std::strcmp(name, "nccl") == 0 ? &sala::parallel::NcclTable() : nullptr;
+}
 
 constexpr sala::CudaModuleInterface kInterface = {.abi = sala::CudaModuleAbi(),
                                                   .build = SALA_CUDA_BUILD,

@@ -5,6 +5,7 @@
 #include "kernels/mse/mse.h"
 #include "kernels/qk_norm_rope/qk_norm_rope.h"
 #include "model/mixer.h"
+#include "parallel/ordered_sum.h"
 #include "recipes/halo/transfer.h"
 
 namespace sala::recipes {
@@ -28,11 +29,12 @@ std::vector<MixerTensors> BindAll(const model::ModelConfig& config, model::Param
 model::BatchTables LinearTables(const Context& ctx, Arena& arena, const model::ModelConfig& config,
                                 const model::Batch& batch) {
   model::BatchTables tables;
+  tables.positions = model::ToDevice(ctx, arena, batch.positions);
   if (!config.lightning_use_rope) return tables;
   const int64_t half = config.lightning_head_dim / 2;
   tables.lightning_cos = arena.New(DType::kF32, {batch.size(), half});
   tables.lightning_sin = arena.New(DType::kF32, {batch.size(), half});
-  kernels::RopeTable(ctx, batch.positions_view(), config.lightning_head_dim,
+  kernels::RopeTable(ctx, tables.positions, config.lightning_head_dim,
                      static_cast<float>(config.rope_theta), tables.lightning_cos,
                      tables.lightning_sin);
   return tables;
@@ -64,12 +66,12 @@ double NormLoss(const ConstTensor& y, const ConstTensor& target, double scale, c
 
 }  // namespace
 
-AlignTask::AlignTask(const model::Model& teacher, model::ParameterStore& mixers, AlignLoss loss,
-                     const data::ValidationSet* held_out)
+AlignTask::AlignTask(const Context& ctx, const model::Model& teacher, model::ParameterStore& mixers,
+                     AlignLoss loss, const data::ValidationSet* held_out)
     : teacher_(teacher),
       config_(AllLinear(teacher.config())),
-      mixers_(mixers),
-      weights_(BindAll(config_, mixers)),
+      mixers_(ctx, mixers),
+      weights_(BindAll(config_, mixers_.store())),
       loss_(loss),
       held_out_(held_out) {}
 
@@ -95,12 +97,12 @@ void AlignTask::Pass(const Context& ctx, Arena& arena, const model::Batch& batch
   const auto on_layer = [&](int64_t layer, const ConstTensor& normed, const ConstTensor& target) {
     const ArenaScope layer_scope(arena);
     const auto l = static_cast<size_t>(layer);
-    const Tensor y = arena.New(DType::kF32, {batch.size(), config_.hidden_size});
+    const Tensor y = arena.New(ctx.activation(), {batch.size(), config_.hidden_size});
     const model::MixerState state =
         model::MixerForward(ctx, arena, config_, MixerType::kLightning, weights_[l], batch, tables,
                             options, normed, {.y = y});
     Tensor dy;
-    if (!gradients.empty()) dy = arena.New(DType::kF32, {batch.size(), config_.hidden_size});
+    if (!gradients.empty()) dy = arena.New(ctx.activation(), {batch.size(), config_.hidden_size});
     LayerLoss(ctx, y, target, tokens, dy, sums.subspan(l * kLayerSums, kLayerSums));
     if (gradients.empty()) return;
     model::MixerBackward(ctx, arena, config_, MixerType::kLightning, weights_[l], batch, tables,
@@ -158,12 +160,15 @@ std::vector<std::pair<std::string, double>> AlignTask::Values(std::span<const do
 StatusOr<std::vector<std::pair<std::string, double>>> AlignTask::Evaluate(
     const Context& ctx, Arena& arena, const std::vector<model::Batch>& batches,
     parallel::Communicator& comm) {
-  std::vector<double> sums(static_cast<size_t>(config_.num_hidden_layers) * kLayerSums + 1, 0.0);
-  for (const model::Batch& batch : batches) {
-    Pass(ctx, arena, batch, 1.0, {}, std::span<double>(sums).first(sums.size() - 1));
-    sums.back() += static_cast<double>(batch.size());
+  const int64_t width = config_.num_hidden_layers * kLayerSums + 1;
+  std::vector<double> mine(batches.size() * static_cast<size_t>(width), 0.0);
+  for (size_t i = 0; i < batches.size(); ++i) {
+    const std::span<double> sums =
+        std::span(mine).subspan(i * static_cast<size_t>(width), static_cast<size_t>(width));
+    Pass(ctx, arena, batches[i], 1.0, {}, sums.first(sums.size() - 1));
+    sums.back() = static_cast<double>(batches[i].size());
   }
-  SALA_RETURN_IF_ERROR(comm.AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
+  SALA_ASSIGN_OR_RETURN(const std::vector<double> sums, parallel::SumDealtItems(comm, mine, width));
   return Values(std::span<const double>(sums).first(sums.size() - 1),
                 {.tokens = static_cast<int64_t>(sums.back())});
 }

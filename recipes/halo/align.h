@@ -18,12 +18,12 @@ namespace sala::recipes {
 class AlignTask : public StepTask {
  public:
   // `mixers` is laid out by AllMixerSpecs and trained; the teacher is only read. `held_out` may be
-  // null or empty. All must outlive the task.
-  AlignTask(const model::Model& teacher, model::ParameterStore& mixers, AlignLoss loss,
-            const data::ValidationSet* held_out);
+  // null or empty. All must outlive the task. AlignLoss::kL2Norm on a CPU only.
+  AlignTask(const Context& ctx, const model::Model& teacher, model::ParameterStore& mixers,
+            AlignLoss loss, const data::ValidationSet* held_out);
 
   const model::ModelConfig& config() const override { return config_; }
-  model::ParameterStore& params() override { return mixers_; }
+  model::ComputeParameters& parameters() override { return mixers_; }
 
   // loss = 1/L sum over layers of the mean over tokens (and features) of the batch.
   Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
@@ -36,8 +36,8 @@ class AlignTask : public StepTask {
                                                      const StepCounts& counts) const override;
   StatusOr<std::vector<std::pair<std::string, double>>> Validate(Session& session) override;
 
-  // Values() of all held-out batches given, without gradients; `comm` sums over its ranks, each
-  // having its own batches.
+  // Values() of all held-out batches given, without gradients; collective over `comm`, to
+  // whose ranks the batches are dealt: batch i lies on rank i mod P.
   StatusOr<std::vector<std::pair<std::string, double>>> Evaluate(
       const Context& ctx, Arena& arena, const std::vector<model::Batch>& batches,
       parallel::Communicator& comm);
@@ -57,7 +57,7 @@ class AlignTask : public StepTask {
 
   const model::Model& teacher_;
   model::ModelConfig config_;
-  model::ParameterStore& mixers_;
+  model::ComputeParameters mixers_;
   std::vector<model::MixerTensors> weights_;
   AlignLoss loss_;
   const data::ValidationSet* held_out_;

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "model/loss.h"
+#include "parallel/ordered_sum.h"
 
 namespace sala::recipes {
 namespace {
@@ -26,8 +27,8 @@ enum ReportSum : size_t {
 };
 
 kernels::CrossEntropyResult LossOf(const Context& ctx, const model::Model& model,
-                                   const Tensor& hidden, const model::Batch& batch) {
-  return kernels::CrossEntropy(ctx, hidden, model.tensors().head, batch.labels_view(),
+                                   const Tensor& hidden, const ConstTensor& labels) {
+  return kernels::CrossEntropy(ctx, hidden, model.tensors().head, labels,
                                {.logit_scale = model.logit_scale()}, {}, {}, {});
 }
 
@@ -47,7 +48,7 @@ StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const mod
                                      const model::Model& student,
                                      const std::vector<model::Batch>& batches,
                                      parallel::Communicator& comm) {
-  std::array<double, kReportSums> sums{};
+  std::vector<double> mine;
   const model::RunOptions options;
   for (const model::Batch& batch : batches) {
     const ArenaScope scope(arena);
@@ -58,16 +59,20 @@ StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const mod
         {.teacher_logit_scale = teacher.logit_scale(),
          .student_logit_scale = student.logit_scale()},
         {}, {});
-    const kernels::CrossEntropyResult student_loss = LossOf(ctx, student, student_hidden, batch);
-    sums[kReportKl] += kl.loss_sum;
-    sums[kReportEntropy] += kl.teacher_entropy;
-    sums[kReportAgree] += static_cast<double>(kl.agree);
-    sums[kReportTokens] += static_cast<double>(kl.tokens);
-    sums[kStudentLoss] += student_loss.loss_sum;
-    sums[kTeacherLoss] += LossOf(ctx, teacher, teacher_hidden, batch).loss_sum;
-    sums[kTargets] += static_cast<double>(student_loss.targets);
+    const ConstTensor labels = model::ToDevice(ctx, arena, batch.labels);
+    const kernels::CrossEntropyResult student_loss = LossOf(ctx, student, student_hidden, labels);
+    std::array<double, kReportSums> sums{};
+    sums[kReportKl] = kl.loss_sum;
+    sums[kReportEntropy] = kl.teacher_entropy;
+    sums[kReportAgree] = static_cast<double>(kl.agree);
+    sums[kReportTokens] = static_cast<double>(kl.tokens);
+    sums[kStudentLoss] = student_loss.loss_sum;
+    sums[kTeacherLoss] = LossOf(ctx, teacher, teacher_hidden, labels).loss_sum;
+    sums[kTargets] = static_cast<double>(student_loss.targets);
+    mine.insert(mine.end(), sums.begin(), sums.end());
   }
-  SALA_RETURN_IF_ERROR(comm.AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
+  SALA_ASSIGN_OR_RETURN(const std::vector<double> sums,
+                        parallel::SumDealtItems(comm, mine, kReportSums));
   const double tokens = std::max(1.0, sums[kReportTokens]);
   const double targets = std::max(1.0, sums[kTargets]);
   return DistilReport{.tokens = static_cast<int64_t>(sums[kReportTokens]),
@@ -88,24 +93,28 @@ StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& se
   return batches;
 }
 
-DistilTask::DistilTask(const model::Model& teacher, Hybrid& student, const DistilOptions& options,
-                       const std::vector<model::Batch>& held_out)
+StudentTask::StudentTask(const Context& ctx, const model::Model& teacher, Hybrid& student,
+                         const std::vector<model::Batch>& held_out)
     : teacher_(teacher),
       student_(student),
-      model_(student.config, student.params),
-      options_(options),
+      parameters_(ctx, student.params),
+      model_(student.config, parameters_.store()),
       held_out_(held_out) {}
+
+StatusOr<DistilReport> StudentTask::Compare(Session& session) const {
+  return CompareModels(session.ctx(), session.arena(), teacher_, model_, held_out_,
+                       session.mesh().dp_group());
+}
 
 Status DistilTask::MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
                               const StepCounts& counts, model::ParameterStore& gradients,
                               std::span<double> sums) {
-  const model::ModelTensors tensors =
-      model::BindTensors(student_.config, gradients,
-                         [this](const model::ParameterSpec& spec) { return Trainable(spec); });
+  const model::ModelTensors tensors = model::BindTensors(
+      config(), gradients, [this](const model::ParameterSpec& spec) { return Trainable(spec); });
   const double ce_scale =
       counts.targets > 0 ? options_.ce_weight / static_cast<double>(counts.targets) : 0.0;
   const model::DistillationResult result = model::DistillationStep(
-      ctx, arena, teacher_, model_, batch,
+      ctx, arena, teacher(), model(), batch,
       {.student = {.recompute = options_.recompute},
        .teacher = {},
        .kl_grad_scale = static_cast<float>(1.0 / static_cast<double>(counts.tokens)),
@@ -136,9 +145,7 @@ std::vector<std::pair<std::string, double>> DistilTask::Values(std::span<const d
 }
 
 StatusOr<std::vector<std::pair<std::string, double>>> DistilTask::Validate(Session& session) {
-  SALA_ASSIGN_OR_RETURN(const DistilReport report,
-                        CompareModels(session.ctx(), session.arena(), teacher_, model_, held_out_,
-                                      session.mesh().dp_group()));
+  SALA_ASSIGN_OR_RETURN(const DistilReport report, Compare(session));
   if (report.tokens == 0) return NamedValues{};
   return NamedValues{{"kl", report.kl},
                      {"student_loss", report.student_loss},
@@ -147,21 +154,13 @@ StatusOr<std::vector<std::pair<std::string, double>>> DistilTask::Validate(Sessi
                      {"teacher_entropy", report.teacher_entropy}};
 }
 
-FinetuneTask::FinetuneTask(const model::Model& teacher, Hybrid& student, bool recompute,
-                           const std::vector<model::Batch>& held_out)
-    : teacher_(teacher),
-      student_(student),
-      model_(student.config, student.params),
-      recompute_(recompute),
-      held_out_(held_out) {}
-
 Status FinetuneTask::MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
                                 const StepCounts& counts, model::ParameterStore& gradients,
                                 std::span<double> sums) {
-  const model::ModelTensors tensors = model::BindTensors(student_.config, gradients);
+  const model::ModelTensors tensors = model::BindTensors(config(), gradients);
   const double scale = counts.targets > 0 ? 1.0 / static_cast<double>(counts.targets) : 0.0;
   const kernels::CrossEntropyResult result = model::CrossEntropyStep(
-      ctx, arena, model_, batch, {.recompute = recompute_}, static_cast<float>(scale), tensors);
+      ctx, arena, model(), batch, {.recompute = recompute_}, static_cast<float>(scale), tensors);
   sums[0] += result.loss_sum;
   sums[1] += static_cast<double>(result.correct);
   return OkStatus();
@@ -174,9 +173,7 @@ std::vector<std::pair<std::string, double>> FinetuneTask::Values(std::span<const
 }
 
 StatusOr<std::vector<std::pair<std::string, double>>> FinetuneTask::Validate(Session& session) {
-  SALA_ASSIGN_OR_RETURN(const DistilReport report,
-                        CompareModels(session.ctx(), session.arena(), teacher_, model_, held_out_,
-                                      session.mesh().dp_group()));
+  SALA_ASSIGN_OR_RETURN(const DistilReport report, Compare(session));
   if (report.tokens == 0) return NamedValues{};
   return NamedValues{{"loss", report.student_loss}, {"kl", report.kl}};
 }

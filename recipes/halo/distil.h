@@ -33,28 +33,49 @@ struct DistilReport {
   double teacher_entropy = 0;  // nats per token
 };
 
-// Collective over `comm`, each rank having its own batches.
+// Collective over `comm`, to whose ranks the batches are dealt: batch i lies on rank i mod P.
 StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const model::Model& teacher,
                                      const model::Model& student,
                                      const std::vector<model::Batch>& batches,
                                      parallel::Communicator& comm);
 
-// This rank's batches of a held-out set.
+// This rank's batches of a held-out set, dealt likewise.
 StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& set,
                                                    const parallel::Mesh& mesh);
 
+// A student that is trained, and measured against its teacher on held-out batches.
+class StudentTask : public StepTask {
+ public:
+  const model::ModelConfig& config() const override { return student_.config; }
+  model::ComputeParameters& parameters() override { return parameters_; }
+
+ protected:
+  // All references must outlive the task; held_out may be empty.
+  StudentTask(const Context& ctx, const model::Model& teacher, Hybrid& student,
+              const std::vector<model::Batch>& held_out);
+
+  StatusOr<DistilReport> Compare(Session& session) const;
+  const model::Model& teacher() const { return teacher_; }
+  const model::Model& model() const { return model_; }
+
+ private:
+  const model::Model& teacher_;
+  Hybrid& student_;
+  model::ComputeParameters parameters_;
+  model::Model model_;  // the student
+  const std::vector<model::Batch>& held_out_;
+};
+
 // loss = KL(teacher || student) per token + ce_weight * cross entropy per target. Teacher and
 // frozen tensors keep their bits.
-class DistilTask : public StepTask {
+class DistilTask : public StudentTask {
  public:
-  // All references must outlive the task; held_out may be empty.
-  DistilTask(const model::Model& teacher, Hybrid& student, const DistilOptions& options,
-             const std::vector<model::Batch>& held_out);
+  DistilTask(const Context& ctx, const model::Model& teacher, Hybrid& student,
+             const DistilOptions& options, const std::vector<model::Batch>& held_out)
+      : StudentTask(ctx, teacher, student, held_out), options_(options) {}
 
-  const model::ModelConfig& config() const override { return student_.config; }
-  model::ParameterStore& params() override { return student_.params; }
   bool Trainable(const model::ParameterSpec& spec) const override {
-    return IsTrainable(options_.trainable, student_.config, spec);
+    return IsTrainable(options_.trainable, config(), spec);
   }
   Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
                     const StepCounts& counts, model::ParameterStore& gradients,
@@ -66,22 +87,16 @@ class DistilTask : public StepTask {
   StatusOr<std::vector<std::pair<std::string, double>>> Validate(Session& session) override;
 
  private:
-  const model::Model& teacher_;
-  Hybrid& student_;
-  model::Model model_;
   DistilOptions options_;
-  const std::vector<model::Batch>& held_out_;
 };
 
-// Next-token cross entropy of all parameters; Validate gives the same values as DistilTask with the
-// loss first.
-class FinetuneTask : public StepTask {
+// Next-token cross entropy of all parameters; Validate gives the student's loss first, then the KL.
+class FinetuneTask : public StudentTask {
  public:
-  FinetuneTask(const model::Model& teacher, Hybrid& student, bool recompute,
-               const std::vector<model::Batch>& held_out);
+  FinetuneTask(const Context& ctx, const model::Model& teacher, Hybrid& student, bool recompute,
+               const std::vector<model::Batch>& held_out)
+      : StudentTask(ctx, teacher, student, held_out), recompute_(recompute) {}
 
-  const model::ModelConfig& config() const override { return student_.config; }
-  model::ParameterStore& params() override { return student_.params; }
   Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
                     const StepCounts& counts, model::ParameterStore& gradients,
                     std::span<double> sums) override;
@@ -91,11 +106,7 @@ class FinetuneTask : public StepTask {
   StatusOr<std::vector<std::pair<std::string, double>>> Validate(Session& session) override;
 
  private:
-  const model::Model& teacher_;
-  Hybrid& student_;
-  model::Model model_;
   bool recompute_;
-  const std::vector<model::Batch>& held_out_;
 };
 
 }  // namespace sala::recipes

@@ -104,6 +104,7 @@ class HaloStage {
   const HaloConfig& halo_;
 
   LoadedModel teacher_;
+  std::optional<model::ComputeParameters> teacher_parameters_;
   std::optional<model::Model> teacher_model_;
   HaloPlan plan_;
   model::ParameterStore mixers_;
@@ -138,7 +139,8 @@ Status HaloStage::Prepare() {
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), LoadTeacher()));
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(
       session_.world(), is_root() ? MakeDirectories(session_.path("halo")) : OkStatus()));
-  teacher_model_.emplace(teacher_.config, teacher_.params);
+  teacher_parameters_.emplace(session_.ctx(), teacher_.params);
+  teacher_model_.emplace(teacher_.config, teacher_parameters_->store());
   state_["teacher"] = teacher_.origin;
   state_["selector"] = NameOf(halo_.selector);
   SALA_RETURN_IF_ERROR(RestoreState());
@@ -224,7 +226,7 @@ StatusOr<StepLoopSummary> HaloStage::RunPhase(const std::string& phase,
 Status HaloStage::Align() {
   auto held_out = HeldOut(halo_.align.batch.seq_len_tokens);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), held_out.status()));
-  AlignTask task(*teacher_model_, mixers_, halo_.align_loss, held_out->get());
+  AlignTask task(session_.ctx(), *teacher_model_, mixers_, halo_.align_loss, held_out->get());
   SALA_RETURN_IF_ERROR(RunPhase("align", halo_.align, task).status());
   // A resumed phase has not measured the start.
   const bool both = task.first_errors() != task.last_errors();
@@ -327,8 +329,9 @@ StatusOr<std::vector<int64_t>> HaloStage::ScoredOrder() {
                                              .dump());
   ScoreTable table;
   SALA_RETURN_IF_ERROR(LoadScores(settings, items.size(), &table));
+  model::ComputeParameters mixers(session_.ctx(), mixers_);
   Scorer scorer(session_.ctx(), session_.arena(), session_.mesh().dp_group(), *teacher_model_,
-                mixers_, items);
+                mixers.store(), items);
   if (is_root()) {
     SALA_LOG(Info) << "score: " << items.text.size() << " pieces of held-out text and "
                    << items.recall.size() << " recall prompts";
@@ -393,13 +396,14 @@ void HaloStage::Assemble() {
 }
 
 StatusOr<DistilReport> HaloStage::Compare() {
-  const model::Model model(student_.config, student_.params);
+  model::ComputeParameters parameters(session_.ctx(), student_.params);
+  const model::Model model(student_.config, parameters.store());
   return CompareModels(session_.ctx(), session_.arena(), *teacher_model_, model, held_out_,
                        session_.mesh().dp_group());
 }
 
 Status HaloStage::Distil() {
-  DistilTask task(*teacher_model_, student_,
+  DistilTask task(session_.ctx(), *teacher_model_, student_,
                   {.trainable = halo_.trainable,
                    .temperature = halo_.temperature,
                    .ce_weight = halo_.ce_weight,
@@ -415,7 +419,7 @@ Status HaloStage::Distil() {
 }
 
 Status HaloStage::Finetune() {
-  FinetuneTask task(*teacher_model_, student_, stage_.recompute, held_out_);
+  FinetuneTask task(session_.ctx(), *teacher_model_, student_, stage_.recompute, held_out_);
   return RunPhase("finetune", *halo_.finetune, task).status();
 }
 
@@ -501,10 +505,19 @@ StatusOr<StageSummary> HaloStage::Run() {
 }  // namespace
 
 Status CheckHaloInputs(Session& session, const StageConfig& stage) {
+  const bool l2_norm = stage.halo->align_loss == AlignLoss::kL2Norm;
+  if (session.ctx().cuda() && (l2_norm || !stage.halo->logit_scale_grid.empty())) {
+    return MakeError(ExitCode::kConfig, "CFG-HALO",
+                     "stage " + stage.name + ": " +
+                         (l2_norm ? "align_loss: l2_norm" : "logit_scale_grid") +
+                         " works on the CPU only; use run.device: cpu for this stage, or " +
+                         (l2_norm ? "align_loss: mse" : "leave the grid out"));
+  }
   std::vector<std::pair<std::string, const HaloPhaseConfig*>> phases = {
       {"align", &stage.halo->align}, {"distil", &stage.halo->distil}};
   if (stage.halo->finetune) phases.emplace_back("finetune", &*stage.halo->finetune);
   for (const auto& [phase, config] : phases) {
+    SALA_RETURN_IF_ERROR(CheckShares(config->batch, session.world().size()));
     SALA_ASSIGN_OR_RETURN(
         const auto stream,
         data::SampleStream::Open(stage.data, stage.name + "/" + phase, config->batch.seq_len_tokens,

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "model/loss.h"
+#include "parallel/ordered_sum.h"
 
 namespace sala::recipes {
 
@@ -18,20 +19,22 @@ nlohmann::json LogitScaleFit::ToJson() const {
 
 std::vector<model::Batch> LongDocuments(const std::vector<model::Batch>& batches,
                                         int64_t least_tokens) {
-  std::vector<model::Batch> documents;
+  std::vector<model::Batch> all;
   for (const model::Batch& batch : batches) {
+    model::Batch& kept = all.emplace_back();
+    kept.cu_seqlens = {0};
     for (const kernels::DocumentRange& range : kernels::Documents(batch.cu_seqlens)) {
       if (range.length() < least_tokens) continue;
-      const auto part = [&range](const std::vector<int32_t>& v) {
-        return std::vector<int32_t>(v.begin() + range.begin, v.begin() + range.end);
+      const auto append = [&range](const std::vector<int32_t>& from, std::vector<int32_t>* to) {
+        to->insert(to->end(), from.begin() + range.begin, from.begin() + range.end);
       };
-      documents.push_back({.tokens = part(batch.tokens),
-                           .labels = part(batch.labels),
-                           .positions = part(batch.positions),
-                           .cu_seqlens = {0, static_cast<int32_t>(range.length())}});
+      append(batch.tokens, &kept.tokens);
+      append(batch.labels, &kept.labels);
+      append(batch.positions, &kept.positions);
+      kept.cu_seqlens.push_back(static_cast<int32_t>(kept.size()));
     }
   }
-  return documents;
+  return all;
 }
 
 StatusOr<LogitScaleFit> FitLogitScale(const Context& ctx, Arena& arena, const model::Model& model,
@@ -42,14 +45,15 @@ StatusOr<LogitScaleFit> FitLogitScale(const Context& ctx, Arena& arena, const mo
   fit.candidates = {0.0};
   fit.candidates.insert(fit.candidates.end(), grid.begin(), grid.end());
   for (double base : fit.candidates) {
-    double sums[2] = {0, 0};
-    for (const model::Batch& batch : batches) {
+    std::vector<double> mine(2 * batches.size(), 0.0);
+    for (size_t i = 0; i < batches.size(); ++i) {
+      if (batches[i].size() == 0) continue;
       const auto result =
-          model::EvaluateCrossEntropy(ctx, arena, model, batch, {.logit_scale_base = base});
-      sums[0] += result.loss_sum;
-      sums[1] += static_cast<double>(result.targets);
+          model::EvaluateCrossEntropy(ctx, arena, model, batches[i], {.logit_scale_base = base});
+      mine[2 * i] = result.loss_sum;
+      mine[2 * i + 1] = static_cast<double>(result.targets);
     }
-    SALA_RETURN_IF_ERROR(comm.AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
+    SALA_ASSIGN_OR_RETURN(const std::vector<double> sums, parallel::SumDealtItems(comm, mine, 2));
     fit.targets = static_cast<int64_t>(sums[1]);
     fit.losses.push_back(sums[0] / std::max(1.0, sums[1]));
   }

@@ -20,13 +20,14 @@ struct LogitScaleFit {
   nlohmann::json ToJson() const;
 };
 
-// The documents of these batches that have at least `least_tokens` tokens, each as a batch of its
-// own: the scale is 1 at the start of a document, so short ones say little about it.
+// Each batch without its documents of fewer than `least_tokens` tokens: the scale is 1 at the start
+// of a document, so short ones say little about it. A batch may end up empty.
 std::vector<model::Batch> LongDocuments(const std::vector<model::Batch>& batches,
                                         int64_t least_tokens);
 
-// Mean loss over all targets of `batches` (this rank's part) for no scale and for each a of the
-// grid; the lowest wins, ties to the earlier. Collective over `comm`. The weights are only read.
+// Mean loss over all targets of `batches` for no scale and for each a of the grid; the lowest wins,
+// ties to the earlier. Collective over `comm`, to whose ranks the batches are dealt: batch i lies
+// on rank i mod P. The weights are only read.
 StatusOr<LogitScaleFit> FitLogitScale(const Context& ctx, Arena& arena, const model::Model& model,
                                       const std::vector<model::Batch>& batches,
                                       const std::vector<double>& grid,

@@ -14,17 +14,6 @@ namespace {
 
 using model::MixerType;
 
-Tensor ArenaCopy(Arena& arena, const std::vector<float>& from, int64_t width) {
-  const Tensor copy = arena.New(DType::kF32, {static_cast<int64_t>(from.size()) / width, width});
-  std::memcpy(copy.raw(), from.data(), from.size() * sizeof(float));
-  return copy;
-}
-
-std::vector<float> ToVector(const ConstTensor& x) {
-  const auto* data = x.Data<float>();
-  return {data, data + x.numel()};
-}
-
 nlohmann::json ToJson(const ItemValues& values) {
   return {{"loss_sum", values.loss_sum}, {"correct", values.correct}, {"kl_sum", values.kl_sum}};
 }
@@ -184,6 +173,29 @@ Scorer::Scorer(const Context& ctx, Arena& arena, parallel::Communicator& comm,
   }
 }
 
+std::vector<char> Scorer::Keep(const ConstTensor& x) const {
+  std::vector<char> kept(static_cast<size_t>(x.numel()) * SizeOf(x.dtype()));
+  if (ctx_.cuda()) {
+    ctx_.gpu->Download(kept.data(), x.raw(), kept.size());
+  } else {
+    std::memcpy(kept.data(), x.raw(), kept.size());
+  }
+  return kept;
+}
+
+Tensor Scorer::Take(const std::vector<char>& kept) const {
+  const int64_t width = teacher_.config().hidden_size;
+  const auto row = static_cast<size_t>(width) * SizeOf(ctx_.activation());
+  const Tensor copy =
+      arena_.New(ctx_.activation(), {static_cast<int64_t>(kept.size() / row), width});
+  if (ctx_.cuda()) {
+    ctx_.gpu->Upload(copy.raw(), kept.data(), kept.size());
+  } else {
+    std::memcpy(copy.raw(), kept.data(), kept.size());
+  }
+  return copy;
+}
+
 ItemValues Scorer::Empty() const {
   const std::vector<double> zeros(items_.size(), 0.0);
   return {.loss_sum = zeros, .correct = zeros, .kl_sum = zeros};
@@ -203,13 +215,14 @@ model::MixerTensors Scorer::Mixer(int64_t layer) const {
 void Scorer::Measure(const model::Model& model, const Mine& mine, const Tensor& hidden,
                      ItemValues* values) const {
   const model::Batch& batch = items_[mine.item];
-  const auto ce = kernels::CrossEntropy(ctx_, hidden, model.tensors().head, batch.labels_view(),
+  const ArenaScope scope(arena_);
+  const auto ce = kernels::CrossEntropy(ctx_, hidden, model.tensors().head,
+                                        model::ToDevice(ctx_, arena_, batch.labels),
                                         {.logit_scale = model.logit_scale()}, {}, {}, {});
   values->loss_sum[mine.item] = ce.loss_sum;
   values->correct[mine.item] = static_cast<double>(ce.correct);
   if (&model == &teacher_) return;
-  const ConstTensor teacher_hidden(mine.teacher_hidden.data(),
-                                   {batch.size(), teacher_.config().hidden_size});
+  const Tensor teacher_hidden = Take(mine.teacher_hidden);
   const float scale = teacher_.logit_scale();
   values->kl_sum[mine.item] =
       kernels::KlDivergence(ctx_, teacher_hidden, teacher_.tensors().head, hidden,
@@ -222,12 +235,12 @@ StatusOr<ItemValues> Scorer::RunTeacher() {
   ItemValues values = Empty();
   for (Mine& mine : mine_) {
     const ArenaScope scope(arena_);
-    const auto keep_first = [&mine](int64_t layer, const ConstTensor& x) {
-      if (layer == 0) mine.stream = ToVector(x);
+    const auto keep_first = [this, &mine](int64_t layer, const ConstTensor& x) {
+      if (layer == 0) mine.stream = Keep(x);
     };
     const Tensor hidden =
         teacher_.ForwardOnly(ctx_, arena_, items_[mine.item], {}, 0, {}, nullptr, keep_first);
-    mine.teacher_hidden = ToVector(hidden);
+    mine.teacher_hidden = Keep(hidden);
     Measure(teacher_, mine, hidden, &values);
   }
   SALA_RETURN_IF_ERROR(Share(&values));
@@ -240,7 +253,7 @@ StatusOr<ItemValues> Scorer::RunSwap(int64_t layer) {
   ItemValues values = Empty();
   for (const Mine& mine : mine_) {
     const ArenaScope scope(arena_);
-    const Tensor x = ArenaCopy(arena_, mine.stream, teacher_.config().hidden_size);
+    const Tensor x = Take(mine.stream);
     Measure(swapped, mine, swapped.ForwardOnly(ctx_, arena_, items_[mine.item], {}, layer, x),
             &values);
   }
@@ -250,9 +263,10 @@ StatusOr<ItemValues> Scorer::RunSwap(int64_t layer) {
 
 void Scorer::Advance(int64_t layer) {
   for (Mine& mine : mine_) {
-    const model::Batch& batch = items_[mine.item];
-    teacher_.RunLayers(ctx_, arena_, batch, {}, layer, layer + 1,
-                       Tensor(mine.stream.data(), {batch.size(), teacher_.config().hidden_size}));
+    const ArenaScope scope(arena_);
+    const Tensor x = Take(mine.stream);
+    teacher_.RunLayers(ctx_, arena_, items_[mine.item], {}, layer, layer + 1, x);
+    mine.stream = Keep(x);
   }
 }
 

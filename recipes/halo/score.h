@@ -86,7 +86,8 @@ Status DivergedMixer(const std::string& layers);
 
 class Scorer {
  public:
-  // Everything must outlive the scorer. `mixers` is laid out by AllMixerSpecs.
+  // Everything must outlive the scorer. `mixers` is laid out by AllMixerSpecs and lies where the
+  // context computes.
   Scorer(const Context& ctx, Arena& arena, parallel::Communicator& comm,
          const model::Model& teacher, model::ParameterStore& mixers, const ScoreItems& items);
 
@@ -102,10 +103,13 @@ class Scorer {
   // One of this rank's items.
   struct Mine {
     size_t item;
-    std::vector<float>
-        stream;  // teacher's residual stream at the input of the current layer [T, H]
-    std::vector<float> teacher_hidden;  // [T, H], after the final norm
+    // Kept in host memory, in the context's activation type: [T, H] each.
+    std::vector<char> stream;  // teacher's residual stream at the input of the current layer
+    std::vector<char> teacher_hidden;  // after the final norm
   };
+  std::vector<char> Keep(const ConstTensor& x) const;
+  // A kept tensor, for the computation, in the arena.
+  Tensor Take(const std::vector<char>& kept) const;
   // Of one item, into `values` at its place.
   void Measure(const model::Model& model, const Mine& mine, const Tensor& hidden,
                ItemValues* values) const;

@@ -1,5 +1,6 @@
 #include "data/synthetic.h"
 
+#include <algorithm>
 #include <set>
 
 #include "data/commands.h"
@@ -15,14 +16,15 @@ using SyntheticTest = TrainedTokenizerTest<500>;
 constexpr RecallTask kTasks[] = {RecallTask::kPasskey, RecallTask::kMultiKey,
                                  RecallTask::kTracking};
 
-// A text dataset of a few long documents.
-void MakeTextStore(const std::string& directory, const Tokenizer& tokenizer, int documents) {
+// A text dataset of documents of `repeat` pieces of text or a few more.
+void MakeTextStore(const std::string& directory, const Tokenizer& tokenizer, int documents,
+                   int repeat = 10) {
   auto writer =
       Value(TokenStoreWriter::Create({.directory = directory, .name = "text"}, tokenizer));
   writer->AddSource("text", "CC0-1.0", "");
   for (int d = 0; d < documents; ++d) {
     const std::string text =
-        "Document " + std::to_string(d) + " begins here and goes on. " + SampleText(10 + d);
+        "Document " + std::to_string(d) + " begins here and goes on. " + SampleText(repeat + d % 3);
     const auto ids = tokenizer.Encode(text);
     SALA_ASSERT_OK(writer->Add({.tokens = ids, .hash = Xxh3(text)}));
   }
@@ -119,9 +121,56 @@ TEST_F(SyntheticTest, RunningTextAsHaystack) {
               "EVAL-HAYSTACK", ExitCode::kConfig, {"larger dataset"});
   ExpectError(Haystack::FromDataset(dir / "none", *tokenizer_).status(), "EVAL-HAYSTACK",
               ExitCode::kConfig, {"none"});
-  const Haystack::HeldOut nothing{.seed = 1, .fraction = 0};
+  const Haystack::Part nothing{.split = Split::kHeldOut, .seed = 1, .fraction = 0};
   ExpectError(Haystack::FromDataset(dir / "text", *tokenizer_, 1 << 20, &nothing).status(),
               "EVAL-HAYSTACK", ExitCode::kConfig, {"held out"});
+}
+
+TEST_F(SyntheticTest, HaystacksForTrainingShowNothingThatIsHeldOut) {
+  constexpr int kDocuments = 40;
+  TempDir dir;
+  MakeTextStore(dir / "text", *tokenizer_, kDocuments, /*repeat=*/1);
+  const auto opening = [](int d) {
+    return "Document " + std::to_string(d) + " begins here and goes on.";
+  };
+  auto store = Value(TokenStore::Open(dir / "text"));
+  TokenFile* file = Value(store->File(0));
+  const SyntheticOptions defaults;
+  std::set<int> held_out;
+  for (int d = 0; d < kDocuments; ++d) {
+    if (IsHeldOut(file->hash(d), defaults.held_out_seed, defaults.held_out_fraction))
+      held_out.insert(d);
+  }
+  ASSERT_FALSE(held_out.empty());
+  for (const Split split : {Split::kTraining, Split::kHeldOut}) {
+    const Haystack::Part part = {split, defaults.held_out_seed, defaults.held_out_fraction};
+    const Haystack haystack =
+        Value(Haystack::FromDataset(dir / "text", *tokenizer_, Haystack::kMaxBytes, &part));
+    for (int d = 0; d < kDocuments; ++d) {
+      const bool found =
+          std::count(haystack.units().begin(), haystack.units().end(), opening(d)) > 0;
+      EXPECT_EQ(found, (held_out.count(d) > 0) == (split == Split::kHeldOut)) << d;
+    }
+  }
+
+  // As a dataset, with enough text that every sentence of the haystack is somewhere in it.
+  SyntheticOptions options;
+  options.recall.length_tokens = 1500;
+  options.documents = 30;
+  options.haystack_dataset = dir / "text";
+  options.output = dir / "set";
+  options.name = "passkeys";
+  Value(MaterialiseSynthetic(options, *tokenizer_));
+  std::string all;
+  for (int64_t i = 0; i < options.documents; ++i)
+    all += Value(ShowDocument(dir / "set", i, tokenizer_.get()));
+  int shown = 0;
+  for (int d = 0; d < kDocuments; ++d) {
+    const bool found = all.find(opening(d)) != std::string::npos;
+    shown += found ? 1 : 0;
+    EXPECT_FALSE(found && held_out.count(d) > 0) << d;
+  }
+  EXPECT_EQ(shown, kDocuments - static_cast<int>(held_out.size()));
 }
 
 // A tokenizer that joins the space of the answer to the word before it.

@@ -275,10 +275,18 @@ class Models(BadInputCase):
         self.refuse_training(self.config(model=h.model(vocab_size=200)), 65, "TOK-VOCAB", "200", "vocab_size")
 
     def test_model_of_another_tokenizer(self):
-        stage = {**self.stage, "init_from": {"path": str(self.checkpoint)}, "data": h.data(self.pieces)}
-        del stage["model"]
-        path = h.write_stage(h.ROOT / "bad" / "other-tokenizer.yaml", stage, tokenizer=str(self.tokenizer))
-        self.refuse_training(path, 65, "TOK-")
+        folders = {"with": [], "without": ["--tokenizer", "none"]}
+        for name, more in folders.items():
+            folder = h.ROOT / "exports" / f"tokenizer-{name}"
+            h.succeed(["export", "--ckpt", self.checkpoint, "--to", folder, *more])
+        for start in (self.checkpoint, *(h.ROOT / "exports" / f"tokenizer-{name}" for name in folders)):
+            stage = {**self.stage, "init_from": {"path": str(start)}, "data": h.data(self.pieces)}
+            del stage["model"]
+            path = h.write_stage(h.ROOT / "bad" / "other-tokenizer.yaml", stage, tokenizer=str(self.tokenizer))
+            self.refuse_training(path, 65, "TOK-MISMATCH", start)
+            with self.subTest("with its own it starts"):
+                path = h.write_stage(h.ROOT / "bad" / "own-tokenizer.yaml", {**stage, "data": self.stage["data"]})
+                h.succeed(h.train(path, h.ROOT / "runs" / f"own-tokenizer-{start.name}"))
 
     def test_checkpoint_that_is_not_there(self):
         missing = h.ROOT / "runs" / "nowhere"

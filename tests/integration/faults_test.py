@@ -156,6 +156,15 @@ class Directories(FaultCase):
         (run / "checkpoints").write_text("in the way\n")
         self.assert_one_error(h.run(h.train(config(), run), ranks=2), 74, "FILE-WRITE", str(run / "checkpoints"))
 
+    def test_a_summary_that_cannot_be_written_costs_only_itself(self):
+        run = self.run_directory()
+        (run / "summary.json").mkdir(parents=True)
+        stages = [h.pretrain("first", 2, first=True), h.pretrain("second", 2)]
+        result = h.succeed(h.train(h.write_pipeline(h.ROOT / "faults" / "summary", stages), run), ranks=2)
+        self.assertEqual(result.err.count("summary are not written any more"), 1, result)
+        self.assertIn("summary.json", result.err)
+        self.assertEqual(set(h.final_checkpoints(run)), {"first", "second"})
+
     def test_two_runs_in_one_directory(self):
         run = self.run_directory()
         job = h.Job(h.train(config(), run, "batch.steps=2000", "data.mixture.0.max_epochs=9999"), ranks=2)

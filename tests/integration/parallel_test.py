@@ -1,4 +1,4 @@
-"""Runs on 1, 2 and 3 ranks learn the same.
+"""Runs on 1, 2 and 3 ranks learn the same, and with batch.rank_independent_sums runs on 1, 2 and 4 ranks to the same bits.
 
 Gradients are compared through the first moments of a checkpoint after one update without clipping: from moments of zero,
 exp_avg = (1 - beta1) * gradient, so relative differences are those of the gradients.
@@ -139,6 +139,59 @@ class Halo(RanksCase):
         for phase in ("align", "distil"):
             self.assert_same_first_step(self.runs[1], self.runs[2], phase)
             self.assert_same_gradients(self.phase_checkpoint(1, phase), self.phase_checkpoint(2, phase))
+
+
+class RankIndependentSums(unittest.TestCase):
+    @staticmethod
+    def batch(steps, sequences, micro):
+        return {**h.batch(steps, sequences=sequences, micro=micro), "rank_independent_sums": True}
+
+    @staticmethod
+    def start(config, name, ranks, *sets):
+        run = h.ROOT / "runs" / name
+        h.succeed(h.train(config, run, *sets), ranks=ranks)
+        return run
+
+    def test_pretraining_has_the_same_bits_on_1_2_and_4_ranks(self):
+        # 12 micro-batches, the last one half: 3 for each of 4 ranks. Every update is clipped, so the norm enters.
+        stage = h.pretrain("only", 4, first=True, batch=self.batch(4, sequences=23, micro=2), optimizer={"clip_norm": 0.1},
+                           data=h.data(h.ingest("prose"), packing="best_fit"))
+        config = h.write_stage(h.ROOT / "rank-independent" / "stage.yaml", stage)
+        one = self.start(config, "independent-1", 1)
+        self.assertTrue(all(line["clipped"] for line in h.metrics(one).values()))
+        self.assertEqual(h.differences(one, self.start(config, "independent-2", 2)), [])
+        four = self.start(config, "independent-4", 4)
+        self.assertEqual(h.differences(one, four), [])
+        self.assertEqual(h.differences(one, self.start(config, "independent-zero-0", 2, "parallel.zero_stage=0")), [])
+        with self.subTest("from 1 rank to 4 in the middle"):
+            changed = h.copy_run(one, h.ROOT / "runs" / "independent-changed")
+            h.shutil.rmtree(h.checkpoints(changed)[-1])
+            h.succeed(h.train(config, changed), ranks=4)
+            self.assertEqual(h.differences(one, changed), [])
+        with self.subTest("without the key the bits depend on the ranks"):
+            plain = [self.start(config, f"dependent-{ranks}", ranks, "batch.rank_independent_sums=false") for ranks in (1, 2)]
+            self.assertNotEqual(h.differences(*plain), [])
+
+    def test_halo_has_the_same_bits_on_1_and_2_ranks(self):
+        halo = h.halo("halo", 4, 4)
+        for phase in ("align", "distil"):
+            halo["halo"][phase]["batch"] = self.batch(4, sequences=12, micro=2)
+        halo["halo"]["finetune"] = {**halo["halo"]["distil"], "batch": self.batch(4, sequences=4, micro=1)}
+        stages = [h.pretrain("base", 6, first=True, batch=self.batch(6, sequences=4, micro=2)), halo]
+        config = h.write_pipeline(h.ROOT / "rank-independent-halo", stages)
+        one, two = (self.start(config, f"independent-halo-{ranks}", ranks) for ranks in (1, 2))
+        self.assertEqual({line["phase"] for line in h.metrics(one).values()}, {"train", "align", "distil", "finetune"})
+        self.assertEqual(h.differences(one, two), [])
+        for name in ("selection.json", "scores.json"):
+            self.assertEqual((one / "halo" / name).read_text(), (two / "halo" / name).read_text())
+
+    def test_an_impossible_split_is_one_configuration_error(self):
+        stage = h.pretrain("only", 1, first=True, batch=self.batch(1, sequences=6, micro=1))
+        config = h.write_stage(h.ROOT / "rank-independent-3" / "stage.yaml", stage)
+        result = h.run(h.train(config, h.ROOT / "runs" / "independent-3"), ranks=3)
+        self.assertEqual(result.code, 78, result)
+        self.assertEqual(len(result.error_lines), 1, result)
+        self.assertIn("CFG-MESH: stage only: batch.rank_independent_sums", result.err)
 
 
 if __name__ == "__main__":

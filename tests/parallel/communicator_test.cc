@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "parallel/mpi_communicator.h"
+#include "parallel/ordered_sum.h"
 
 namespace sala::parallel {
 namespace {
@@ -27,7 +28,27 @@ std::vector<int64_t> UnevenCounts() {
   return counts;
 }
 
-TEST(CommunicatorTest, ReduceScatterAddsInRankOrder) {
+// The order of ordered_sum.h, written out.
+template <typename Number, typename Value>
+Number TreeSum(int first, int n, const Value& value) {
+  if (n == 1) return value(first);
+  const int left = (n + 1) / 2;
+  return TreeSum<Number>(first, left, value) + TreeSum<Number>(first + left, n - left, value);
+}
+
+TEST(CommunicatorTest, SumsAreAddedByTheTreeOverRanks) {
+  std::vector<double> values;
+  for (int64_t i = 0; i < 20; ++i)
+    values.push_back(static_cast<double>(Value(world->rank(), i)) / 3);
+  ASSERT_TRUE(world->AllReduce(std::span<double>(values), Reduce::kSum).ok());
+  for (int64_t i = 0; i < 20; ++i) {
+    const auto expected = TreeSum<double>(
+        0, world->size(), [i](int r) { return static_cast<double>(Value(r, i)) / 3; });
+    EXPECT_EQ(values[static_cast<size_t>(i)], expected);
+  }
+}
+
+TEST(CommunicatorTest, ReduceScatterAddsByTheTreeOverRanks) {
   const std::vector<int64_t> counts = UnevenCounts();
   const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
   std::vector<float> send;
@@ -37,8 +58,8 @@ TEST(CommunicatorTest, ReduceScatterAddsInRankOrder) {
   int64_t begin = 0;
   for (int r = 0; r < world->rank(); ++r) begin += counts[static_cast<size_t>(r)];
   for (size_t i = 0; i < recv.size(); ++i) {
-    float expected = Value(0, begin + static_cast<int64_t>(i));
-    for (int r = 1; r < world->size(); ++r) expected += Value(r, begin + static_cast<int64_t>(i));
+    const auto expected = TreeSum<float>(
+        0, world->size(), [&](int r) { return Value(r, begin + static_cast<int64_t>(i)); });
     EXPECT_EQ(std::memcmp(&recv[i], &expected, sizeof(float)), 0) << recv[i] << " " << expected;
   }
 }
@@ -90,6 +111,27 @@ TEST(CommunicatorTest, BroadcastAndText) {
   ASSERT_EQ(static_cast<int>(all->size()), world->size());
   for (int r = 0; r < world->size(); ++r)
     EXPECT_EQ((*all)[static_cast<size_t>(r)], std::string(static_cast<size_t>(r), 'x'));
+}
+
+TEST(CommunicatorTest, DealtItemsAreAddedInTheirOrder) {
+  // Fewer items than ranks, a number that no group of ranks divides, none.
+  for (const int items : {1, 23, 0}) {
+    const auto value = [](int item, int column) {
+      return static_cast<double>(Value(item, 3 + column)) / 7;
+    };
+    std::vector<double> mine;
+    for (int i = world->rank(); i < items; i += world->size()) {
+      mine.push_back(value(i, 0));
+      mine.push_back(value(i, 1));
+    }
+    const auto sums = SumDealtItems(*world, mine, 2);
+    ASSERT_TRUE(sums.ok());
+    std::vector<double> expected = {0, 0};
+    for (int i = 0; i < items; ++i) {
+      for (int column : {0, 1}) expected[static_cast<size_t>(column)] += value(i, column);
+    }
+    EXPECT_EQ(*sums, expected) << items << " items";
+  }
 }
 
 TEST(CommunicatorTest, SplitMakesGroups) {

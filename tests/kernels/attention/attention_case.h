@@ -1,9 +1,11 @@
 // Inputs and outputs of one attention call, and the rounding bounds of its results.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "kernels/attention/attention.h"
@@ -110,34 +112,38 @@ class AttentionBounds {
   double Out() const { return OutFactor() * v_max_; }
   double Lse(double lse) const { return (weight_ + depth_ + 2 * std::abs(lse)) * kF32Round; }
 
-  // Per element, from the double result: terms |P (dP - D)| with their parts taken absolutely.
-  reference::AttentionGradients Gradients(const std::vector<double>& dout,
-                                          const std::vector<double>& lse,
-                                          const reference::Attends& attends) const {
+  // Of the gradients, from the double result: terms |P (dP - D)| with their parts taken absolutely.
+  // One row at a time, as reference::AttentionBackwardRows.
+  std::vector<double> Query(const std::vector<double>& dout, const std::vector<double>& lse,
+                            int64_t t, int64_t h, const reference::Attends& attends) const {
+    std::vector<double> dq(static_cast<size_t>(shape_.d));
+    const double dout_sum = AbsoluteSum(dout, shape_.Query(t, h));
+    for (int64_t j = 0; j <= t; ++j) {
+      if (!attends(t, h / shape_.group(), j)) continue;
+      const size_t key = shape_.Key(j, h / shape_.group());
+      const double ds = shape_.scale * Weight(lse, t, h, j) * 2 * dout_sum * v_max_;  // |dP| + |D|
+      for (size_t c = 0; c < dq.size(); ++c) {
+        dq[c] += GradientFactor() * ds * std::abs(k_[key + c]);
+      }
+    }
+    return dq;
+  }
+  reference::AttentionBackwardRows::KeyGradients Key(const std::vector<double>& dout,
+                                                     const std::vector<double>& lse, int64_t j,
+                                                     int64_t g, int64_t n,
+                                                     const reference::Attends& attends) const {
     const auto d = static_cast<size_t>(shape_.d);
-    reference::AttentionGradients bound = {std::vector<double>(q_.size()),
-                                           std::vector<double>(k_.size()),
-                                           std::vector<double>(v_.size())};
-    const double lse_part = weight_ + depth_ + 2 * 30;  // |lse| stays below 30 in these tests
-    const double factor =
-        (2 * lse_part + 2 * static_cast<double>(d) + 2 * weight_ + 2 * depth_) * kF32Round;
-    for (int64_t t = 0; t < shape_.n; ++t) {
-      for (int64_t h = 0; h < shape_.query_heads; ++h) {
-        const int64_t g = h / shape_.group();
+    reference::AttentionBackwardRows::KeyGradients bound = {std::vector<double>(d),
+                                                            std::vector<double>(d)};
+    for (int64_t t = j; t < n; ++t) {
+      if (!attends(t, g, j)) continue;
+      for (int64_t h = g * shape_.group(); h < (g + 1) * shape_.group(); ++h) {
         const size_t row = shape_.Query(t, h);
-        double dout_sum = 0;
-        for (size_t c = 0; c < d; ++c) dout_sum += std::abs(dout[row + c]);
-        for (int64_t j = 0; j <= t; ++j) {
-          if (!attends(t, g, j)) continue;
-          const size_t key = shape_.Key(j, g);
-          const double p = std::exp(shape_.scale * reference::Dot(&q_[row], &k_[key], shape_.d) -
-                                    lse[static_cast<size_t>(t * shape_.query_heads + h)]);
-          const double ds = shape_.scale * p * 2 * dout_sum * v_max_;  // |dP| + |D|
-          for (size_t c = 0; c < d; ++c) {
-            bound.dq[row + c] += factor * ds * std::abs(k_[key + c]);
-            bound.dk[key + c] += factor * ds * std::abs(q_[row + c]);
-            bound.dv[key + c] += factor * p * std::abs(dout[row + c]);
-          }
+        const double p = Weight(lse, t, h, j);
+        const double ds = shape_.scale * p * 2 * AbsoluteSum(dout, row) * v_max_;
+        for (size_t c = 0; c < d; ++c) {
+          bound.dk[c] += GradientFactor() * ds * std::abs(q_[row + c]);
+          bound.dv[c] += GradientFactor() * p * std::abs(dout[row + c]);
         }
       }
     }
@@ -145,6 +151,22 @@ class AttentionBounds {
   }
 
  private:
+  double GradientFactor() const {
+    const double lse_part = weight_ + depth_ + 2 * 30;  // |lse| stays below 30 in these tests
+    return (2 * lse_part + 2 * static_cast<double>(shape_.d) + 2 * weight_ + 2 * depth_) *
+           kF32Round;
+  }
+  double Weight(const std::vector<double>& lse, int64_t t, int64_t h, int64_t j) const {
+    const double* query = &q_[shape_.Query(t, h)];
+    const double* key = &k_[shape_.Key(j, h / shape_.group())];
+    return std::exp(shape_.scale * reference::Dot(query, key, shape_.d) -
+                    lse[static_cast<size_t>(t * shape_.query_heads + h)]);
+  }
+  double AbsoluteSum(const std::vector<double>& x, size_t row) const {
+    double sum = 0;
+    for (size_t c = 0; c < static_cast<size_t>(shape_.d); ++c) sum += std::abs(x[row + c]);
+    return sum;
+  }
   double LongestRow(const std::vector<double>& x) const {
     double longest = 0;
     for (size_t i = 0; i + static_cast<size_t>(shape_.d) <= x.size();
@@ -161,23 +183,86 @@ class AttentionBounds {
   double depth_ = 0;
 };
 
-// One document: kernel results in `c` against the reference with the same keys per query.
+// One document of `n` tokens: some rows of the kernel results in `c` against the reference with the
+// same keys per query. A row of causal attention does not depend on what follows, so `forward` may
+// be of a longer document that begins with this one.
+class RowsOfReference {
+ public:
+  // Of the longest document; `attends` gives the keys of each query.
+  explicit RowsOfReference(const AttentionCase& c,
+                           reference::Attends attends = reference::AttendsAll)
+      : shape_(c.Shape()),
+        q_(c.q.values()),
+        k_(c.k.values()),
+        v_(c.v.values()),
+        dout_(c.dout.values()),
+        attends_(std::move(attends)),
+        forward_(reference::AttentionForward(shape_, q_, k_, v_, attends_)),
+        rows_(shape_, q_, k_, v_, forward_, dout_),
+        bounds_(shape_, q_, k_, v_) {}
+  RowsOfReference(const RowsOfReference&) = delete;
+  RowsOfReference& operator=(const RowsOfReference&) = delete;
+
+  void ExpectQuery(const AttentionCase& c, int64_t t) const {
+    for (int64_t h = 0; h < shape_.query_heads; ++h) {
+      const double lse = forward_.lse[static_cast<size_t>(t * shape_.query_heads + h)];
+      ASSERT_NEAR(c.lse.at(t, h), lse, bounds_.Lse(lse)) << "token " << t << " of " << c.t;
+      const std::vector<double> dq = rows_.Query(t, h, attends_);
+      const std::vector<double> limit = bounds_.Query(dout_, forward_.lse, t, h, attends_);
+      for (int64_t i = 0; i < shape_.d; ++i) {
+        const auto e = static_cast<size_t>(i);
+        ASSERT_NEAR(c.out.at(t, h * shape_.d + i), forward_.out[shape_.Query(t, h) + e],
+                    bounds_.Out())
+            << "token " << t << " of " << c.t;
+        ASSERT_NEAR(c.dq.at(t, h * shape_.d + i), dq[e], limit[e])
+            << "token " << t << " of " << c.t;
+      }
+    }
+  }
+
+  void ExpectKey(const AttentionCase& c, int64_t j) const {
+    for (int64_t g = 0; g < shape_.kv_heads; ++g) {
+      const auto key = rows_.Key(j, g, c.t, attends_);
+      const auto limit = bounds_.Key(dout_, forward_.lse, j, g, c.t, attends_);
+      for (int64_t i = 0; i < shape_.d; ++i) {
+        const auto e = static_cast<size_t>(i);
+        ASSERT_NEAR(c.dk.at(j, g * shape_.d + i), key.dk[e], limit.dk[e])
+            << "token " << j << " of " << c.t;
+        ASSERT_NEAR(c.dv.at(j, g * shape_.d + i), key.dv[e], limit.dv[e])
+            << "token " << j << " of " << c.t;
+      }
+    }
+  }
+
+ private:
+  const reference::AttentionShape shape_;
+  const std::vector<double> q_, k_, v_, dout_;
+  const reference::Attends attends_;
+  const reference::AttentionResult<double> forward_;
+  const reference::AttentionBackwardRows rows_;
+  const AttentionBounds bounds_;
+};
+
 inline void ExpectMatchesReference(const AttentionCase& c,
                                    const reference::Attends& attends = reference::AttendsAll) {
-  const reference::AttentionShape shape = c.Shape();
-  const auto q = c.q.values();
-  const auto k = c.k.values();
-  const auto v = c.v.values();
-  const auto dout = c.dout.values();
-  const AttentionBounds bounds(shape, q, k, v);
-  const auto forward = reference::AttentionForward(shape, q, k, v, attends);
-  ExpectClose(c.out, forward.out, [&](size_t) { return bounds.Out(); });
-  ExpectClose(c.lse, forward.lse, [&](size_t i) { return bounds.Lse(forward.lse[i]); });
-  const auto grad = reference::AttentionBackward(shape, q, k, v, dout, attends);
-  const auto limit = bounds.Gradients(dout, forward.lse, attends);
-  ExpectClose(c.dq, grad.dq, [&](size_t i) { return limit.dq[i]; });
-  ExpectClose(c.dk, grad.dk, [&](size_t i) { return limit.dk[i]; });
-  ExpectClose(c.dv, grad.dv, [&](size_t i) { return limit.dv[i]; });
+  const RowsOfReference expected(c, attends);
+  for (int64_t t = 0; t < c.t; ++t) {
+    expected.ExpectQuery(c, t);
+    expected.ExpectKey(c, t);
+    if (::testing::Test::HasFatalFailure()) return;
+  }
+}
+
+// Rows of a document of n tokens that stand for all: the borders of blocks of 64 at both ends, the
+// end of a budget of 6144 tokens, and eight of an even spread with no pattern in common with them.
+inline std::vector<int64_t> RowSample(int64_t n) {
+  std::vector<int64_t> rows = {0,    1,    63,     64,     65,    127,  128,
+                               6143, 6144, n - 65, n - 64, n - 2, n - 1};
+  for (int64_t i = 0; i < 8; ++i) rows.push_back(n * i / 8 + 7 * i + 11);
+  std::sort(rows.begin(), rows.end());
+  rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
+  std::erase_if(rows, [n](int64_t t) { return t < 0 || t >= n; });
+  return rows;
 }
 
 // Which tokens lie in a document.

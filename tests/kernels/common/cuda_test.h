@@ -14,7 +14,7 @@
 namespace sala::kernels {
 
 // Half a unit in the last place of bfloat16, relative: the error of one rounding.
-constexpr double kBf16Round = 0x1p-9;
+constexpr double kBf16Round = 0x1p-8;
 
 #ifdef SALA_SANITIZED
 constexpr bool kSlowBuild = true;  // sanitizers cost a factor of 3 to 70: fewer and smaller cases

@@ -65,5 +65,13 @@ TEST(LogitScale, ThreadsDoNotChangeBits) {
   EXPECT_TRUE(a.SameBits(b));
 }
 
+TEST(LogitScaleDeathTest, RunsOnTheCpuOnly) {
+  Matrix q(1, 8);
+  std::vector<int32_t> positions = {0};
+  EXPECT_DEATH(LogitScaleForward({.device = DeviceKind::kCuda}, ConstTensor(positions.data(), {1}),
+                                 600.0, q.tensor().AsHeads(1, 8)),
+               "the logit scale is part of inference, which runs on the CPU only");
+}
+
 }  // namespace
 }  // namespace sala::kernels

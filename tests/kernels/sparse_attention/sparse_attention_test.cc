@@ -115,6 +115,46 @@ TEST(SparseAttention, ReleasedBlockNumbersAtTheEdgeLengths) {
   }
 }
 
+TEST(SparseAttention, ReleasedBlockNumbersOnShortDocumentsMatchReference) {
+  for (const int64_t n : {1, 31, 32, 63, 64, 65, 127, 128}) {
+    KernelTest kernel;
+    SparseCase c(n, {16, 1, 16}, SparseAttentionConfig());
+    c.Run(kernel.ctx(), {{0, n}});
+    ExpectWellFormed(c);
+    ExpectMatchesReference(c, c.SeenKeys());
+  }
+}
+
+// Forward and backward with two heads. The choice of blocks and a row of the forward pass depend on
+// nothing that follows, so one reference of the longest document serves all lengths; gradients are
+// compared at a sample of rows.
+TEST(SparseAttention, ReleasedBlockNumbersForwardAndBackwardMatchReference) {
+  KernelTest kernel;
+  constexpr int64_t kCovered = 6144;
+#ifdef SALA_SANITIZED  // many times slower: one past the budget takes every branch
+  const std::vector<int64_t> lengths = {kCovered + 1};
+#else
+  const std::vector<int64_t> lengths = {kCovered - 1, kCovered, kCovered + 1, 8191, 8192};
+#endif
+  SparseCase longest(lengths.back(), {2, 1, 16}, SparseAttentionConfig());
+  longest.Select(kernel.ctx(), {{0, longest.t}});
+  const RowsOfReference expected(longest, longest.SeenKeys());
+  for (const int64_t n : lengths) {
+    SparseCase c = longest.SparsePiece({0, n});
+    c.Run(kernel.ctx(), {{0, n}});
+    ASSERT_TRUE(std::equal(c.chosen.begin(), c.chosen.end(), longest.chosen.begin()));
+    for (const int64_t t : RowSample(n)) {
+      expected.ExpectQuery(c, t);
+      expected.ExpectKey(c, t);
+      if (HasFatalFailure()) return;
+    }
+    if (n > kCovered) continue;
+    AttentionCase dense = longest.Piece({0, n});
+    dense.Dense(kernel.ctx(), {{0, n}});
+    ExpectSameResults(c, dense);
+  }
+}
+
 TEST(SparseReference, BackwardMatchesComplexStepWithTheBlocksHeldFixed) {
   using Complex = std::complex<double>;
   SparseAttentionConfig config;

@@ -17,6 +17,7 @@
 #include "core/hash.h"
 #include "core/rng.h"
 #include "core/safetensors.h"
+#include "recipes/checkpointing.h"
 #include "tests/core/temp_dir.h"
 
 namespace sala::recipes {
@@ -174,6 +175,7 @@ TEST(ExportFolderTest, HoldsConfigTokenizerAndARecordOfEveryFile) {
             nlohmann::json({257, im_end}));
   const nlohmann::json record = ReadJson(dir / "out/export.json");
   EXPECT_EQ(record["source"], source);
+  EXPECT_EQ(record["tokenizer_fingerprint"], tokenizer->fingerprint());
   const auto names = ListDirectory(dir / "out");
   ASSERT_TRUE(names.ok());
   for (const std::string& name : *names) {
@@ -184,6 +186,30 @@ TEST(ExportFolderTest, HoldsConfigTokenizerAndARecordOfEveryFile) {
   const auto again = data::LoadTokenizer(dir / "out");
   ASSERT_TRUE(again.ok()) << MessageOf(again.status());
   EXPECT_EQ((*again)->fingerprint(), tokenizer->fingerprint());
+}
+
+TEST(ExportFolderTest, TheTokenizersFingerprintComesBack) {
+  const TempDir dir;
+  const model::ModelConfig config = Hybrid();
+  const model::ParameterStore params = RandomParameters(config);
+  const std::unique_ptr<data::Tokenizer> tokenizer = data::MakeByteTokenizer();
+  ASSERT_TRUE(
+      ExportModel(config, params, tokenizer.get(), nullptr, {.directory = dir / "with"}).ok());
+  EXPECT_EQ(LoadModel(dir / "with")->tokenizer_fingerprint, tokenizer->fingerprint());
+  // Without the tokenizer's files what is known of it is kept; where nothing is known, nothing is
+  // said; a folder of another program has no record at all.
+  ASSERT_TRUE(ExportModel(config, params, nullptr, nullptr,
+                          {.directory = dir / "without", .tokenizer_fingerprint = "abc"})
+                  .ok());
+  EXPECT_EQ(LoadModel(dir / "without")->tokenizer_fingerprint, "abc");
+  ASSERT_TRUE(ExportModel(config, params, nullptr, nullptr, {.directory = dir / "unknown"}).ok());
+  EXPECT_EQ(LoadModel(dir / "unknown")->tokenizer_fingerprint, "");
+  std::filesystem::remove(dir / "with/export.json");
+  EXPECT_EQ(LoadModel(dir / "with")->tokenizer_fingerprint, "");
+  for (const char* broken : {"{", "[]", "{\"tokenizer_fingerprint\": 7}"}) {
+    ASSERT_TRUE(WriteFileAtomically(dir / "with/export.json", broken).ok());
+    EXPECT_EQ(ErrorCodeOf(LoadModel(dir / "with").status()), "IMP-FIELD") << broken;
+  }
 }
 
 TEST(ExportFolderTest, LargeModelsAreCutIntoShards) {

@@ -52,7 +52,7 @@ class AlignTest : public testing::TaskTest {
   // Slopes along random directions of each tensor against derivatives by complex steps (exact in
   // double: no difference is formed).
   void CheckGradient(AlignLoss loss) {
-    AlignTask task(model_, mixers_, loss, nullptr);
+    AlignTask task(ctx_, model_, mixers_, loss, nullptr);
     model::ParameterStore gradients(mixers_.specs());
     const double computed_loss = Loss(task, &gradients);
     RecordTeacher();
@@ -117,7 +117,7 @@ TEST_F(AlignTest, GradientOfTheNorm) { CheckGradient(AlignLoss::kL2Norm); }
 
 TEST_F(AlignTest, TeacherKeepsItsBitsAndLayersAreIndependent) {
   const std::vector<float> teacher = Bits(teacher_);
-  AlignTask task(model_, mixers_, AlignLoss::kMse, nullptr);
+  AlignTask task(ctx_, model_, mixers_, AlignLoss::kMse, nullptr);
   model::ParameterStore first(mixers_.specs());
   Loss(task, &first);
   // Another mixer in layer 1 must leave the gradients of all other layers as they were.
@@ -138,7 +138,7 @@ TEST_F(AlignTest, TeacherKeepsItsBitsAndLayersAreIndependent) {
 }
 
 TEST_F(AlignTest, MicroBatchesAddUp) {
-  AlignTask task(model_, mixers_, AlignLoss::kMse, nullptr);
+  AlignTask task(ctx_, model_, mixers_, AlignLoss::kMse, nullptr);
   model::ParameterStore whole(mixers_.specs());
   std::vector<double> whole_sums(task.SumNames().size(), 0.0);
   ASSERT_TRUE(task.MicroBatch(ctx_, arena_, batch_, counts_, whole, whole_sums).ok());
@@ -166,7 +166,7 @@ TEST_F(AlignTest, MicroBatchesAddUp) {
 }
 
 TEST_F(AlignTest, ValuesAreRelativeToTheVarianceOfTheTarget) {
-  AlignTask task(model_, mixers_, AlignLoss::kMse, nullptr);
+  AlignTask task(ctx_, model_, mixers_, AlignLoss::kMse, nullptr);
   std::vector<double> sums(task.SumNames().size(), 0.0);
   // Layer 0: 10 tokens x 24 features, squared error 12, target sum 48 and square 72: mean 0.2,
   // variance 0.3 - 0.04.
@@ -190,12 +190,13 @@ TEST_F(AlignTest, ErrorFallsAndTransferHelps) {
   const auto train = [&](bool from_teacher, double* start) {
     model::ParameterStore mixers =
         TransferMixers(config_, teacher_, {.seed = 3, .from_teacher = from_teacher});
-    AlignTask task(model_, mixers, AlignLoss::kMse, nullptr);
+    AlignTask task(ctx_, model_, mixers, AlignLoss::kMse, nullptr);
     OptimizerConfig options;
     options.weight_decay = 0;
     options.matrix_lr_multiplier = 1;
     Optimizer optimizer(
-        options, task.config(), mixers, [](const model::ParameterSpec&) { return true; }, **mesh);
+        ctx_, options, task.config(), task.parameters(),
+        [](const model::ParameterSpec&) { return true; }, **mesh);
     const std::vector<model::Batch> held_out = {RandomBatch(config_, {40, 40}, "held out")};
     *start = task.Evaluate(ctx_, arena_, held_out, *comm)->at(1).second;
     for (int64_t step = 0; step < 60; ++step) {

@@ -3,8 +3,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <fstream>
 #include <map>
+#include <set>
 
 #include "core/checkpoint.h"
 #include "core/file.h"
@@ -140,6 +142,8 @@ StageConfig ReadingA(const std::string& corpus, const std::string& teacher) {
   halo.nope_at = HaloMoment::kNextStage;
   halo.softmax_gate_at = HaloMoment::kNextStage;
   halo.finetune = HaloPhaseConfig{.batch = Batches(20), .schedule = Cosine(1e-3)};
+  halo.logit_scale_grid = {4, 64};
+  halo.logit_scale_length_tokens = 128;
   return stage;
 }
 
@@ -150,6 +154,11 @@ class HaloStageTest : public ::testing::Test {
     WriteCorpus(directory_->path() + "/corpus");
     Run("run");
     Run("a");
+    if (kTrained) {
+      for (const auto& [run, seed] : Seeds()) {
+        if (run != "run") Run(run, seed);
+      }
+    }
   }
   static void TearDownTestSuite() {
     delete directory_;
@@ -158,8 +167,16 @@ class HaloStageTest : public ::testing::Test {
 
   static std::string Path(const std::string& run) { return directory_->path() + "/" + run; }
 
-  // Runs whose names begin with "a" are of reading A, with the teacher of "run".
-  static void Run(const std::string& run) {
+  // What trained models promise is asked of each of these, chosen before any was run: a seed that
+  // fails is a failure, not a reason to take another. "run" is the one the other tests look at.
+  static std::map<std::string, int64_t> Seeds() {
+    return {{"run", StageConfig().seed}, {"seed_1", 1}, {"seed_2", 2}};
+  }
+
+  // Runs whose names begin with "a" are of reading A, with the teacher of "run". The seed is that
+  // of teacher, mixers, gates and recall prompts, and of what is held out and the order of the
+  // rest.
+  static void Run(const std::string& run, int64_t seed = StageConfig().seed) {
     PipelineConfig config;
     config.name = "tiny";
     config.run.dir = Path(run);
@@ -167,6 +184,10 @@ class HaloStageTest : public ::testing::Test {
       config.stages = {ReadingA(Path("corpus"), Teacher())};
     } else {
       config.stages = {BaseStage(Path("corpus")), HaloStageConfig(Path("corpus"))};
+    }
+    for (StageConfig& stage : config.stages) {
+      stage.seed = seed;
+      stage.data.seed = seed;
     }
     const auto comm = parallel::MakeSelfCommunicator();
     const Status status = RunPipeline(*comm, config);
@@ -226,8 +247,8 @@ class HaloStageTest : public ::testing::Test {
   }
 
   // Held-out lines of a phase, in order.
-  static std::vector<nlohmann::json> Validation(const std::string& phase) {
-    std::ifstream file(Path("run") + "/metrics/valid.jsonl");
+  static std::vector<nlohmann::json> Validation(const std::string& run, const std::string& phase) {
+    std::ifstream file(Path(run) + "/metrics/valid.jsonl");
     std::vector<nlohmann::json> lines;
     for (std::string line; std::getline(file, line);) {
       nlohmann::json json = nlohmann::json::parse(line);
@@ -243,26 +264,31 @@ TempDir* HaloStageTest::directory_ = nullptr;
 
 TEST_F(HaloStageTest, EveryLayerIsAligned) {
   if (!kTrained) GTEST_SKIP() << "needs a trained model";
-  const auto lines = Validation("align");
-  ASSERT_GE(lines.size(), 2u);
-  for (int layer = 0; layer < 4; ++layer) {
-    const std::string key = "relative_error_" + std::to_string(layer);
-    const double before = lines.front().at(key).get<double>();
-    const double after = lines.back().at(key).get<double>();
-    EXPECT_LT(after, 0.35) << layer;  // halo.md 12.3 (3)
-    EXPECT_LT(after, 0.5 * before) << layer;
+  for (const auto& [run, seed] : Seeds()) {
+    const auto lines = Validation(run, "align");
+    ASSERT_GE(lines.size(), 2u);
+    for (int layer = 0; layer < 4; ++layer) {
+      const std::string key = "relative_error_" + std::to_string(layer);
+      const double before = lines.front().at(key).get<double>();
+      const double after = lines.back().at(key).get<double>();
+      EXPECT_LT(after, 0.35) << "seed " << seed << ", layer " << layer;  // halo.md 12.3 (3)
+      EXPECT_LT(after, 0.5 * before) << "seed " << seed << ", layer " << layer;
+    }
   }
 }
 
 TEST_F(HaloStageTest, DistillationRecoversTheTeacher) {
   if (!kTrained) GTEST_SKIP() << "needs a trained model";
-  const auto lines = Validation("distil");
-  ASSERT_GE(lines.size(), 2u);
-  const double before = lines.front().at("kl").get<double>();
-  const double after = lines.back().at("kl").get<double>();
-  EXPECT_LT(after, before / 5);  // halo.md 12.3 (8)
-  EXPECT_LT(lines.back().at("student_loss").get<double>(),
-            1.03 * lines.back().at("teacher_loss").get<double>());
+  for (const auto& [run, seed] : Seeds()) {
+    const auto lines = Validation(run, "distil");
+    ASSERT_GE(lines.size(), 2u);
+    const double before = lines.front().at("kl").get<double>();
+    const double after = lines.back().at("kl").get<double>();
+    EXPECT_LT(after, before / 5) << "seed " << seed;  // halo.md 12.3 (8)
+    EXPECT_LT(lines.back().at("student_loss").get<double>(),
+              1.03 * lines.back().at("teacher_loss").get<double>())
+        << "seed " << seed;
+  }
 }
 
 TEST_F(HaloStageTest, ResultIsAHybridWithTheChosenLayers) {
@@ -359,6 +385,28 @@ TEST_F(HaloStageTest, FinetuningTrainsTheFormThatIsHandedOn) {
   EXPECT_EQ(result.config.attn_use_rope, last.config.attn_use_rope);
   for (const model::ParameterSpec& spec : result.params.specs())
     EXPECT_EQ(ValuesOf(result, spec.name), ValuesOf(last, spec.name)) << spec.name;
+}
+
+TEST_F(HaloStageTest, LogitScaleIsFittedAtTheEnd) {
+  const nlohmann::json fit = Final("a").info().trainer.at("halo").at("logit_scale");
+  EXPECT_EQ(fit, nlohmann::json::parse(*ReadFile(Path("a") + "/halo/logit_scale.json")));
+  const auto& curve = fit.at("curve");
+  ASSERT_EQ(curve.size(), 3u);
+  nlohmann::json best;
+  double lowest = INFINITY;
+  std::set<double> losses;
+  for (const auto& point : curve) {
+    const double loss = point.at("loss").get<double>();
+    EXPECT_GT(loss, 0) << point;
+    losses.insert(loss);
+    if (loss < lowest) best = point.at("a");
+    lowest = std::min(lowest, loss);
+  }
+  EXPECT_EQ(losses.size(), 3u) << "the scale reaches the model: " << curve;
+  EXPECT_EQ(fit.at("a"), best);
+  EXPECT_EQ(curve[0].at("a"), "none");
+  EXPECT_EQ(curve[1].at("a"), 4.0);
+  EXPECT_EQ(curve[2].at("a"), 64.0);
 }
 
 TEST_F(HaloStageTest, KilledAroundFinetuningAndResumedGivesTheSameBits) {

@@ -238,20 +238,21 @@ TEST_F(ScoreTest, LogitScaleIsFittedOnLongDocumentsWithFrozenWeights) {
   const model::Model model(config, teacher_);
   const std::vector<float> before = testing::Bits(teacher_);
   const model::Batch packed = RandomBatch(config, {40, 7, 33}, "long");
-  const std::vector<model::Batch> documents = LongDocuments({packed}, 30);
+  const std::vector<model::Batch> documents =
+      LongDocuments({packed, RandomBatch(config, {12}, "short")}, 30);
   ASSERT_EQ(documents.size(), 2u);
-  EXPECT_EQ(documents[1].tokens,
-            std::vector<int32_t>(packed.tokens.begin() + 47, packed.tokens.end()));
-  EXPECT_EQ(documents[1].positions.front(), 0);
+  EXPECT_EQ(documents[1].size(), 0);
+  EXPECT_EQ(documents[0].cu_seqlens, (std::vector<int32_t>{0, 40, 73}));
+  EXPECT_TRUE(std::equal(packed.tokens.begin() + 47, packed.tokens.end(),
+                         documents[0].tokens.begin() + 40, documents[0].tokens.end()));
+  EXPECT_EQ(documents[0].positions[40], 0);
 
   const auto fit = FitLogitScale(ctx_, arena_, model, documents, {8, 64}, *comm);
   ASSERT_TRUE(fit.ok());
   ASSERT_EQ(fit->losses.size(), 3u);
-  double expected = 0;
-  for (const model::Batch& batch : documents) {
-    expected +=
-        model::EvaluateCrossEntropy(ctx_, arena_, model, batch, {.logit_scale_base = 64}).loss_sum;
-  }
+  const double expected =
+      model::EvaluateCrossEntropy(ctx_, arena_, model, documents[0], {.logit_scale_base = 64})
+          .loss_sum;
   EXPECT_NEAR(fit->losses[2], expected / (39 + 32), 1e-12);
   EXPECT_NE(fit->losses[1], fit->losses[0]);
   const size_t best = static_cast<size_t>(std::min_element(fit->losses.begin(), fit->losses.end()) -

@@ -1,0 +1,260 @@
+// Norm and gate after a mixer on the GPU. Bound by memory: with a norm a block holds each row in
+// registers (cuda_rows.h), without one the work is element by element. The backward pass computes
+// the gate and the normed value again instead of reading them.
+#include "kernels/common/cuda_rows.h"
+#include "kernels/cuda_kernels.h"
+
+namespace sala::kernels {
+namespace {
+
+struct Forward {
+  const Bf16* o;
+  int64_t o_stride;
+  const Bf16* weight;  // null: no norm
+  const Bf16* z;       // null: no gate
+  int64_t z_stride;
+  float eps;
+  Bf16* y;
+  int64_t y_stride;
+  float* rstd;
+  int64_t rows, width;
+};
+
+__global__ void __launch_bounds__(kPackThreads) GateForwardKernel(Forward f) {
+  for (PackLoop i(f.rows, f.width / 8); i.more(); i.Next()) {
+    float o[8], z[8];
+    Load8(f.o + i.row * f.o_stride + i.column(), o);
+    Load8(f.z + i.row * f.z_stride + i.column(), z);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) o[j] *= FastSigmoid(z[j]);
+    Store8(f.y + i.row * f.y_stride + i.column(), o);
+  }
+}
+
+template <int kPacks>
+__global__ void __launch_bounds__(kRowThreads) NormForwardKernel(Forward f) {
+  SharedMemory shared;
+  float* slots = shared.Take<float>(kRowThreads / kWarp);
+  const int64_t row = blockIdx.x;
+  float o[kPacks][8];
+  Bf16x8 z_pack[kPacks];
+  float square = 0.0F;
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    const int column = RowColumn(p);
+    if (column >= f.width) continue;
+    Load8(f.o + row * f.o_stride + column, o[p]);
+    if (f.z != nullptr) {
+      z_pack[p] = *reinterpret_cast<const Bf16x8*>(f.z + row * f.z_stride + column);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) square += o[p][j] * o[p][j];
+  }
+  square = BlockSum(square, slots);
+  const float r = 1.0F / sqrtf(square / static_cast<float>(f.width) + f.eps);
+  if (threadIdx.x == 0) f.rstd[row] = r;
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    const int column = RowColumn(p);
+    if (column >= f.width) continue;
+    float weight[8];
+    Load8(f.weight + column, weight);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) o[p][j] *= r * weight[j];
+    if (f.z != nullptr) {
+      float z[8];
+      Unpack(z_pack[p], z);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) o[p][j] *= FastSigmoid(z[j]);
+    }
+    Store8(f.y + row * f.y_stride + column, o[p]);
+  }
+}
+
+struct Backward {
+  const Bf16* dy;
+  int64_t dy_stride;
+  const Bf16* o;
+  int64_t o_stride;
+  const Bf16* weight;  // null: no norm
+  const Bf16* z;       // null: no gate
+  int64_t z_stride;
+  const float* rstd;
+  Bf16* dout;
+  int64_t dout_stride;
+  Bf16* dz;
+  int64_t dz_stride;
+  float* parts;  // [gridDim.x, width] or null
+  int64_t rows, width;
+};
+
+// do = dy s, dz = dy o s (1 - s), s = sigmoid(z)
+__global__ void __launch_bounds__(kPackThreads) GateBackwardKernel(Backward b) {
+  for (PackLoop i(b.rows, b.width / 8); i.more(); i.Next()) {
+    float dy[8], o[8], z[8];
+    Load8(b.dy + i.row * b.dy_stride + i.column(), dy);
+    Load8(b.o + i.row * b.o_stride + i.column(), o);
+    Load8(b.z + i.row * b.z_stride + i.column(), z);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float s = FastSigmoid(z[j]);
+      z[j] = dy[j] * o[j] * (s * (1.0F - s));
+      dy[j] *= s;
+    }
+    Store8(b.dz + i.row * b.dz_stride + i.column(), z);
+    Store8(b.dout + i.row * b.dout_stride + i.column(), dy);
+  }
+}
+
+// With n_i = o_i r w_i, dn = dy s and dz = dy n s (1 - s):
+//   do_i = r w_i dn_i - o_i r^3 mean_j(w_j dn_j o_j),   dw_i = sum over rows of dn_i o_i r
+template <int kPacks>
+__global__ void __launch_bounds__(kRowThreads) NormBackwardKernel(Backward b) {
+  SharedMemory shared;
+  float* slots = shared.Take<float>(kRowThreads / kWarp);
+  float sums[kPacks][8] = {};
+  for (int64_t row = blockIdx.x; row < b.rows; row += gridDim.x) {
+    const float r = b.rstd[row];
+    float dn[kPacks][8];
+    Bf16x8 o_pack[kPacks];
+    float dot = 0.0F;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const int column = RowColumn(p);
+      if (column >= b.width) continue;
+      float o[8], weight[8];
+      Load8(b.dy + row * b.dy_stride + column, dn[p]);
+      o_pack[p] = *reinterpret_cast<const Bf16x8*>(b.o + row * b.o_stride + column);
+      Unpack(o_pack[p], o);
+      Load8(b.weight + column, weight);
+      if (b.z != nullptr) {
+        float z[8];
+        Load8(b.z + row * b.z_stride + column, z);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float s = FastSigmoid(z[j]);
+          z[j] = dn[p][j] * (o[j] * r * weight[j]) * (s * (1.0F - s));
+          dn[p][j] *= s;
+        }
+        Store8(b.dz + row * b.dz_stride + column, z);
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) dot += weight[j] * dn[p][j] * o[j];
+    }
+    dot = BlockSum(dot, slots);
+    const float slope = dot / static_cast<float>(b.width) * r * r * r;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const int column = RowColumn(p);
+      if (column >= b.width) continue;
+      float o[8], weight[8];
+      // Four packs do not leave the registers to keep o: it is read again, from the L1 cache.
+      if constexpr (kPacks == 2) {
+        Unpack(o_pack[p], o);
+      } else {
+        Load8(b.o + row * b.o_stride + column, o);
+      }
+      Load8(b.weight + column, weight);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        sums[p][j] += dn[p][j] * (o[j] * r);
+        dn[p][j] = r * weight[j] * dn[p][j] - slope * o[j];
+      }
+      Store8(b.dout + row * b.dout_stride + column, dn[p]);
+    }
+  }
+  if (b.parts == nullptr) return;
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    const int column = RowColumn(p);
+    if (column < b.width) Store8(b.parts + blockIdx.x * b.width + column, sums[p]);
+  }
+}
+
+void Check(const ConstTensor& o, const ConstTensor& weight, const ConstTensor& z,
+           const ConstTensor& rstd) {
+  const int64_t rows = o.dim(0);
+  const int64_t width = o.dim(1);
+  CheckPackedMatrix(o, rows, width);
+  SALA_CHECK(o.numel() == 0 || !weight.empty() || !z.empty()) << "neither norm nor gate";
+  if (!weight.empty()) {
+    CheckPackedVector(weight, width);
+    CheckVector(rstd, rows);
+  }
+  if (!z.empty()) CheckPackedMatrix(z, rows, width);
+}
+
+}  // namespace
+
+void cuda::OutputGateForward(const Context& ctx, const ConstTensor& o, const ConstTensor& weight,
+                             const ConstTensor& z, float eps, const Tensor& y, const Tensor& rstd) {
+  const Op op(ctx, "OutputGateForward", o);
+  Check(o, weight, z, rstd);
+  CheckPackedMatrix(y, o.dim(0), o.dim(1));
+  const bool norm = !weight.empty();
+  const Forward f = {.o = op.Data<Bf16>(o),
+                     .o_stride = o.stride(0),
+                     .weight = op.Data<Bf16>(weight),
+                     .z = op.Data<Bf16>(z),
+                     .z_stride = z.stride(0),
+                     .eps = eps,
+                     .y = op.Data<Bf16>(y),
+                     .y_stride = y.stride(0),
+                     .rstd = norm ? op.Data<float>(rstd) : nullptr,
+                     .rows = o.dim(0),
+                     .width = o.dim(1)};
+  if (norm) {
+    op.Launch(RowPacks(f.width) == 2 ? NormForwardKernel<2> : NormForwardKernel<4>,
+              dim3(static_cast<unsigned>(f.rows)), dim3(RowThreads(f.width)),
+              SharedBytes<float>(kRowThreads / kWarp), f);
+  } else {
+    op.Launch(GateForwardKernel, dim3(PackBlocks(op, o.numel() / 8)), dim3(kPackThreads), 0, f);
+  }
+}
+
+void cuda::OutputGateBackward(const Context& ctx, const ConstTensor& dy, const ConstTensor& o,
+                              const ConstTensor& weight, const ConstTensor& z,
+                              const ConstTensor& rstd, const Tensor& dout, const Tensor& dz,
+                              const Tensor& dweight) {
+  const Op op(ctx, "OutputGateBackward", o);
+  Check(o, weight, z, rstd);
+  const int64_t rows = o.dim(0);
+  const int64_t width = o.dim(1);
+  const bool norm = !weight.empty();
+  const bool sums = !dweight.empty();
+  CheckPackedMatrix(dy, rows, width);
+  CheckPackedMatrix(dout, rows, width);
+  if (!z.empty()) CheckPackedMatrix(dz, rows, width);
+  if (sums) {
+    SALA_CHECK(norm) << "dweight without a norm";
+    CheckVector(dweight, width);
+  }
+  const ArenaScope scope(*ctx.scratch);
+  const int64_t pieces = sums ? RowPieces(rows) : rows;
+  const Tensor parts = sums ? ctx.scratch->New(DType::kF32, {pieces, width}) : Tensor();
+  const Backward b = {.dy = op.Data<Bf16>(dy),
+                      .dy_stride = dy.stride(0),
+                      .o = op.Data<Bf16>(o),
+                      .o_stride = o.stride(0),
+                      .weight = op.Data<Bf16>(weight),
+                      .z = op.Data<Bf16>(z),
+                      .z_stride = z.stride(0),
+                      .rstd = norm ? op.Data<float>(rstd) : nullptr,
+                      .dout = op.Data<Bf16>(dout),
+                      .dout_stride = dout.stride(0),
+                      .dz = op.Data<Bf16>(dz),
+                      .dz_stride = dz.stride(0),
+                      .parts = op.Data<float>(parts),
+                      .rows = rows,
+                      .width = width};
+  if (!norm) {
+    op.Launch(GateBackwardKernel, dim3(PackBlocks(op, o.numel() / 8)), dim3(kPackThreads), 0, b);
+    return;
+  }
+  op.Launch(RowPacks(width) == 2 ? NormBackwardKernel<2> : NormBackwardKernel<4>,
+            dim3(static_cast<unsigned>(pieces)), dim3(RowThreads(width)),
+            SharedBytes<float>(kRowThreads / kWarp), b);
+  if (sums) AddColumnSums(op, b.parts, pieces, width, op.Data<float>(dweight));
+}
+
+}  // namespace sala::kernels

@@ -1,0 +1,20 @@
+// The frequencies of the rotary embedding, theta^(-2i/D) for i in [0, D/2): worked out in float64
+// and rounded once to float32, on the host for every device.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+namespace sala::kernels {
+
+inline std::vector<float> RopeFrequencies(int64_t head_dim, float theta) {
+  std::vector<float> frequency(static_cast<size_t>(head_dim / 2));
+  for (size_t i = 0; i < frequency.size(); ++i) {
+    frequency[i] = static_cast<float>(std::pow(
+        static_cast<double>(theta), -2.0 * static_cast<double>(i) / static_cast<double>(head_dim)));
+  }
+  return frequency;
+}
+
+}  // namespace sala::kernels

@@ -1,0 +1,77 @@
+#include "kernels/tensor_ops/tensor_ops.h"
+
+#include "kernels/tensor_ops/reference.h"
+#include "tests/kernels/common/kernel_test.h"
+
+namespace sala::kernels {
+namespace {
+
+const std::vector<int64_t>& Sizes() {
+  static const std::vector<int64_t> sizes = {0, 1, 7, 64, 16384, 16385, 40000};
+  return sizes;
+}
+
+TEST(TensorOps, CastOfOneTypeIsACopy) {
+  std::mt19937 rng(61);
+  for (int64_t n : Sizes()) {
+    Matrix from = Matrix::Random(1, n, rng);
+    Matrix to(1, n);
+    KernelTest test;
+    Cast(test.ctx(), from.vector(), to.vector());
+    EXPECT_TRUE(to.SameBits(from));
+    EXPECT_TRUE(to.GapsUntouched());
+  }
+}
+
+TEST(TensorOps, AddIsOneAdditionAnElementForAnyThreads) {
+  std::mt19937 rng(62);
+  for (int64_t n : Sizes()) {
+    for (int threads : {1, 3}) {
+      Matrix term = Matrix::Random(1, n, rng);
+      Matrix sum = Matrix::Random(1, n, rng);
+      Matrix expected = sum;
+      for (int64_t i = 0; i < n; ++i) expected.at(0, i) += term.at(0, i);
+      KernelTest test(threads);
+      Add(test.ctx(), term.vector(), sum.vector());
+      EXPECT_TRUE(sum.SameBits(expected));
+      EXPECT_TRUE(sum.GapsUntouched());
+    }
+  }
+}
+
+// In float32 the order shows: the bits of the plain loop are those of its order.
+TEST(TensorOps, AddRowsAddsInTheOrderOfTheRowsForAnyThreads) {
+  std::mt19937 rng(63);
+  for (int64_t m : Sizes()) {
+    for (int64_t n : {0, 1, 2, 5}) {
+      for (int threads : {1, 3}) {
+        Matrix parts = Matrix::Random(n, m, rng);
+        const std::vector<float> expected = reference::AddRows(parts.values<float>(), n, m);
+        Matrix to(1, m);
+        KernelTest test(threads);
+        AddRows(test.ctx(), parts.tensor(), to.vector());
+        EXPECT_EQ(to.values<float>(), expected);
+        EXPECT_TRUE(to.GapsUntouched());
+      }
+    }
+  }
+  Matrix parts(3, 1);
+  parts.at(0, 0) = 0x1p24F;
+  parts.at(1, 0) = 1.0F;  // lost in the first sum, kept in 1 + 1
+  parts.at(2, 0) = 1.0F;
+  Matrix to(1, 1);
+  KernelTest test;
+  AddRows(test.ctx(), parts.tensor(), to.vector());
+  EXPECT_EQ(to.at(0, 0), 0x1p24F);
+}
+
+TEST(TensorOpsDeathTest, RefusesTensorsThatDoNotFit) {
+  KernelTest test;
+  Matrix a(1, 4), b(1, 5), strided(2, 2, 1);
+  EXPECT_DEATH(Cast(test.ctx(), a.vector(), b.vector()),
+               "\\[4\\] f32 and \\[5\\] f32 must be contiguous and of one size");
+  EXPECT_DEATH(Add(test.ctx(), strided.tensor(), a.vector()), "must be contiguous");
+}
+
+}  // namespace
+}  // namespace sala::kernels
