@@ -163,37 +163,44 @@ void ExpectStateGradient(const Problem& p, const Standard& first) {
               [&](size_t i) { return StateBound(p, size[i]); });
 }
 
-double RelativeRms(const Matrix& found, const Doubles& expected, int64_t head, int64_t width) {
+// Root mean square of the kernel's own error relative to the values, for one head. The rounding of
+// the result is the format's, not the kernel's: its mean square, known from the expected values, is
+// allowed on top.
+void ExpectSmallRms(const Matrix& found, const Doubles& expected, int64_t head, int64_t width,
+                    const std::string& where) {
+  constexpr double kOwnError = 2.5e-3;
   double error = 0;
+  double rounding = 0;
   double size = 0;
   for (int64_t r = 0; r < found.rows(); ++r) {
     for (int64_t c = head * width; c < (head + 1) * width; ++c) {
       const double value = expected[static_cast<size_t>(r * found.columns() + c)];
+      const double rounded = static_cast<float>(BF16(static_cast<float>(value)));
       error += (found.at(r, c) - value) * (found.at(r, c) - value);
+      rounding += (rounded - value) * (rounded - value);
       size += value * value;
     }
   }
-  return std::sqrt(error / size);
+  EXPECT_LT(std::sqrt(error / size), std::sqrt(kOwnError * kOwnError + rounding / size)) << where;
 }
 
-// All results of one document, and the root mean square of the error per head: kernels of this kind
-// have 2.2e-3 at the slowest decay in emulation, of which 1.6e-3 is the rounding of the result.
+// All results of one document. With bfloat16 scores, decayed operands and states as operands the
+// error before the result is rounded is 1.7e-3 for the quickest and 2.2e-3 for the slowest decay.
 void ExpectOneDocument(const Problem& p) {
   const Standard standard(p, p.state_in.values(), p.dstate_out.values());
   ExpectDocument(p, p, 0, standard);
   ExpectStateOut(p, standard);
   ExpectStateGradient(p, standard);
-  constexpr double kRms = 2.5e-3;
-  constexpr int64_t kEnoughTokens = 64;  // below, one score's rounding weighs too much
+  constexpr int64_t kEnoughTokens = 63;  // below, one score's rounding weighs too much
   if (p.t < kEnoughTokens) return;
   for (int64_t h = 0; h < p.n; ++h) {
     const auto& forward = standard.value.forward;
     const auto& backward = standard.value.backward;
-    const std::string where = "slope " + std::to_string(p.slopes[static_cast<size_t>(h)]);
-    EXPECT_LT(RelativeRms(p.out, forward.out, h, p.d), kRms) << where;
-    EXPECT_LT(RelativeRms(p.dq, backward.dq, h, p.d), kRms) << where;
-    EXPECT_LT(RelativeRms(p.dk, backward.dk, h, p.d), kRms) << where;
-    EXPECT_LT(RelativeRms(p.dv, backward.dv, h, p.d), kRms) << where;
+    const std::string slope = " at slope " + std::to_string(p.slopes[static_cast<size_t>(h)]);
+    ExpectSmallRms(p.out, forward.out, h, p.d, "out" + slope);
+    ExpectSmallRms(p.dq, backward.dq, h, p.d, "dq" + slope);
+    ExpectSmallRms(p.dk, backward.dk, h, p.d, "dk" + slope);
+    ExpectSmallRms(p.dv, backward.dv, h, p.d, "dv" + slope);
   }
 }
 
