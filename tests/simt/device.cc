@@ -10,6 +10,7 @@
 #include <sstream>
 #include <vector>
 
+#include "tests/simt/fiber.h"
 #include "tests/simt/sanitizer.h"
 #include "tests/simt/simt_core.h"
 
@@ -20,19 +21,29 @@ using simt::sanitizer::Tag;
 struct Item {
   uint64_t number;  // over all streams, in the order of the calls
   simt::device::Work work;
-  std::unique_ptr<Tag> put;  // released by the host that put it
+  Tag put;  // released by the host that put it
 };
+
+constexpr size_t kStreamStackBytes = size_t{4} << 20;
 
 }  // namespace
 
 // The type that the CUDA headers leave open.
 struct CUstream_st {
   bool blocking = true;
-  std::deque<Item> queue;
+  std::deque<std::unique_ptr<Item>> queue;
   bool running = false;
   uint64_t running_number = 0;
-  void* tsan = simt::sanitizer::CreateFiber();
   Tag done{};  // released after each item
+
+  // For ThreadSanitizer only: the stream as a thread, with a stack of its own, since the host's
+  // stack belongs to the host.
+  void* tsan = simt::sanitizer::CreateFiber();
+  std::unique_ptr<simt::Stacks> stack;
+  simt::Context context;
+  simt::Context caller;
+  void* caller_tsan = nullptr;
+  std::unique_ptr<Item> item;  // being run
 };
 
 namespace simt::device {
@@ -113,32 +124,53 @@ void RunDefaultStreamOrder(CUstream_st& stream, uint64_t number) {
   }
 }
 
+// The item is destroyed here too: to ThreadSanitizer nobody else comes after its use.
+void RunItem(CUstream_st& stream) {
+  RunDefaultStreamOrder(stream, stream.item->number - 1);
+  if (stream.blocking) sanitizer::Acquire(&TheDevice().null_stream.done);
+  sanitizer::Acquire(&stream.item->put);
+  stream.item->work();
+  stream.item.reset();
+  sanitizer::Release(&stream.done);
+}
+
+constinit thread_local CUstream_st* entering = nullptr;
+
+void StreamMain() {
+  CUstream_st& stream = *entering;
+  RunItem(stream);
+  __tsan_switch_to_fiber(stream.caller_tsan, 1);
+  Switch(&stream.context, &stream.caller);
+}
+
+void RunItemAsStream(CUstream_st& stream) {
+  if (!sanitizer::HasThread()) return RunItem(stream);
+  if (stream.stack == nullptr) stream.stack = std::make_unique<Stacks>(1, kStreamStackBytes);
+  stream.stack->Start(&stream.context, 0, &StreamMain);
+  stream.caller_tsan = sanitizer::CurrentFiber();
+  entering = &stream;
+  __tsan_switch_to_fiber(stream.tsan, 1);
+  Switch(&stream.caller, &stream.context);
+}
+
 // Runs the items of the stream up to this number, in order.
 void RunThrough(CUstream_st& stream, uint64_t number) {
   Device& device = TheDevice();
   std::unique_lock<std::mutex> lock(device.mutex);
   for (;;) {
-    const bool waiting = !stream.queue.empty() && stream.queue.front().number <= number;
+    const bool waiting = !stream.queue.empty() && stream.queue.front()->number <= number;
     const bool running = stream.running && stream.running_number <= number;
     if (!waiting && !running) return;
     if (stream.running) {  // by another host thread
       device.changed.wait(lock);
       continue;
     }
-    Item item = std::move(stream.queue.front());
+    stream.item = std::move(stream.queue.front());
     stream.queue.pop_front();
     stream.running = true;
-    stream.running_number = item.number;
+    stream.running_number = stream.item->number;
     lock.unlock();
-    {
-      const sanitizer::AsFiber as_stream(sanitizer::HasThread() ? stream.tsan : nullptr);
-      RunDefaultStreamOrder(stream, item.number - 1);
-      if (stream.blocking) sanitizer::Acquire(&device.null_stream.done);
-      sanitizer::Acquire(item.put.get());
-      item.work();
-      item.work = nullptr;
-      sanitizer::Release(&stream.done);
-    }
+    RunItemAsStream(stream);
     lock.lock();
     stream.running = false;
     device.changed.notify_all();
@@ -151,8 +183,10 @@ uint64_t Put(CUstream_st& stream, Work work) {
   {
     const std::lock_guard<std::mutex> lock(device.mutex);
     number = ++device.last_number;
-    Item item{number, std::move(work), std::make_unique<Tag>()};
-    sanitizer::Release(item.put.get());
+    auto item = std::make_unique<Item>();
+    item->number = number;
+    item->work = std::move(work);
+    sanitizer::Release(&item->put);
     stream.queue.push_back(std::move(item));
   }
   if (options().eager) RunThrough(stream, number);
