@@ -29,7 +29,7 @@ std::string Libraries() {
          std::to_string(nccl / 100 % 100) + "." + std::to_string(nccl % 100);
 }
 
-constexpr sala::CudaModuleInterface kInterface = {.abi = sala::CudaModuleAbi(),
+constexpr sala::CudaModuleInterface kInterface = {.interface = SALA_CUDA_INTERFACE,
                                                   .build = SALA_CUDA_BUILD,
                                                   .open_device = &OpenDevice,
                                                   .device_count = &sala::CudaDeviceCount,
