@@ -176,11 +176,12 @@ template <int D>
 struct StateTiles {
   float tile[D / 8][4];
 
+  // A factor of 0 gives 0 even where the state is not finite.
   __device__ __forceinline__ void Scale(float factor) {
 #pragma unroll
     for (int i = 0; i < D / 8; ++i) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) tile[i][c] *= factor;
+      for (int c = 0; c < 4; ++c) tile[i][c] = factor == 0.0F ? 0.0F : tile[i][c] * factor;
     }
   }
   __device__ __forceinline__ void Clear() {
@@ -247,15 +248,11 @@ __device__ __forceinline__ void AddOuterProducts(const Place& at, const Bf16* y_
 }
 
 // M through a chunk of n tokens, before its own tokens are added: 0 unless all of them belong to
-// one document that began before the chunk.
+// one document that began before the chunk, whatever M was.
 template <int D>
 __device__ __forceinline__ void PassChunk(const uint8_t* code, const float* power, int n,
                                           StateTiles<D>& state) {
-  if (code[n - 1] == 0) {
-    state.Scale(power[n]);
-  } else {
-    state.Clear();
-  }
+  state.Scale(code[n - 1] == 0 ? power[n] : 0.0F);
 }
 
 #endif

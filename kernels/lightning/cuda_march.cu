@@ -6,14 +6,15 @@
 //   P = x y^T with weights, rounded to bfloat16, in shared memory
 //   result = read (x M)  +  P z         M in bfloat16 as an operand
 //   M = pass M + (write z)^T y          transposed; the decayed z in bfloat16
-// while the next chunk's x, y, z are on their way. With D = 128 P takes the place of x, which has
-// been read by then: 97 KiB of shared memory for two stages, two blocks on an SM that has 228 KiB.
+// while the next chunk's x, y, z are on their way. Shared memory with D = 128 is 106 KiB, two
+// blocks on an SM that has 228 KiB; where a block gets only 99 KiB, z has one buffer instead of two
+// (90 KiB) and its copy hides behind the scores alone.
 //
 // Bound by memory and shared memory alike: per token and head 2 D bytes for each of x, y, z and the
-// result, and 24 KiB of shared reads a token at D = 128 for 98 K multiply-adds (kernels of this
-// kind stay below the tensor cores' limit on every card). Blocks of one backward call that read the
-// same rows, those of its three sweeps, are neighbours in the grid and find each other's rows in
-// L2.
+// result; at D = 128 about 7 KiB of shared reads and 98 K floating-point operations, fewer than a
+// tensor core needs to be the limit. Blocks of one backward call that read the same rows, those of
+// its three sweeps, are neighbours in the grid and find each other's rows in L2. 128 registers hold
+// the state (64) and half of a chunk's result (16): two blocks of 256 threads on an SM.
 #include "kernels/lightning/cuda_lightning.h"
 
 namespace sala::kernels::lightning {
