@@ -151,12 +151,14 @@ TEST_P(DeviceCommunicator, HostMemoryGoesTheWayOfTheHost) {
   EXPECT_TRUE(comm().Barrier().ok());
 }
 
+std::string NameOf(const ::testing::TestParamInfo<Way>& way) {
+  constexpr const char* kNames[] = {"Staged", "NcclOrdered", "NcclFree"};
+  return kNames[static_cast<int>(way.param)];
+}
+
 INSTANTIATE_TEST_SUITE_P(Ways, DeviceCommunicator,
                          ::testing::Values(Way::kStaged, Way::kNcclOrdered, Way::kNcclFree),
-                         [](const auto& test) {
-                           const char* names[] = {"Staged", "NcclOrdered", "NcclFree"};
-                           return std::string(names[static_cast<int>(test.param)]);
-                         });
+                         NameOf);
 
 int Main(int argc, char** argv) {
   auto mpi = MpiSession::Start(&argc, &argv);
