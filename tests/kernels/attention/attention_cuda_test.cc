@@ -143,6 +143,21 @@ TEST_F(AttentionCuda, RunsRepeat) {
   ExpectSameResults(one, two);
 }
 
+TEST_F(AttentionCuda, DryRunTakesTheSameScratch) {
+  const auto documents = DocumentsOf({130, 1, 64});
+  AttentionCase c = NewCase(documents.back().end, {4, 2, 16});
+  Run(c, documents);
+  const size_t dry = DryScratch(size_t{1} << 16, [&](const Context& dry_ctx, void* memory) {
+    const Tensor wide(memory, DType::kBF16, {c.t, 4, 16}, DeviceKind::kCuda);
+    const Tensor narrow(memory, DType::kBF16, {c.t, 2, 16}, DeviceKind::kCuda);
+    const Tensor lse(memory, DType::kF32, {c.t, 4}, DeviceKind::kCuda);
+    AttentionForward(dry_ctx, wide, narrow, narrow, documents, 0.25F, wide, lse);
+    AttentionBackward(dry_ctx, wide, narrow, narrow, wide, lse, wide, documents, 0.25F, wide,
+                      narrow, narrow);
+  });
+  EXPECT_EQ(dry, ctx().scratch->peak_bytes());
+}
+
 TEST_F(AttentionCuda, LargeScoresStayFinite) {
   AttentionCase c = NewCase(140, {2, 1, 16});
   for (int64_t t = 0; t < c.t; ++t) {

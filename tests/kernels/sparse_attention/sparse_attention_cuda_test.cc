@@ -211,6 +211,23 @@ TEST_F(SparseAttentionCuda, RunsRepeat) {
   ExpectSameResults(one, two);
 }
 
+TEST_F(SparseAttentionCuda, DryRunTakesTheSameScratch) {
+  const auto documents = DocumentsOf({130, 1, 64});
+  SparseCase c = NewCase(documents.back().end, {4, 2, 16}, SmallConfig());
+  Run(c, documents);
+  const size_t dry = DryScratch(size_t{1} << 16, [&](const Context& dry_ctx, void* memory) {
+    const Tensor wide(memory, DType::kBF16, {c.t, 4, 16}, DeviceKind::kCuda);
+    const Tensor narrow(memory, DType::kBF16, {c.t, 2, 16}, DeviceKind::kCuda);
+    const Tensor lse(memory, DType::kF32, {c.t, 4}, DeviceKind::kCuda);
+    const Tensor blocks(memory, DType::kI32, {c.t, 2, c.width()}, DeviceKind::kCuda);
+    SparseAttentionForward(dry_ctx, wide, narrow, narrow, documents, c.config, 0.25F, blocks, wide,
+                           lse);
+    SparseAttentionBackward(dry_ctx, wide, narrow, narrow, wide, lse, wide, documents, c.config,
+                            0.25F, blocks, wide, narrow, narrow);
+  });
+  EXPECT_EQ(dry, ctx().scratch->peak_bytes());
+}
+
 TEST_F(SparseAttentionCuda, BlocksNobodySelectedGetNoGradient) {
   SparseCase c = NewCase(320, {4, 1, 16}, SmallConfig());
   // Only the last token is looked at, so the blocks it left out are in nobody's list.
