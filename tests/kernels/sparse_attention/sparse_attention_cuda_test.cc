@@ -110,6 +110,26 @@ TEST_F(SparseAttentionCuda, ReleasedBlockNumbersInSmallBlocks) {
   ExpectMatchesReferenceInBf16(c, c.SeenKeys());
 }
 
+// The same in blocks of 64: a block is left out from 6,144 tokens on. The forward pass only; rows
+// by sample, which stands for all lengths, because a row does not depend on what follows.
+TEST_F(SparseAttentionCuda, ReleasedBlockNumbers) {
+  if (kSlowBuild) GTEST_SKIP() << "too slow with sanitizers";
+  SparseCase c = NewCase(6209, {1, 1, 16}, SparseAttentionConfig());
+  KernelTest cpu;
+  c.Select(cpu.ctx(), {{0, c.t}});
+  RunWithBlocks(c, {{0, c.t}}, /*backward=*/false);
+  const reference::Attends seen = c.SeenKeys();
+  const Bf16Reference expected(c, seen, /*statistics_of_case=*/true);
+  Comparison out("out");
+  for (const int64_t t : {0, 63, 64, 2111, 2112, 2175, 2176, 6143, 6144, 6145, 6150, 6207, 6208}) {
+    double lse = 0;
+    out.Expect(c.out, t, 0, expected.Out(t, 0, &lse));
+    ASSERT_NEAR(c.lse.at(t, 0), lse, expected.LseBound(lse)) << "token " << t;
+    ASSERT_EQ(static_cast<int64_t>(c.Seen(t, 0).size()), std::min<int64_t>(96, t / 64 + 1));
+  }
+  out.ExpectAccepted();
+}
+
 // Lists of more than 8,192 tokens: block 1 is chosen by everyone who may. Rows and keys by sample.
 TEST_F(SparseAttentionCuda, LongListsInPieces) {
   if (kSlowBuild) GTEST_SKIP() << "too slow with sanitizers";
