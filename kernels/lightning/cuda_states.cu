@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(kThreads<D>, D == 128 ? 2 : 1)
     LightningSegmentStateKernel(const __grid_constant__ BorderArguments arguments) {
   constexpr int kTile = kChunk * D;
   SharedMemory shared;
+  Rows* rows = shared.Take<Rows>(2);  // y and z of the block's head
   Bf16* tiles = shared.Take<Bf16>(2 * 2 * kTile);
   uint8_t* codes = shared.Take<uint8_t>(2 * kCodes);
   float* power = shared.Take<float>(kChunk + 1);
@@ -108,12 +109,17 @@ __global__ void __launch_bounds__(kThreads<D>, D == 128 ? 2 : 1)
   const int entry = item / plan.heads;
   const bool falling = border.falling;
   const int segment = entry + (falling ? 1 : 0);
-  const Rows y_rows = {border.y.data + int64_t{head} * D, border.y.stride};
-  const Rows z_rows = {border.z.data + int64_t{head} * D, border.z.stride};
   const Place start = Place::Now();
   for (int i = start.thread; i <= kChunk; i += kThreads<D>) {
     power[i] = tables.power[head * (kChunk + 1) + i];
   }
+
+  if (start.thread == 0) {
+    const int64_t offset = int64_t{head} * D;
+    rows[0] = {border.y.data + offset, border.y.stride};
+    rows[1] = {border.z.data + offset, border.z.stride};
+  }
+  __syncthreads();
 
   // The tokens that reach the border: of the document that crosses it, and near enough.
   const int segment_begin = segment * plan.segment_tokens;
@@ -144,14 +150,15 @@ __global__ void __launch_bounds__(kThreads<D>, D == 128 ? 2 : 1)
     const int chunk = chunk_at(step);
     const int n = TokensOfChunk(plan, chunk);
     Bf16* stage = tiles + step % 2 * 2 * kTile;
-    LoadTile<D>(at, stage, y_rows, chunk, n);
-    LoadTile<D>(at, stage + kTile, z_rows, chunk, n);
+    LoadTile<D>(at, stage, rows[0], chunk, n);
+    LoadTile<D>(at, stage + kTile, rows[1], chunk, n);
     LoadCodes(at, codes + step % 2 * kCodes, tables.code, chunk);
     ptx::CpAsyncCommit();
   };
   StateTiles<D> state;
-  state.Clear();
   if (count > 0) load(start, 0);
+  state.Clear();
+#pragma unroll 1
   for (int step = 0; step < count; ++step) {
     const Place at = Place::Now();
     ptx::CpAsyncWait<0>();
@@ -163,11 +170,12 @@ __global__ void __launch_bounds__(kThreads<D>, D == 128 ? 2 : 1)
     FillFactors<D>(at, code, power, arguments.scale, falling, n, nullptr, write);
     __syncthreads();
     PassChunk<D>(code, power, n, state);
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kChunk / 16; ++i) {
+      const Place here = Place::Now();
       uint32_t z[4];
-      LoadZ<D>(at, y + kTile, i, z);
-      AddOuterProducts<D>(at, y, write, i, z, state);
+      LoadZ<D>(here, y + kTile, i, z);
+      AddOuterProducts<D>(here, y, write, i, z, state);
     }
   }
   state.Store(Place::Now(), border.states + (int64_t{head} * (plan.segments - 1) + entry) * D * D,
@@ -220,8 +228,9 @@ __global__ void __launch_bounds__(kScanThreads)
 template <int D>
 void LaunchSegmentStates(const Op& op, const BorderArguments& arguments) {
   const Plan& plan = arguments.plan;
-  const size_t shared = SharedBytes<Bf16>(2 * 2 * kChunk * D) + SharedBytes<uint8_t>(2 * kCodes) +
-                        SharedBytes<float>(kChunk + 1) + SharedBytes<float>(kChunk);
+  const size_t shared = SharedBytes<Rows>(2) + SharedBytes<Bf16>(2 * 2 * kChunk * D) +
+                        SharedBytes<uint8_t>(2 * kCodes) + SharedBytes<float>(kChunk + 1) +
+                        SharedBytes<float>(kChunk);
   const int64_t blocks = int64_t{plan.segments - 1} * plan.heads * arguments.count;
   SALA_CHECK(blocks < int64_t{1} << 31) << blocks << " blocks";
   op.Launch(LightningSegmentStateKernel<D>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads<D>),
