@@ -93,6 +93,16 @@ class SameBits(unittest.TestCase):
             h.succeed(h.train(config, runs[-1], "run.device=cuda", "parallel.transport=mpi"), ranks=ranks)
         self.assertEqual(h.differences(*runs), [])
 
+    @unittest.skipUnless(EMULATED, "the order is the emulator's to choose")
+    def test_no_order_of_lanes_warps_and_blocks_shows(self):
+        config = h.write_stage(h.ROOT / "cuda" / "order.yaml", one_step("only", sparse_attention=True))
+        runs = {}
+        for name, env in {"natural": {}, "shuffled": {"SALA_SIMT_SEED": "5"}, "other": {"SALA_SIMT_SEED": "23", "SALA_SIMT_THREADS": "2"}}.items():
+            runs[name] = h.ROOT / "runs" / f"cuda-order-{name}"
+            h.succeed(h.train(config, runs[name], "run.device=cuda"), env=env)
+        for name in ("shuffled", "other"):
+            self.assertEqual(h.differences(runs["natural"], runs[name]), [], name)
+
     def test_a_stopped_run_goes_on_to_the_same_bits(self):
         config = h.write_stage(h.ROOT / "cuda" / "resume.yaml", h.pretrain("only", 4, first=True, model=hybrid(), checkpoint={"every_steps": 2, "keep_last": 4}))
         whole, stopped = h.ROOT / "runs" / "cuda-whole", h.ROOT / "runs" / "cuda-stopped"
