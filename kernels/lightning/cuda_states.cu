@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kTableThreads)
 
 // What a segment leaves when nothing enters it: the first step.
 template <int D>
-__global__ void __launch_bounds__(kThreads<D>, D == 128 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads<D>)
     LightningSegmentStateKernel(const __grid_constant__ BorderArguments arguments) {
   constexpr int kTile = kChunk * D;
   SharedMemory shared;

@@ -74,7 +74,7 @@ struct PackedChannels {
 };
 
 __device__ __forceinline__ PackedChannels LoadChannels(const Bf16* from, int half) {
-  return {*reinterpret_cast<const Bf16x8*>(from), *reinterpret_cast<const Bf16x8*>(from + half)};
+  return {LoadPack(from), LoadPack(from + half)};
 }
 __device__ __forceinline__ void UnpackChannels(const PackedChannels& packed, Channels& x) {
   Unpack(packed.first, x.first);
