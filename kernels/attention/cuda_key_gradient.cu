@@ -165,10 +165,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int slice = row_group; slice < kStepRows / 16; slice += kRowGroups) {
       const int first_row = step * kStepRows + slice * 16;
       if (step < 0 || first_row >= rows) break;
+      // Weights and their product come first: the products of the other half need their registers.
       float s[2][4];
-      float dp[2][4];
       MultiplyTransposed<D, 16>(s, k, queries, slice * 16);
-      MultiplyTransposed<D, 16>(dp, v, gradients, slice * 16);
       // Tokens of the list come after the block; those of the run rise, so the first decides.
       const int first_index = tile.first + first_row / p.group;
       const bool masked = first_index < tile.run && first_index < part_key + kKeys - 1;
@@ -178,7 +177,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const float row_lse = ring.Lse(stage)[row + c] * kLog2E;
-          const float row_delta = ring.Delta(stage)[row + c];
           int position = std::numeric_limits<int>::max();  // from the start of the block
           if (masked) {
             const int token_index = tile.first + (step * kStepRows + row + c) / p.group;
@@ -188,15 +186,23 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int h = 0; h < 2; ++h) {
             const int i = 2 * h + c;
             const float weight = ptx::Exp2(fmaf(s[j][i], p.scale_log2, -row_lse));
-            const bool hidden = masked && lane_row + 8 * h > position;
-            s[j][i] = hidden ? 0.0F : weight;
-            dp[j][i] = s[j][i] * (dp[j][i] - row_delta);
+            s[j][i] = masked && lane_row + 8 * h > position ? 0.0F : weight;
           }
         }
       }
       uint32_t a[4];
       RoundToOperand(a, s[0], s[1]);
       MultiplyAdd<D>(dv_sum, a, gradients, slice * 16);
+      float dp[2][4];
+      MultiplyTransposed<D, 16>(dp, v, gradients, slice * 16);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int row = slice * 16 + 8 * j + Lane() % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          dp[j][i] = s[j][i] * (dp[j][i] - ring.Delta(stage)[row + i % 2]);
+        }
+      }
       RoundToOperand(a, dp[0], dp[1]);
       MultiplyAdd<D>(dk_sum, a, queries, slice * 16);
     }
