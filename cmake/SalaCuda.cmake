@@ -16,6 +16,21 @@ function(sala_cuda_sources HOST DEVICE)
   set(${DEVICE} ${CU} PARENT_SCOPE)
 endfunction()
 
+# What passes between the program and the module: both carry the checksum of these headers and refuse another one.
+file(GLOB SALA_INTERFACE_HEADERS CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/kernels/*/*.h)
+list(FILTER SALA_INTERFACE_HEADERS EXCLUDE REGEX "/reference\\.h$")
+foreach(HEADER core/arena.h core/context.h core/cuda_module.h core/device.h core/dtype.h core/status.h core/tensor.h
+               kernels/cuda_kernels.h parallel/communicator.h parallel/device_communicator.h)
+  list(APPEND SALA_INTERFACE_HEADERS ${CMAKE_SOURCE_DIR}/${HEADER})
+endforeach()
+set(SALA_INTERFACE_TEXT "")
+foreach(HEADER ${SALA_INTERFACE_HEADERS})
+  file(SHA256 ${HEADER} CHECKSUM)
+  string(APPEND SALA_INTERFACE_TEXT ${CHECKSUM})
+endforeach()
+string(SHA256 SALA_CUDA_INTERFACE "${SALA_INTERFACE_TEXT}")
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${SALA_INTERFACE_HEADERS})
+
 # Headers alone are enough to compile the sources for the emulator.
 find_package(CUDAToolkit QUIET)
 find_path(SALA_NCCL_INCLUDE nccl.h HINTS ${CUDAToolkit_INCLUDE_DIRS})

@@ -5,6 +5,7 @@
 
 #include <climits>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <vector>
 
@@ -14,6 +15,7 @@ namespace sala {
 namespace {
 
 constexpr char kLibrary[] = "libsala_cuda.so";
+constexpr size_t kDigits = 12;  // of a checksum, in messages
 
 std::string ProgramFolder() {
   char path[PATH_MAX];
@@ -62,10 +64,11 @@ Loaded TryLoad() {
       return loaded;
     }
     const CudaModuleInterface* module = entry();
-    if (module->abi != CudaModuleAbi()) {
-      loaded.status = Problem(path + ": was built for another version of sala (interface " +
-                              std::to_string(module->abi) + ", this program's is " +
-                              std::to_string(CudaModuleAbi()) + "); build both together");
+    if (std::strcmp(module->interface, SALA_CUDA_INTERFACE) != 0) {
+      loaded.status =
+          Problem(path + ": was built with another version of sala (interface " +
+                  std::string(module->interface).substr(0, kDigits) + ", this program's is " +
+                  std::string(SALA_CUDA_INTERFACE).substr(0, kDigits) + "); build both together");
       return loaded;
     }
     loaded.module = module;

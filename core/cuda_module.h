@@ -16,23 +16,16 @@
 
 namespace sala {
 
-// Changes with every change of what passes between program and module.
-constexpr uint64_t kCudaModuleVersion = 2;
-
-// A program and a module of different builds must not meet: the version, and the sizes of what they
-// share.
-constexpr uint64_t CudaModuleAbi() {
-  return kCudaModuleVersion << 48 | uint64_t{sizeof(Context)} << 32 |
-         uint64_t{sizeof(BasicTensor<false>)} << 16 | uint64_t{sizeof(DeviceOptions)};
-}
-
 // What the module's only C entry point returns.
 struct CudaModuleInterface {
-  uint64_t abi = 0;
+  // SALA_CUDA_INTERFACE, a checksum of the headers both sides are compiled with (SalaCuda.cmake): a
+  // program and a module of different builds must not meet. The first field in every version.
+  const char* interface = nullptr;
   const char* build = nullptr;  // commit and architectures
   // Throws DeviceError.
   Device* (*open_device)(const DeviceOptions& options) = nullptr;
   int (*device_count)(std::string* why_none) = nullptr;
+  std::string (*libraries)() = nullptr;  // what it runs on: "cuBLASLt 13.0.2, NCCL 2.28.9"
   // Interfaces of rooms above core, by name; null where the module has none.
   const void* (*find)(const char* name) = nullptr;
 };

@@ -22,7 +22,6 @@
 #define SALA_CUDA_KERNELS(X) \
   X(AdamWStep)               \
   X(Add)                     \
-  X(AddRows)                 \
   X(AttentionBackward)       \
   X(AttentionForward)        \
   X(Cast)                    \
@@ -66,7 +65,7 @@ inline const CudaKernels& Cuda(const Context& ctx) {
 }
 
 namespace cuda {
-#define SALA_DECLARE(name) __attribute__((weak)) decltype(::sala::kernels::name) name;
+#define SALA_DECLARE(name) decltype(::sala::kernels::name) name;
 SALA_CUDA_KERNELS(SALA_DECLARE)
 #undef SALA_DECLARE
 

@@ -42,6 +42,7 @@ void AddCheckpointCommands(CommandLine& line);
 void AddExportCommand(CommandLine& line);
 void AddGenerateCommand(CommandLine& line);
 void AddBenchCommands(CommandLine& line);
+void AddDoctorCommand(CommandLine& line);
 
 // "sala: error: CODE: text" on stderr.
 void PrintError(const Status& status);

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/device.h"
 #include "launch/build_info.h"
 #include "launch/command.h"
 #include "parallel/communicator.h"
@@ -61,6 +62,7 @@ int Run(int argc, char** argv) {
   sala::launch::AddExportCommand(line);
   sala::launch::AddGenerateCommand(line);
   sala::launch::AddBenchCommands(line);
+  sala::launch::AddDoctorCommand(line);
   try {
     line.app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -68,7 +70,13 @@ int Run(int argc, char** argv) {
       return line.app.exit(error);  // --help, --version
     return UsageError(line, WhatIsWrong(line.app, error));
   }
-  const sala::Status status = line.action();
+  const sala::Status status = [&line]() -> sala::Status {
+    try {
+      return line.action();
+    } catch (const sala::DeviceError& error) {
+      return sala::MakeError(sala::ExitCode::kDevice, error.code(), error.what());
+    }
+  }();
   if (status.ok()) return 0;
   if (line.print_error) sala::launch::PrintError(status);
   return static_cast<int>(sala::ExitCodeOf(status));

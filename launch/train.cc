@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/device.h"
 #include "core/log.h"
 #include "launch/command.h"
 #include "parallel/communicator.h"
@@ -26,6 +27,7 @@ struct TrainOptions {
   std::vector<std::string> sets;
   std::string run;
   std::string resume;
+  std::string device;
   bool print_config = false;
   bool break_lock = false;
 };
@@ -34,6 +36,7 @@ StatusOr<recipes::PipelineConfig> Load(const TrainOptions& options) {
   std::vector<std::string> sets = options.sets;
   if (!options.run.empty()) sets.push_back("run.dir=" + options.run);
   if (!options.resume.empty()) sets.push_back("run.resume=" + options.resume);
+  if (!options.device.empty()) sets.push_back("run.device=" + options.device);
   SALA_ASSIGN_OR_RETURN(recipes::PipelineConfig config,
                         recipes::LoadPipeline(options.config, sets));
   config.run.break_lock = options.break_lock;
@@ -100,6 +103,8 @@ Status TrainAsRank(const TrainOptions& options, CommandLine& line) {
   Status status = OkStatus();
   try {
     status = TrainOn(*world, options);
+  } catch (const DeviceError& error) {
+    status = MakeError(ExitCode::kDevice, error.code(), error.what());
   } catch (const std::exception& error) {
     // Unwinding further would end in MPI_Finalize, which waits for ranks that are still training.
     status = MakeError(ExitCode::kInternal, "INTERNAL", std::string("exception: ") + error.what());
@@ -137,6 +142,7 @@ void AddTrainCommand(CommandLine& line) {
   command->add_option("--run", options->run, "run directory (run.dir)");
   command->add_option("--resume", options->resume,
                       "auto, never or a checkpoint directory (run.resume)");
+  command->add_option("--device", options->device, "cpu or cuda (run.device)");
   command->add_flag("--break-lock", options->break_lock,
                     "remove the run directory's lock: the run that held it is gone for certain");
   command->add_flag("--print-config", options->print_config, "print everything resolved and end");

@@ -91,6 +91,29 @@ Status ModelConfig::Resolve() {
   return OkStatus();
 }
 
+std::string ModelConfig::CudaProblem() const {
+  const auto found = [](const std::string& key, int64_t value, const std::string& expected) {
+    return "model." + key + " is " + std::to_string(value) + ", the GPU kernels need " + expected;
+  };
+  const auto head = [](int64_t d) { return d == 16 || d == 32 || d == 64 || d == 128; };
+  const std::string head_sizes = "16, 32, 64 or 128";
+  if (hidden_size % 8 != 0) return found("hidden_size", hidden_size, "a multiple of 8");
+  if (intermediate_size % 8 != 0)
+    return found("intermediate_size", intermediate_size, "a multiple of 8");
+  if (!head(head_dim)) return found("head_dim", head_dim, head_sizes);
+  if (has_lightning() && !head(lightning_head_dim))
+    return found("lightning_head_dim", lightning_head_dim, head_sizes);
+  const int64_t group = num_attention_heads / num_key_value_heads;
+  if (group > 16) {
+    return found(
+        "num_attention_heads", num_attention_heads,
+        "at most 16 per key/value head (there are " + std::to_string(num_key_value_heads) + ")");
+  }
+  if (sparse.block_size % 16 != 0)
+    return found("sparse_config.block_size", sparse.block_size, "a multiple of 16");
+  return "";
+}
+
 MixerType ModelConfig::mixer(int64_t layer) const {
   return mixer_types[static_cast<size_t>(layer)] == NameOf(MixerType::kLightning)
              ? MixerType::kLightning

@@ -71,6 +71,10 @@ struct ModelConfig {
   // (78).
   Status Resolve();
 
+  // "" when the GPU kernels can compute this model, otherwise one sentence: key, value found, value
+  // expected.
+  std::string CudaProblem() const;
+
   MixerType mixer(int64_t layer) const;
   bool has_lightning() const;
   double residual_scale() const;  // scale_depth / sqrt(layers)

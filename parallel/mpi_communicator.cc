@@ -19,6 +19,14 @@ std::string HostName() {
   return name;
 }
 
+std::string MpiLibraryVersion() {
+  char text[MPI_MAX_LIBRARY_VERSION_STRING] = {};
+  int length = 0;
+  MPI_Get_library_version(text, &length);
+  const std::string version(text);
+  return version.substr(0, version.find(','));
+}
+
 namespace {
 
 Status MpiError(const char* operation, int code) {

@@ -36,6 +36,9 @@ class MpiSession {
 // This machine's name, as it stands in messages.
 std::string HostName();
 
+// "Open MPI v4.1.4", without starting MPI.
+std::string MpiLibraryVersion();
+
 // True when this process was started by an MPI launcher (mpirun, srun): a lone process then needs
 // no MPI at all.
 bool LaunchedByMpi();

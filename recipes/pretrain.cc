@@ -103,7 +103,11 @@ Status RequireChatData(const data::SampleStream& stream) {
 
 }  // namespace
 
-Status CheckVocabulary(Session& session, const LoadedModel& loaded) {
+Status CheckModel(Session& session, const LoadedModel& loaded) {
+  if (const std::string problem = loaded.config.CudaProblem();
+      session.ctx().cuda() && !problem.empty()) {
+    return MakeError(ExitCode::kConfig, "CFG-MODEL", problem + "; use run.device: cpu");
+  }
   const std::string& expected = loaded.tokenizer_fingerprint;
   if (!expected.empty() && expected != session.tokenizer().fingerprint()) {
     return MakeError(ExitCode::kData, "TOK-MISMATCH",
@@ -175,7 +179,7 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
   const StageConfig& stage = *input.config;
   auto loaded = StartingModel(session, input);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), loaded.status()));
-  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), CheckVocabulary(session, *loaded)));
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), CheckModel(session, *loaded)));
 
   auto opened = data::SampleStream::Open(stage.data, stage.name, stage.batch.seq_len_tokens,
                                          session.tokenizer());

@@ -153,6 +153,15 @@ Status Session::UseMesh(const parallel::MeshConfig& config) {
   return OkStatus();
 }
 
+void Session::ReserveMemory(size_t arena_bytes, size_t scratch_bytes) {
+  if (device_ == nullptr) return;
+  // The old blocks go first, so that the new ones may lie where they were.
+  arena_->Reserve(0);
+  scratch_->Reserve(0);
+  arena_->Reserve(arena_bytes);
+  scratch_->Reserve(scratch_bytes);
+}
+
 void Session::WarnOnce(const Status& status) {
   if (status.ok() || warned_) return;
   warned_ = true;

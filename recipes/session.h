@@ -39,6 +39,9 @@ class Session {
   parallel::Mesh& mesh() { return *mesh_; }
   const Context& ctx() const { return ctx_; }
   Arena& arena() { return *arena_; }  // activations; ctx().scratch is another one
+  Arena& scratch() { return *scratch_; }
+  // Fresh arenas of one block each, while nothing is in use. On a CPU this does nothing.
+  void ReserveMemory(size_t arena_bytes, size_t scratch_bytes);
   const data::Tokenizer& tokenizer() const { return *tokenizer_; }
   const PipelineConfig& config() const { return config_; }
 

@@ -41,7 +41,7 @@ StatusOr<StageSummary> RunHaloStage(Session& session, const StageInput& input);
 
 // TOK-VOCAB, TOK-MISMATCH (65): the tokenizer must be the one the weights were trained with, and
 // every id must have a row in the embedding.
-Status CheckVocabulary(Session& session, const LoadedModel& loaded);
+Status CheckModel(Session& session, const LoadedModel& loaded);
 
 // The row of a phase that is the whole stage: held-out losses where they were measured, training
 // losses otherwise.

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "core/clock.h"
+#include "core/cuda_module.h"
 #include "core/hash.h"
 #include "core/log.h"
 #include "core/progress.h"
@@ -129,6 +130,8 @@ class StepLoop {
 
  private:
   Status Start(const Checkpoint* resume, const Checkpoint* carry);
+  Status PlanMemory();
+  void ReportMemory() const;
   StatusOr<StepData> LoadStep();
   Status Step();
   StatusOr<Values> RunMicroBatches(const StepData& data, double* loss);
@@ -151,6 +154,8 @@ class StepLoop {
   Optimizer optimizer_;
   ProgressDisplay display_;
   Progress progress_;
+  size_t planned_arena_ = 0;  // bytes, on a GPU
+  size_t planned_scratch_ = 0;
   Request request_ = Request::kNone;
 };
 
@@ -179,6 +184,67 @@ Status StepLoop::Start(const Checkpoint* resume, const Checkpoint* carry) {
                    << DescribeSchedule(config_.schedule, config_.batch.steps);
   }
   return OkStatus();
+}
+
+// Documents of `tokens` tokens each.
+model::Batch FullDocuments(int64_t tokens, int64_t documents) {
+  model::Batch batch;
+  batch.cu_seqlens.push_back(0);
+  for (int64_t d = 0; d < documents; ++d) {
+    for (int64_t i = 0; i < tokens; ++i) {
+      batch.tokens.push_back(0);
+      batch.labels.push_back(i + 1 < tokens ? 0 : -1);
+      batch.positions.push_back(static_cast<int32_t>(i));
+    }
+    batch.cu_seqlens.push_back(static_cast<int32_t>((d + 1) * tokens));
+  }
+  return batch;
+}
+
+// On a GPU: measures on a device without memory what a micro-batch of the longest documents needs,
+// and lays the arenas out as one block of that size each. The same code runs as in training, so
+// plan and use agree; batches of other documents may need a little more, which the arenas add.
+Status StepLoop::PlanMemory() {
+  const Context& ctx = session_.ctx();
+  if (!ctx.cuda()) return OkStatus();
+  DeviceOptions options = ctx.gpu->options();
+  options.dry = true;
+  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<Device> dry, OpenCudaDevice(options));
+  Arena arena(size_t{64} << 20, dry.get());
+  Arena scratch(size_t{64} << 20, dry.get());
+  Context plan = ctx;
+  plan.gpu = dry.get();
+  plan.scratch = &scratch;
+  const model::Batch batch =
+      FullDocuments(config_.batch.seq_len_tokens, config_.batch.micro_batch_sequences);
+  std::vector<double> sums(task_.SumNames().size(), 0.0);
+  SALA_RETURN_IF_ERROR(task_.MicroBatch(
+      plan, arena, batch, {.targets = batch.targets(), .tokens = batch.size()}, gradients_, sums));
+  planned_arena_ = arena.peak_bytes();
+  planned_scratch_ = scratch.peak_bytes();
+  session_.ReserveMemory(0, 0);
+  const size_t free = ctx.gpu->free_bytes();
+  if (planned_arena_ + planned_scratch_ > free) {
+    return MakeError(ExitCode::kDevice, "CUDA-MEMORY",
+                     "a micro-batch of " + std::to_string(config_.batch.micro_batch_sequences) +
+                         " x " + std::to_string(config_.batch.seq_len_tokens) + " tokens needs " +
+                         std::to_string((planned_arena_ + planned_scratch_) >> 20) +
+                         " MiB of activations and work space, the device has " +
+                         std::to_string(free >> 20) +
+                         " MiB free beside parameters and optimizer; use a smaller "
+                         "micro_batch_sequences, recompute: true, or more ranks");
+  }
+  session_.ReserveMemory(planned_arena_, planned_scratch_);
+  return OkStatus();
+}
+
+void StepLoop::ReportMemory() const {
+  if (!session_.is_root() || !session_.ctx().cuda()) return;
+  SALA_LOG(Info) << config_.position.stage << "/" << config_.position.phase
+                 << ": device memory: activations " << (session_.arena().peak_bytes() >> 10)
+                 << " KiB (planned " << (planned_arena_ >> 10) << "), work space "
+                 << (session_.scratch().peak_bytes() >> 10) << " KiB (planned "
+                 << (planned_scratch_ >> 10) << ")";
 }
 
 StatusOr<StepData> StepLoop::LoadStep() {
@@ -374,6 +440,7 @@ Status StepLoop::Save(bool final_step) {
 
 StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoint* carry) {
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), Start(resume, carry)));
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), PlanMemory()));
   const int64_t steps = config_.batch.steps;
   if (progress_.step == 0) {
     SALA_ASSIGN_OR_RETURN(progress_.validation_before, Validate());
@@ -399,6 +466,7 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
     if (request_ == Request::kStop && !last) return Stopped(session_, config_.position.stage);
   }
   display_.Finish();
+  ReportMemory();
   SALA_RETURN_IF_ERROR(optimizer_.ReadAll(session_.ctx()));
   return progress_.Summary();
 }

@@ -15,6 +15,7 @@ namespace {
 using namespace tile;  // NOLINT(google-build-using-namespace)
 
 constexpr int kStepRows = 64;
+constexpr int kMostStages = 3;  // with D = 128 they fill the 99 KiB of the smaller devices
 
 // A row of a step: token in the document, -1 past the end of the piece; head in the group.
 struct RowName {
@@ -53,10 +54,13 @@ class RowRing {
                                        const Problem& p, const Input& dout, const float* lse,
                                        int64_t lse_stride, const float* delta) {
     constexpr int kChunks = D / 8;
-    const int thread = static_cast<int>(threadIdx.x);
-    for (int i = thread; i < kStepRows * kChunks; i += kThreads) {
-      const int row = i / kChunks;
-      const int column = i % kChunks * 8;
+    constexpr int kCount = kStepRows * kChunks;
+#pragma unroll
+    for (int start = 0; start < kCount; start += kThreads) {
+      const unsigned i = start + threadIdx.x;
+      if (kCount % kThreads != 0 && i >= kCount) break;
+      const int row = static_cast<int>(i / kChunks);
+      const int column = static_cast<int>(i % kChunks * 8);
       const RowName name = names[row];
       const int bytes = name.token < 0 ? 0 : 16;
       const int64_t token = tile.document + (name.token < 0 ? 0 : name.token);
@@ -67,14 +71,14 @@ class RowRing {
       ptx::CpAsync16(Gradients(stage) + Place<D>(row, column),
                      dout.data + token * dout.stride + channel, bytes);
     }
-    if (thread < 2 * kStepRows) {
-      const RowName name = names[thread % kStepRows];
+    if (threadIdx.x < 2 * kStepRows) {
+      const RowName name = names[threadIdx.x % kStepRows];
       const int bytes = name.token < 0 ? 0 : 4;
       const int64_t token = tile.document + (name.token < 0 ? 0 : name.token);
       const int head = tile.head * p.group + name.head;
-      const float* from =
-          thread < kStepRows ? lse + token * lse_stride + head : delta + token * p.heads + head;
-      ptx::CpAsync4(statistics_ + stage * 2 * kStepRows + thread, from, bytes);
+      const float* from = threadIdx.x < kStepRows ? lse + token * lse_stride + head
+                                                  : delta + token * p.heads + head;
+      ptx::CpAsync4(statistics_ + stage * 2 * kStepRows + threadIdx.x, from, bytes);
     }
   }
 
@@ -91,10 +95,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kKeyGroups = kKeys / kRows;
   constexpr int kRowGroups = kWarps / kKeyGroups;
   SharedMemory shared;
-  auto* memory = shared.Take<Bf16>(stages * RowRing<D>::kStage);
-  auto* statistics = shared.Take<float>(int64_t{stages} * 2 * kStepRows);
+  // The ring last: the addresses of the others are then known when this is compiled.
+  auto* statistics = shared.Take<float>(kMostStages * 2 * kStepRows);
   auto* names = shared.Take<RowName>(2 * kStepRows);  // of two steps, by turns
   auto* shared_tile = shared.Take<KeyTile>(1);
+  auto* memory = shared.Take<Bf16>(stages * RowRing<D>::kStage);
 
   const int parts = work.block_size / kKeys;
   const int index = static_cast<int>(blockIdx.x) / parts;
@@ -103,12 +108,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   const KeyTile& tile = *shared_tile;
   const int part_key = static_cast<int>(blockIdx.x) % parts * kKeys;  // in the block
-  const int key = tile.key + part_key;
-  if (key >= tile.n) return;
+  if (tile.key + part_key >= tile.n) return;
   const int thread = static_cast<int>(threadIdx.x);
   const int key_group = WarpIndex() % kKeyGroups;
   const int row_group = WarpIndex() / kKeyGroups;
-  const int lane_key = key + key_group * kRows + Lane() / 4;  // and + 8
+  const int lane_row = part_key + key_group * kRows + Lane() / 4;  // in the block; and + 8
 
   uint32_t k[D / 16][4];
   uint32_t v[D / 16][4];
@@ -117,8 +121,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Bf16* v_rows[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t token = tile.document + lane_key + 8 * h;
-      const bool inside = lane_key + 8 * h < tile.n;
+      const int key = tile.key + lane_row + 8 * h;
+      const int64_t token = tile.document + key;
+      const bool inside = key < tile.n;
       const int64_t channel = int64_t{tile.head} * D;
       k_rows[h] = inside ? p.k.data + token * p.k.stride + channel : nullptr;
       v_rows[h] = inside ? p.v.data + token * p.v.stride + channel : nullptr;
@@ -135,27 +140,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   RowRing<D> ring(memory, statistics);
-  const float scale_log2 = p.scale * kLog2E;
   const int rows = (tile.last - tile.first) * p.group;  // at most 8,192 tokens or 32,768 rows
-  const int steps = (rows + kStepRows - 1) / kStepRows;
-  for (int step = 0; step < stages; ++step) {
-    if (thread < kStepRows) {
-      const int row = step * kStepRows + thread;
-      names[step % 2 * kStepRows + thread] = {TokenOfRow(tile, p.group, work.lists, row, rows),
-                                              row % p.group};
-    }
-    __syncthreads();
-    if (step < stages - 1) {
-      ring.Copy(step, names + step % 2 * kStepRows, tile, p, dout, lse, lse_stride, delta);
-      ptx::CpAsyncCommit();
-    }
+  if (thread < kStepRows) {
+    names[thread] = {TokenOfRow(tile, p.group, work.lists, thread, rows), thread % p.group};
   }
-  int stage = 0;
-  for (int step = 0; step < steps; ++step) {
-    WaitForOldest(stages);
+  // Steps below zero only fill the ring.
+  int stage = 1;
+  for (int step = 1 - stages; step * kStepRows < rows; ++step) {
+    if (step >= 0) WaitForOldest(stages);
     __syncthreads();  // the step's rows and the next names are there
     const int next = step + stages - 1;
-    if (next < steps) {
+    if (next * kStepRows < rows) {
       ring.Copy(stage == 0 ? stages - 1 : stage - 1, names + next % 2 * kStepRows, tile, p, dout,
                 lse, lse_stride, delta);
     }
@@ -169,39 +164,45 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
     for (int slice = row_group; slice < kStepRows / 16; slice += kRowGroups) {
       const int first_row = step * kStepRows + slice * 16;
-      if (first_row >= rows) break;
+      if (step < 0 || first_row >= rows) break;
+      // Weights and their product come first: the products of the other half need their registers.
       float s[2][4];
-      float dp[2][4];
       MultiplyTransposed<D, 16>(s, k, queries, slice * 16);
-      MultiplyTransposed<D, 16>(dp, v, gradients, slice * 16);
       // Tokens of the list come after the block; those of the run rise, so the first decides.
       const int first_index = tile.first + first_row / p.group;
-      const bool masked = first_index < tile.run && tile.key + first_index < key + kKeys - 1;
+      const bool masked = first_index < tile.run && first_index < part_key + kKeys - 1;
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int row = slice * 16 + 8 * j + Lane() % 4 * 2;
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const float row_lse = ring.Lse(stage)[row + c] * kLog2E;
-          const float row_delta = ring.Delta(stage)[row + c];
-          int position = std::numeric_limits<int>::max();
+          int position = std::numeric_limits<int>::max();  // from the start of the block
           if (masked) {
             const int token_index = tile.first + (step * kStepRows + row + c) / p.group;
-            if (token_index < tile.run) position = tile.key + token_index;
+            if (token_index < tile.run) position = token_index;
           }
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const int i = 2 * h + c;
-            const float weight = ptx::Exp2(fmaf(s[j][i], scale_log2, -row_lse));
-            const bool hidden = masked && lane_key + 8 * h > position;
-            s[j][i] = hidden ? 0.0F : weight;
-            dp[j][i] = s[j][i] * (dp[j][i] - row_delta);
+            const float weight = ptx::Exp2(fmaf(s[j][i], p.scale_log2, -row_lse));
+            s[j][i] = masked && lane_row + 8 * h > position ? 0.0F : weight;
           }
         }
       }
       uint32_t a[4];
       RoundToOperand(a, s[0], s[1]);
       MultiplyAdd<D>(dv_sum, a, gradients, slice * 16);
+      float dp[2][4];
+      MultiplyTransposed<D, 16>(dp, v, gradients, slice * 16);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int row = slice * 16 + 8 * j + Lane() % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          dp[j][i] = s[j][i] * (dp[j][i] - ring.Delta(stage)[row + i % 2]);
+        }
+      }
       RoundToOperand(a, dp[0], dp[1]);
       MultiplyAdd<D>(dk_sum, a, queries, slice * 16);
     }
@@ -242,9 +243,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (row_group != 0) return;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int64_t token = tile.document + lane_key + 8 * h;
+    const int key = tile.key + lane_row + 8 * h;
+    if (key >= tile.n) continue;
+    const int64_t token = tile.document + key;
     const int64_t channel = Lane() % 4 * 2;
-    if (lane_key + 8 * h >= tile.n) continue;
     if (tile.slot < 0) {
       Bf16* dk_row = dk.data + token * dk.stride + int64_t{tile.head} * D + channel;
       Bf16* dv_row = dv.data + token * dv.stride + int64_t{tile.head} * D + channel;
@@ -254,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         StorePair(dv_row + 8 * j, dv_sum[j][2 * h], dv_sum[j][2 * h + 1]);
       }
     } else {
-      const int64_t row = lane_key + 8 * h - tile.key;
+      const int64_t row = lane_row + 8 * h;
       const int64_t half = int64_t{work.block_size} * D;
       float* dk_row = slots + tile.slot * 2 * half + row * D + channel;
 #pragma unroll
@@ -304,15 +306,13 @@ void tile::LaunchKeyGradient(const Context& ctx, const Op& op, const Problem& pr
     constexpr int D = decltype(size)::value;
     constexpr int kKeys = decltype(keys)::value;
     constexpr int64_t kStage = RowRing<D>::kStage;
-    constexpr size_t kOtherBytes = SharedBytes<RowName>(2 * kStepRows) + SharedBytes<KeyTile>(1);
-    const auto bytes = [](int stages) {
-      return SharedBytes<Bf16>(stages * kStage) + SharedBytes<float>(stages * 2 * kStepRows);
-    };
-    const int stages = RingStages(op, bytes(1), kOtherBytes);
+    constexpr size_t kOtherBytes = SharedBytes<float>(kMostStages * 2 * kStepRows) +
+                                   SharedBytes<RowName>(2 * kStepRows) + SharedBytes<KeyTile>(1);
+    const int stages = RingStages(op, SharedBytes<Bf16>(kStage), kOtherBytes, kMostStages);
     op.Launch(KeyGradientKernel<D, kKeys>, dim3(Blocks(work.most_tiles * work.block_size / kKeys)),
-              dim3(kThreads), bytes(stages) + kOtherBytes, problem, InputOf(op, dout),
-              op.Data<float>(lse), lse.stride(0), delta, work, OutputOf(op, dk), OutputOf(op, dv),
-              slots, stages);
+              dim3(kThreads), SharedBytes<Bf16>(stages * kStage) + kOtherBytes, problem,
+              InputOf(op, dout), op.Data<float>(lse), lse.stride(0), delta, work, OutputOf(op, dk),
+              OutputOf(op, dv), slots, stages);
   };
   ForHeadSize(d, [&](auto size) {
     if (work.block_size % 64 == 0) {

@@ -49,6 +49,7 @@ struct Problem {
   int kv_heads = 1;
   int group = 1;  // heads / kv_heads
   float scale = 1.0F;
+  float scale_log2 = kLog2E;  // scale * log2(e)
 };
 
 // ---- Host: checks, sizes, the switch over head sizes ----
@@ -84,7 +85,8 @@ inline Problem ProblemOf(const Op& op, const ConstTensor& q, const ConstTensor& 
           static_cast<int>(heads),
           static_cast<int>(kv_heads),
           static_cast<int>(heads / kv_heads),
-          scale};
+          scale,
+          scale * kLog2E};
 }
 
 inline void CheckStatistics(const ConstTensor& x, int64_t tokens, int64_t heads) {
@@ -103,18 +105,18 @@ void ForHeadSize(int64_t d, const Body& body) {
 
 // Stages of a ring of `stage_bytes` each beside `other_bytes`: two at least, more hide more of the
 // memory's latency, beyond four nothing is left to hide.
-inline int RingStages(const Op& op, size_t stage_bytes, size_t other_bytes) {
+inline int RingStages(const Op& op, size_t stage_bytes, size_t other_bytes, size_t most = 4) {
   const size_t limit = op.device().info().shared_bytes_per_block;
   SALA_CHECK(other_bytes + 2 * stage_bytes <= limit)
       << "found " << limit << " bytes of shared memory per block, expected "
       << other_bytes + 2 * stage_bytes;
-  return static_cast<int>(std::min<size_t>(4, (limit - other_bytes) / stage_bytes));
+  return static_cast<int>(std::min(most, (limit - other_bytes) / stage_bytes));
 }
 
 // ---- Device ----
 
-__device__ __forceinline__ int Lane() { return static_cast<int>(threadIdx.x) % kWarp; }
-__device__ __forceinline__ int WarpIndex() { return static_cast<int>(threadIdx.x) / kWarp; }
+__device__ __forceinline__ int Lane() { return static_cast<int>(threadIdx.x % kWarp); }
+__device__ __forceinline__ int WarpIndex() { return static_cast<int>(threadIdx.x / kWarp); }
 
 // Where eight elements of a tile of rows of D lie, `column` a multiple of 8. Chunks are exchanged
 // (XOR) so that the eight rows of an ldmatrix lie in different banks: rows shorter than 128 bytes
@@ -257,9 +259,13 @@ class KeyRing {
   __device__ __forceinline__ void Copy(int stage, int key) {
     Bf16* keys = memory_ + stage * kStage;
     constexpr int kChunks = D / 8;
-    for (int i = static_cast<int>(threadIdx.x); i < kKeys * kChunks; i += kThreads) {
-      const int row = i / kChunks;
-      const int column = i % kChunks * 8;
+    constexpr int kCount = kKeys * kChunks;
+#pragma unroll
+    for (int start = 0; start < kCount; start += kThreads) {
+      const unsigned i = start + threadIdx.x;
+      if (kCount % kThreads != 0 && i >= kCount) break;
+      const int row = static_cast<int>(i / kChunks);
+      const int column = static_cast<int>(i % kChunks * 8);
       const bool inside = key + row < n_;
       const int64_t from = inside ? key + row : 0;
       Bf16* to = keys + Place<D>(row, column);
@@ -320,7 +326,6 @@ __device__ __forceinline__ void AttendRows(const Problem& p, const QueryRows& ro
                                            int64_t lse_stride) {
   uint32_t q[D / 16][4];
   LoadRows<D>(q, p.q, rows);
-  const float scale_log2 = p.scale * kLog2E;
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   float o[D / 8][4];
 #pragma unroll
@@ -353,14 +358,14 @@ __device__ __forceinline__ void AttendRows(const Problem& p, const QueryRows& ro
       for (int j = 0; j < kKeys / 8; ++j) now = fmaxf(now, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
       now = fmaxf(now, __shfl_xor_sync(kFullMask, now, 1));
       now = fmaxf(now, __shfl_xor_sync(kFullMask, now, 2));
-      const float base = now == -kInfinity ? 0.0F : now * scale_log2;
-      const float rescale = ptx::Exp2(top[h] * scale_log2 - base);
+      const float base = now == -kInfinity ? 0.0F : now * p.scale_log2;
+      const float rescale = ptx::Exp2(top[h] * p.scale_log2 - base);
       float added = 0.0F;
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
         for (int i = 2 * h; i < 2 * h + 2; ++i) {
-          s[j][i] = ptx::Exp2(fmaf(s[j][i], scale_log2, -base));
+          s[j][i] = ptx::Exp2(fmaf(s[j][i], p.scale_log2, -base));
           added += s[j][i];
         }
       }
@@ -406,7 +411,6 @@ __device__ __forceinline__ void QueryGradientRows(const Problem& p, const Input&
   uint32_t grad[D / 16][4];
   LoadRows<D>(q, p.q, rows);
   LoadRows<D>(grad, dout, rows);
-  const float scale_log2 = p.scale * kLog2E;
   float lse_log2[2] = {0.0F, 0.0F};
   float row_delta[2] = {0.0F, 0.0F};
 #pragma unroll
@@ -438,7 +442,7 @@ __device__ __forceinline__ void QueryGradientRows(const Problem& p, const Input&
         for (int i = 0; i < 4; ++i) {
           const int h = i / 2;
           const int column = key + first + 8 * j + Lane() % 4 * 2 + i % 2;
-          const float weight = ptx::Exp2(fmaf(s[j][i], scale_log2, -lse_log2[h]));
+          const float weight = ptx::Exp2(fmaf(s[j][i], p.scale_log2, -lse_log2[h]));
           const bool hidden = masked && column > rows.position[h];
           s[j][i] = hidden ? 0.0F : weight * (dp[j][i] - row_delta[h]);
         }

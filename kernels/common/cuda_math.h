@@ -9,35 +9,51 @@ namespace sala::kernels {
 constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffU;
 
-// Eight values in one 16-byte access. The address must be a multiple of 16 bytes.
-struct alignas(16) Bf16x8 {
-  __nv_bfloat162 pair[4];
+// Two floats as the bits of a bfloat162, low half first: an operand register of mma.
+__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+
+// Eight bfloat16 values, moved by one 16-byte access: from an array of __nv_bfloat162 the compiler
+// makes four or eight narrower ones, so they are kept as words. Addresses are multiples of 16
+// bytes.
+struct Bf16x8 {
+  uint4 words;
 };
 
+__device__ __forceinline__ Bf16x8 LoadPack(const Bf16* from) {
+  return {*reinterpret_cast<const uint4*>(from)};
+}
+
+// __stcg, because a plain assignment is split in four stores where the words are computed one by
+// one.
+__device__ __forceinline__ void StorePack(Bf16* to, const Bf16x8& x) {
+  __stcg(reinterpret_cast<uint4*>(to), x.words);
+}
+
 __device__ __forceinline__ void Unpack(const Bf16x8& x, float (&values)[8]) {
+  const uint32_t words[4] = {x.words.x, x.words.y, x.words.z, x.words.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 two = __bfloat1622float2(x.pair[i]);
-    values[2 * i] = two.x;
-    values[2 * i + 1] = two.y;
+    values[2 * i] = __uint_as_float(words[i] << 16);
+    values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000U);
   }
 }
 
 __device__ __forceinline__ Bf16x8 Pack(const float (&values)[8]) {
-  Bf16x8 x;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x.pair[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-  }
-  return x;
+  return {make_uint4(PackBf16(values[0], values[1]), PackBf16(values[2], values[3]),
+                     PackBf16(values[4], values[5]), PackBf16(values[6], values[7]))};
 }
 
 __device__ __forceinline__ void Load8(const Bf16* from, float (&values)[8]) {
-  Unpack(*reinterpret_cast<const Bf16x8*>(from), values);
+  Unpack(LoadPack(from), values);
 }
 
 __device__ __forceinline__ void Store8(Bf16* to, const float (&values)[8]) {
-  *reinterpret_cast<Bf16x8*>(to) = Pack(values);
+  StorePack(to, Pack(values));
 }
 
 // Eight floats, in two accesses. The address must be a multiple of 16 bytes.
@@ -64,14 +80,6 @@ __device__ __forceinline__ void Store8(float* to, const float (&values)[8]) {
 // Programming Guide, mathematical functions): below 2^-16 relative wherever the result is normal, a
 // hundredth of a rounding to bfloat16.
 __device__ __forceinline__ float FastSigmoid(float x) { return 1.0F / (1.0F + __expf(-x)); }
-
-// Two floats as the bits of a bfloat162, low half first: an operand register of mma.
-__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof(bits));
-  return bits;
-}
 
 // The sum over the lanes of a warp, on every lane; the order is that of the butterfly.
 __device__ __forceinline__ float WarpSum(float value) {

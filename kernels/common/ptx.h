@@ -92,6 +92,13 @@ __device__ __forceinline__ void CpAsyncWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kKeep) : "memory");
 }
 
+// x, but the compiler does not know it: what is computed from the result is computed there, not
+// ahead of a loop and kept in a register.
+__device__ __forceinline__ int Opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Base-2 exponential and logarithm and the reciprocal in one instruction: about 2 units in the last
 // place (log2 near 1: 2^-22 absolute), subnormal numbers are zero.
 __device__ __forceinline__ float Exp2(float x) {

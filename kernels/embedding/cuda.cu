@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) BackwardKernel(Backward b) {
       for (int k = 0; k < 4; ++k) {
         const int64_t row = __shfl_sync(kFullMask, position, (first + k) % kWarp);
         if (inside && first + k < run) {
-          rows[k] = *reinterpret_cast<const Bf16x8*>(dout + row * b.dout_stride);
+          rows[k] = LoadPack(dout + row * b.dout_stride);
         }
       }
 #pragma unroll

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/attention/block_attention.h"
+#include "kernels/cuda_kernels.h"
 #include "kernels/gemm/serial.h"
 #include "kernels/lightning/chunk_math.h"
 #include "kernels/lightning/lightning.h"
@@ -299,6 +300,10 @@ void LightningForward(const Context& ctx, const ConstTensor& q, const ConstTenso
                       const ConstTensor& v, std::span<const int32_t> cu_seqlens,
                       std::span<const float> slopes, float scale, const ConstTensor& state_in,
                       const Tensor& out, const Tensor& state_out) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).LightningForward(ctx, q, k, v, cu_seqlens, slopes, scale, state_in, out,
+                                      state_out);
+  }
   const HeadLoop loop(ctx, q, cu_seqlens, slopes, scale, {q, k, v, out}, {state_in, state_out});
   const std::vector<Chunk> chunks = CutInChunks(cu_seqlens, !state_in.empty());
   loop.Run([&](const HeadChunks& head, int64_t h) {
@@ -324,6 +329,10 @@ void LightningBackward(const Context& ctx, const ConstTensor& q, const ConstTens
                        float scale, const ConstTensor& state_in, const ConstTensor& dstate_out,
                        const Tensor& dq, const Tensor& dk, const Tensor& dv,
                        const Tensor& dstate_in) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).LightningBackward(ctx, q, k, v, dout, cu_seqlens, slopes, scale, state_in,
+                                       dstate_out, dq, dk, dv, dstate_in);
+  }
   const HeadLoop loop(ctx, q, cu_seqlens, slopes, scale, {q, k, v, dout, dq, dk, dv},
                       {state_in, dstate_out, dstate_in});
   const std::vector<Chunk> chunks =

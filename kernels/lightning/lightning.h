@@ -2,6 +2,17 @@
 //   S_h[t] = lambda_h S_h[t-1] + k_h[t] v_h[t]^T        o_h[t] = scale S_h[t]^T q_h[t]        S = 0
 //   at a document's start
 // Chunked form with only non-negative powers of lambda (never lambda^-j); state in float32.
+//
+// Chunks lie on one grid over all tokens, so a document's bits may depend on its offset and on the
+// number of tokens, but never on the values of other documents. One call, and two calls that carry
+// the state over, agree to rounding.
+//
+// On a GPU the activations q, k, v, out and their gradients read bf16 below (states stay f32), D is
+// 16, 32, 64 or 128, token strides are multiples of 8, slopes are not negative, no output may be
+// the memory of an input but for state_out = state_in and dstate_in = dstate_out, and products of
+// more than two factors round one of them to bf16 on the way: a score, a decayed v (k, q, dO), a
+// state. Work space there: 2 bytes a token, a state per head and segment (256 to 4096 tokens each),
+// twice that backward. Results are the same to the bit in every run and on every card.
 #pragma once
 
 #include <cstdint>

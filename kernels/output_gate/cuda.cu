@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kRowThreads) NormForwardKernel(Forward f) {
     if (column >= f.width) continue;
     Load8(f.o + row * f.o_stride + column, o[p]);
     if (f.z != nullptr) {
-      z_pack[p] = *reinterpret_cast<const Bf16x8*>(f.z + row * f.z_stride + column);
+      z_pack[p] = LoadPack(f.z + row * f.z_stride + column);
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) square += o[p][j] * o[p][j];
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kRowThreads) NormBackwardKernel(Backward b) {
       if (column >= b.width) continue;
       float o[8], weight[8];
       Load8(b.dy + row * b.dy_stride + column, dn[p]);
-      o_pack[p] = *reinterpret_cast<const Bf16x8*>(b.o + row * b.o_stride + column);
+      o_pack[p] = LoadPack(b.o + row * b.o_stride + column);
       Unpack(o_pack[p], o);
       Load8(b.weight + column, weight);
       if (b.z != nullptr) {

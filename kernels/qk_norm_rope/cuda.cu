@@ -3,7 +3,7 @@
 // A head of D channels belongs to D / 16 neighbouring lanes. Lane i of them holds the channels
 // [8 i, 8 i + 8) of the first half and those of the second half that they are rotated with, so the
 // rotation needs no other lane and the norm's sum is a butterfly over the head's lanes. A warp
-// works on one token, 512 / D heads at a time, and keeps that token's cosines and sines in
+// works on one token, 512 / D heads at a time; the forward pass keeps its cosines and sines in
 // registers.
 //
 // Backward, with dn the gradient turned back:
@@ -25,6 +25,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kForwardSteps = 4;   // times 512 / D heads: what a warp of the forward pass takes
 constexpr int kBackwardSteps = 2;  // whose loads are under way together
 constexpr int64_t kMostPieces = 1024;
+constexpr int64_t kMostHeads = 1 << 20;  // 32-bit indices of heads are safe
 
 // angle = float32(position) * float32 frequency, rounded to float32; its cosine and sine are worked
 // out in float64, which also reduces large angles exactly.
@@ -51,7 +52,8 @@ struct ConstHeads {
 };
 
 struct Shape {
-  int64_t tokens, heads;
+  int64_t tokens;
+  int heads;  // at most kMostHeads
   int half;   // D / 2
   int lanes;  // D / 16
 };
@@ -72,7 +74,7 @@ struct PackedChannels {
 };
 
 __device__ __forceinline__ PackedChannels LoadChannels(const Bf16* from, int half) {
-  return {*reinterpret_cast<const Bf16x8*>(from), *reinterpret_cast<const Bf16x8*>(from + half)};
+  return {LoadPack(from), LoadPack(from + half)};
 }
 __device__ __forceinline__ void UnpackChannels(const PackedChannels& packed, Channels& x) {
   Unpack(packed.first, x.first);
@@ -123,12 +125,13 @@ __global__ void __launch_bounds__(kThreads)
   if (token >= shape.tokens) return;
   const int channel = lane % shape.lanes * 8;
   const int together = kWarp / shape.lanes;  // heads of one step
-  const int64_t first_head = int64_t{blockIdx.y} * (kForwardSteps * together) + lane / shape.lanes;
+  const int first_head =
+      static_cast<int>(blockIdx.y) * kForwardSteps * together + lane / shape.lanes;
 
   PackedChannels packed[kForwardSteps] = {};
 #pragma unroll
   for (int step = 0; step < kForwardSteps; ++step) {
-    const int64_t head = first_head + step * together;
+    const int head = first_head + step * together;
     if (head < shape.heads) {
       packed[step] = LoadChannels(x.data + token * x.token_stride + head * x.head_stride + channel,
                                   shape.half);
@@ -140,7 +143,7 @@ __global__ void __launch_bounds__(kThreads)
   if (tables.cos != nullptr) rotation = LoadRotation(tables, token, channel);
 #pragma unroll
   for (int step = 0; step < kForwardSteps; ++step) {
-    const int64_t head = first_head + step * together;
+    const int head = first_head + step * together;
     Channels v;
     UnpackChannels(packed[step], v);
     if (weight != nullptr) {
@@ -185,14 +188,12 @@ __global__ void __launch_bounds__(kThreads, 2) BackwardKernel(Backward b) {
   Channels sums = {};
   for (int64_t token = int64_t{blockIdx.x} * kWarps + warp; token < b.shape.tokens;
        token += int64_t{gridDim.x} * kWarps) {
-    Rotation rotation;
-    if (b.tables.cos != nullptr) rotation = LoadRotation(b.tables, token, channel);
-    for (int64_t first = 0; first < b.shape.heads; first += kBackwardSteps * together) {
+    for (int first = 0; first < b.shape.heads; first += kBackwardSteps * together) {
       PackedChannels dy_pack[kBackwardSteps] = {}, x_pack[kBackwardSteps] = {};
       float rstd[kBackwardSteps] = {};
 #pragma unroll
       for (int step = 0; step < kBackwardSteps; ++step) {
-        const int64_t head = first + step * together + lane / b.shape.lanes;
+        const int head = first + step * together + lane / b.shape.lanes;
         if (head >= b.shape.heads) continue;
         dy_pack[step] =
             LoadChannels(b.dy.data + token * b.dy.token_stride + head * b.dy.head_stride + channel,
@@ -204,10 +205,12 @@ __global__ void __launch_bounds__(kThreads, 2) BackwardKernel(Backward b) {
       }
 #pragma unroll
       for (int step = 0; step < kBackwardSteps; ++step) {
-        const int64_t head = first + step * together + lane / b.shape.lanes;
+        const int head = first + step * together + lane / b.shape.lanes;
         Channels dn;
         UnpackChannels(dy_pack[step], dn);
-        if (b.tables.cos != nullptr) Rotate<true>(rotation, dn);
+        // Read again for each head, from the L1 cache: the registers do not hold them beside the
+        // sums.
+        if (b.tables.cos != nullptr) Rotate<true>(LoadRotation(b.tables, token, channel), dn);
         if (b.weight != nullptr) {
           Channels x, w;
           UnpackChannels(x_pack[step], x);
@@ -273,6 +276,7 @@ Shape Check(const ConstTensor& x, const ConstTensor& weight, const ConstTensor& 
   const int64_t d = x.dim(2);
   SALA_CHECK(d == 16 || d == 32 || d == 64 || d == 128)
       << "head dimension " << d << ", expected 16, 32, 64 or 128 on a GPU";
+  SALA_CHECK(heads <= kMostHeads) << heads << " heads, at most " << kMostHeads;
   CheckHeads(x, tokens, heads, d);
   if (!weight.empty()) {
     CheckPackedVector(weight, d);
@@ -288,7 +292,7 @@ Shape Check(const ConstTensor& x, const ConstTensor& weight, const ConstTensor& 
     }
   }
   return {.tokens = tokens,
-          .heads = heads,
+          .heads = static_cast<int>(heads),
           .half = static_cast<int>(d / 2),
           .lanes = static_cast<int>(d / 16)};
 }

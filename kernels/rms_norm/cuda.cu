@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kRowThreads) ForwardKernel(Forward f) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) x[p][j] += f.branch_scale * branch[j];
       const Bf16x8 rounded = Pack(x[p]);
-      *reinterpret_cast<Bf16x8*>(f.sum + row * f.sum_stride + column) = rounded;
+      StorePack(f.sum + row * f.sum_stride + column, rounded);
       Unpack(rounded, x[p]);
     }
 #pragma unroll
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kRowThreads) BackwardKernel(Backward b) {
     for (int p = 0; p < kPacks; ++p) {
       const int column = RowColumn(p);
       if (column >= b.width) continue;
-      dy_pack[p] = *reinterpret_cast<const Bf16x8*>(b.dy + row * b.dy_stride + column);
-      x_pack[p] = *reinterpret_cast<const Bf16x8*>(b.x + row * b.x_stride + column);
+      dy_pack[p] = LoadPack(b.dy + row * b.dy_stride + column);
+      x_pack[p] = LoadPack(b.x + row * b.x_stride + column);
       float dy[8], x[8], weight[8];
       Unpack(dy_pack[p], dy);
       Unpack(x_pack[p], x);

@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kScanThreads)
   };
   int32_t slots = 0;
   int32_t sum_count = 0;
-  for (int64_t base = 0; base < items; base += kScanThreads) {
+  for (int64_t base = 0; base < items; base += blockDim.x) {
     const int64_t i = base + threadIdx.x;
     int64_t entry = 0;
     IndexPart part;
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kScanThreads)
   __syncthreads();  // the slots are read by other threads
   int32_t tile_count = 0;
   for (int length_class = kLengths; length_class >= 0; --length_class) {
-    for (int64_t base = 0; base < items; base += kScanThreads) {
+    for (int64_t base = 0; base < items; base += blockDim.x) {
       const int64_t i = base + threadIdx.x;
       int64_t entry = 0;
       IndexPart part;
@@ -343,8 +343,9 @@ KeyWork tile::BuildKeyWork(const Context& ctx, const Op& op,
   op.Launch(ListStartKernel, dim3(Blocks(static_cast<int64_t>(all.size()) * kv_heads)),
             dim3(kThreads), SharedBytes<int32_t>(kThreads / kWarp), x);
   op.Launch(FillKernel, dim3(Blocks(segment_blocks)), dim3(kWarp), 0, x);
-  op.Launch(PieceKernel, dim3(1), dim3(kScanThreads), SharedBytes<int32_t>(kScanThreads / kWarp), x,
-            tiles, key_sums, work_counts);
+  const int64_t scan_threads = std::min<int64_t>(kScanThreads, CeilDiv(entries, kWarp) * kWarp);
+  op.Launch(PieceKernel, dim3(1), dim3(static_cast<unsigned>(scan_threads)),
+            SharedBytes<int32_t>(kScanThreads / kWarp), x, tiles, key_sums, work_counts);
   return work;
 }
 

@@ -17,343 +17,27 @@
 // A row's bits depend on its own document up to its token only: tiles of tokens and keys follow
 // document-relative positions.
 //
-// Bound by the tensor cores, with the exponentials close behind: per token and key/value head at
-// position t, 16 rows x 1.25 t / kernel_stride keys x 2 D operations and as many exponentials. At
-// D = 128 a key tile costs a warp 256 mma, 64 ldmatrix.x4 (a fragment of keys serves two tokens),
-// 64 ex2 and 28 shuffles. Keys come from the L2 cache, 64 operations times tokens per byte: 16
-// tokens a block keep that below 2.5 TB/s. Work grows with the position, so tiles at the highest
-// positions of all documents start first; tokens whose past fits the budget only write their list.
+// Bound by the tensor cores: per token and key/value head at position t, 16 rows times
+// 1.25 t / kernel_stride keys times 2 D operations. At D = 128 a tile of keys costs a warp 128 mma
+// (205 clocks of a multiprocessor at an estimated 1280 multiply-adds a clock), 32 ldmatrix.x4 (128
+// clocks; a fragment of keys serves two tokens), 64 ex2 a lane (128 clocks) and 28 shuffles.
+// Smaller head sizes are bound by the exponentials, smaller groups compute rows for nothing. Keys
+// come from the L2 cache at 16 operations a byte and token: 16 tokens and 600 TFLOP/s are 2.4 TB/s.
+// Two thread blocks of 8 warps share a multiprocessor: one scores while the other waits at a
+// barrier or keeps its best, which costs as much as a dozen tiles for a slice of a thousand blocks.
+// Work grows with the position, so tiles at the highest positions of all documents start first;
+// tokens whose past fits the budget only write their list.
 #include <numeric>
 #include <vector>
 
 #include "kernels/attention/block_attention.h"
-#include "kernels/common/cuda_math.h"
-#include "kernels/common/ptx.h"
 #include "kernels/cuda_kernels.h"
-#include "kernels/sparse_attention/selection_slice.h"
+#include "kernels/sparse_attention/cuda_select_scores.h"
 
 namespace sala::kernels {
 namespace {
 
-constexpr int kTokens = 16;  // of a thread block
-constexpr int kThreads = kTokens / 2 * kWarp;
-constexpr int kRows = 16;   // query heads of a token, padded
-constexpr int kKeys = 64;   // of a tile
-constexpr int kChunk = 16;  // keys a warp scores at a time
-constexpr int kStages = 3;
-// Relevance of a token's keys of one tile behind that of the key before; 16 banks apart.
-constexpr int kStrip = kKeys + 16;
-constexpr float kLowest = -3.0e38F;
-constexpr float kLog2E = 1.4426950408889634F;
-constexpr float kLimit = 80.0F * kLog2E;  // of log2 of a head's relevance
-
-// Documents in falling order of their tiles of tokens.
-struct Document {
-  int64_t begin;  // first token
-  int64_t length;
-  int64_t first_fine;  // rows of the compressed keys
-  int64_t first_coarse;
-  int64_t before;  // tiles that start before any tile of this document does
-};
-
-// Positions, keys and blocks within a document are int: a document has fewer than 2^31 tokens.
-struct SelectProblem {
-  const Bf16* q;
-  int64_t q_stride;
-  const Bf16* fine;
-  const Bf16* coarse;
-  int64_t key_stride;
-  const Document* documents;
-  int64_t document_count;
-  int32_t* blocks;
-  int64_t blocks_stride;
-  int heads;  // key/value heads
-  int group;
-  float scale;  // with log2 e
-  int kernel_stride;
-  int block_size;
-  int per_block;  // fine keys that begin in a block
-  int init_blocks;
-  int window_blocks;
-  int free;
-  int width;  // of a list: max(1, free)
-  int slice;  // blocks; slice * per_block is a multiple of kKeys
-};
-
-struct Tile {
-  const Document* document;
-  int first;  // token, document-relative
-  int count;
-};
-
-// Tiles are numbered by falling index inside their documents. With documents sorted by length and
-// `m` of them longer than index i, the tiles of index i are m in a row: see Before() for where
-// that row begins.
-__device__ __forceinline__ Tile FindTile(const SelectProblem& p, int64_t number) {
-  int64_t low = 0;
-  int64_t high = p.document_count - 1;
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (p.documents[middle].before <= number) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  const int64_t among = low + 1;
-  const int64_t past = number - p.documents[low].before;
-  const int64_t tiles = (p.documents[low].length + kTokens - 1) / kTokens;
-  Tile tile;
-  tile.document = p.documents + past % among;
-  tile.first = static_cast<int>((tiles - 1 - past / among) * kTokens);
-  tile.count = static_cast<int>(min(int64_t{kTokens}, tile.document->length - tile.first));
-  return tile;
-}
-
-// Candidate blocks of the token at position t: [first, last).
-__device__ __forceinline__ int LastCandidate(const SelectProblem& p, int t) {
-  return max(0, t / p.block_size - p.window_blocks);
-}
-__device__ __forceinline__ int FirstCandidate(const SelectProblem& p, int last) {
-  return min(p.init_blocks, last);
-}
-
-// Windows `stride` apart and 2 * stride long that end at or before the token at position t.
-__device__ __forceinline__ int VisibleWindows(int t, int stride) {
-  return max(0, (t + 1) / stride - 1);
-}
-
-// Eight elements of a row of a key tile. The pieces of a row are permuted so that the eight rows of
-// a matrix lie in different banks, whatever part of 128 bytes a row is.
-template <int kD>
-__device__ __forceinline__ int PieceOffset(int row, int piece) {
-  constexpr int kPieces = kD / 8;
-  constexpr int kPerLine = kPieces < 8 ? 8 / kPieces : 1;  // rows in 128 bytes
-  constexpr int kMask = kPieces < 8 ? kPieces - 1 : 7;
-  return row * kD + ((piece ^ (row / kPerLine & kMask)) * 8);
-}
-
-// Calls body(first key, tile) for tiles of the keys [0, end); those from `rows` on are zero.
-template <int kD, typename Body>
-__device__ __forceinline__ void ForEachKeyTile(const Bf16* keys, int64_t stride, int end, int rows,
-                                               Bf16* ring, const Body& body) {
-  const int tiles = (end + kKeys - 1) / kKeys;
-  // A thread copies the same piece of every kRowsAtOnce-th row.
-  constexpr int kRowsAtOnce = kThreads / (kD / 8);
-  static_assert(kRowsAtOnce % 8 == 0, "rows of a thread are permuted alike");
-  const int thread_row = static_cast<int>(threadIdx.x) / (kD / 8);
-  const int thread_piece = static_cast<int>(threadIdx.x) % (kD / 8);
-  const int shared_offset = PieceOffset<kD>(thread_row, thread_piece);
-  const Bf16* thread_keys = keys + thread_row * stride + thread_piece * 8;
-  const auto load = [&](int tile) {
-    if (tile < tiles) {
-      Bf16* to = ring + tile % kStages * (kKeys * kD) + shared_offset;
-      const Bf16* from = thread_keys + int64_t{tile} * kKeys * stride;
-      const int left = rows - tile * kKeys;
-#pragma unroll 1
-      for (int row = thread_row; row < kKeys; row += kRowsAtOnce) {
-        ptx::CpAsync16(to, row < left ? from : keys, row < left ? 16 : 0);
-        to += kRowsAtOnce * kD;
-        from += kRowsAtOnce * stride;
-      }
-    }
-    ptx::CpAsyncCommit();
-  };
-  __syncthreads();  // the ring may still be read from the call before
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) load(i);
-#pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
-    ptx::CpAsyncWait<kStages - 2>();
-    __syncthreads();  // the tile is there, and the one before it is done with
-    load(tile + kStages - 1);
-    body(tile * kKeys, ring + tile % kStages * (kKeys * kD));
-  }
-  ptx::CpAsyncWait<0>();
-}
-
-// Fragments of the queries of two tokens.
-template <int kD>
-struct Queries {
-  uint32_t of[2][kD / 16][4];
-};
-
-template <int kD>
-__device__ __forceinline__ Queries<kD> LoadQueries(const SelectProblem& p, const Tile& tile,
-                                                   int head, int token) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  Queries<kD> queries;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = lane / 4 + half * 8;
-      const bool used = token + i < tile.count && row < p.group;
-      const int64_t t = tile.document->begin + tile.first + (used ? token + i : 0);
-      const int from_row = head * p.group + (used ? row : 0);
-      const auto* from =
-          reinterpret_cast<const uint32_t*>(p.q + t * p.q_stride + from_row * kD) + lane % 4;
-#pragma unroll
-      for (int k = 0; k < kD / 16; ++k) {
-        const uint32_t low = from[k * 8];
-        const uint32_t high = from[k * 8 + 4];
-        queries.of[i][k][half] = used ? low : 0U;
-        queries.of[i][k][half + 2] = used ? high : 0U;
-      }
-    }
-  }
-  return queries;
-}
-
-// Products of two tokens' queries with 16 keys of a tile: s[token][keys / 8], the C fragments.
-template <int kD>
-__device__ __forceinline__ void Products(const Queries<kD>& queries, Bf16* tile, int first,
-                                         float (&s)[2][2][4]) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-#pragma unroll
-      for (int part = 0; part < 4; ++part) s[i][j][part] = 0.0F;
-    }
-  }
-  // A step of k flips bits of the piece: an exclusive or of the address, one register for all.
-  const int at = PieceOffset<kD>(first + lane % 8 + lane / 16 * 8, lane / 8 % 2);
-#pragma unroll
-  for (int k = 0; k < kD / 16; ++k) {
-    uint32_t b[4];
-    ptx::LdMatrix4(b, tile + (at ^ (k * 16)));
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      ptx::MmaBf16(s[i][0], queries.of[i][k], b[0], b[1]);
-      ptx::MmaBf16(s[i][1], queries.of[i][k], b[2], b[3]);
-    }
-  }
-}
-
-// Log-sum-exp over the visible coarse keys, base 2: normaliser[token][rows / 8]. Infinite for rows
-// without a query or without a visible key, whose relevance is then 0.
-template <int kD>
-__device__ __forceinline__ void Normalisers(const SelectProblem& p, const Tile& tile, int head,
-                                            int token, const Queries<kD>& queries, Bf16* ring,
-                                            float (&normaliser)[2][2]) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int stride = 4 * p.kernel_stride;
-  const int end = VisibleWindows(tile.first + tile.count - 1, stride);
-  int visible[2];
-  float largest[2][2];
-  float sum[2][2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    visible[i] = token + i < tile.count ? VisibleWindows(tile.first + token + i, stride) : 0;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      largest[i][r] = kLowest;
-      sum[i][r] = 0.0F;
-    }
-  }
-  const Bf16* keys = p.coarse + tile.document->first_coarse * p.key_stride + int64_t{head} * kD;
-  ForEachKeyTile<kD>(keys, p.key_stride, end, end, ring, [&](int first, Bf16* shared_keys) {
-    // Only the last tile or two has keys that a token does not see.
-    const bool masked = first + kKeys > min(visible[0], visible[1]);
-#pragma unroll 1
-    for (int chunk = 0; chunk < kKeys; chunk += kChunk) {
-      float s[2][2][4];
-      Products<kD>(queries, shared_keys, chunk, s);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-#pragma unroll
-          for (int part = 0; part < 4; ++part) s[i][j][part] *= p.scale;
-        }
-      }
-      if (masked) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-#pragma unroll
-            for (int part = 0; part < 4; ++part) {
-              const int key = first + chunk + j * 8 + lane % 4 * 2 + part % 2;
-              if (key >= visible[i]) s[i][j][part] = -INFINITY;
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const float a = s[i][0][2 * r];
-          const float b = s[i][0][2 * r + 1];
-          const float c = s[i][1][2 * r];
-          const float d = s[i][1][2 * r + 1];
-          const float m = fmaxf(largest[i][r], fmaxf(fmaxf(a, b), fmaxf(c, d)));
-          sum[i][r] =
-              sum[i][r] * ptx::Exp2(largest[i][r] - m) +
-              ((ptx::Exp2(a - m) + ptx::Exp2(b - m)) + (ptx::Exp2(c - m) + ptx::Exp2(d - m)));
-          largest[i][r] = m;
-        }
-      }
-    }
-  });
-  // Four lanes share a row. All take the value of the first: it must be the same to the bit, or
-  // equal keys would no longer tie.
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int offset = 1; offset < 4; offset *= 2) {
-        const float other = __shfl_xor_sync(kFullMask, largest[i][r], offset);
-        const float other_sum = __shfl_xor_sync(kFullMask, sum[i][r], offset);
-        const float m = fmaxf(largest[i][r], other);
-        sum[i][r] = sum[i][r] * ptx::Exp2(largest[i][r] - m) + other_sum * ptx::Exp2(other - m);
-        largest[i][r] = m;
-      }
-      const bool row = lane / 4 + r * 8 < p.group && sum[i][r] > 0.0F;
-      const float value = row ? largest[i][r] + ptx::Log2(sum[i][r]) : INFINITY;
-      normaliser[i][r] = __shfl_sync(kFullMask, value, lane / 4 * 4);
-    }
-  }
-}
-
-// The relevance of 16 keys for two tokens, one key and token a lane: the lane's token is lane / 16,
-// its key 8 * (bit 3) + 2 * (bits 1, 0) + (bit 2). The rows of a token are added in a tree: a row
-// and the one 8 below it, then rows 4, 2, 1 apart. Each step halves the values a lane holds.
-__device__ __forceinline__ float SumOfRows(const SelectProblem& p, const float (&s)[2][2][4],
-                                           const float (&normaliser)[2][2]) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  float x[2][4];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      const float a = __fmaf_rn(s[i][v / 2][v % 2], p.scale, -normaliser[i][0]);
-      const float b = __fmaf_rn(s[i][v / 2][v % 2 + 2], p.scale, -normaliser[i][1]);
-      x[i][v] = ptx::Exp2(fminf(a, kLimit)) + ptx::Exp2(fminf(b, kLimit));
-    }
-  }
-  const bool token = (lane & 16) != 0;
-  float y[4];
-#pragma unroll
-  for (int v = 0; v < 4; ++v) {
-    const float give = token ? x[0][v] : x[1][v];
-    y[v] = (token ? x[1][v] : x[0][v]) + __shfl_xor_sync(kFullMask, give, 16);
-  }
-  const bool half = (lane & 8) != 0;
-  float z[2];
-#pragma unroll
-  for (int v = 0; v < 2; ++v) {
-    const float give = half ? y[v] : y[2 + v];
-    z[v] = (half ? y[2 + v] : y[v]) + __shfl_xor_sync(kFullMask, give, 8);
-  }
-  const bool odd = (lane & 4) != 0;
-  const float give = odd ? z[0] : z[1];
-  return (odd ? z[1] : z[0]) + __shfl_xor_sync(kFullMask, give, 4);
-}
+using namespace selection;  // NOLINT(google-build-using-namespace)
 
 // The best blocks of a token so far, in shared memory: their keys, and the blocks in rising order.
 struct List {
@@ -375,6 +59,7 @@ __device__ __forceinline__ int KeepBest(const SelectProblem& p, const List& list
   if (total > p.free) {
     uint32_t smallest = ~0U;
     uint32_t largest = 0;
+#pragma unroll 1
     for (int i = lane; i < total; i += kWarp) {
       const uint32_t key = key_at(i);
       smallest = min(smallest, key);
@@ -392,6 +77,7 @@ __device__ __forceinline__ int KeepBest(const SelectProblem& p, const List& list
       for (; shift >= 0 && !exact; shift -= 2) {
         const uint32_t step = 1U << shift;
         unsigned reach[3] = {};
+#pragma unroll 2
         for (int i = lane; i < total; i += kWarp) {
           const uint32_t key = key_at(i);
 #pragma unroll
@@ -411,6 +97,7 @@ __device__ __forceinline__ int KeepBest(const SelectProblem& p, const List& list
     }
     if (!exact) {
       unsigned above = 0;
+#pragma unroll 1
       for (int i = lane; i < total; i += kWarp) above += key_at(i) > threshold ? 1U : 0U;
       ties = p.free - static_cast<int>(__reduce_add_sync(kFullMask, above));
     }
@@ -453,28 +140,30 @@ __device__ __forceinline__ void TakeAll(const SelectProblem& p, int t, int32_t* 
 
 template <int kD>
 __global__ void __launch_bounds__(kThreads, 2) SelectKernel(SelectProblem p) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int token = static_cast<int>(threadIdx.x) / kWarp * 2;  // the warp's first in the tile
+  const int head = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.heads));
+  const Tile tile = FindTile(p, blockIdx.x / static_cast<unsigned>(p.heads));
+  const auto list_of = [&](int i) {
+    return p.blocks + (tile.document->begin + tile.first + token + i) * p.blocks_stride +
+           int64_t{head} * p.width;
+  };
+
+  const int last_token = tile.first + tile.count - 1;
+  const int candidates = LastCandidate(p, last_token);  // of the last token: no other has more
+  if (candidates - FirstCandidate(p, candidates) <= p.free || p.free == 0) {
+    for (int i = 0; i < 2 && token + i < tile.count; ++i) {
+      TakeAll(p, tile.first + token + i, list_of(i));
+    }
+    return;
+  }
+
   SharedMemory shared;
   Bf16* ring = shared.Take<Bf16>(kStages * kKeys * kD);
   float* strips = shared.Take<float>(kTokens * kStrip);
   uint32_t* best = shared.Take<uint32_t>(kTokens * p.width);
   int32_t* best_ids = shared.Take<int32_t>(kTokens * p.width);
   uint32_t* slices = shared.Take<uint32_t>(kTokens * p.slice);
-
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int token = static_cast<int>(threadIdx.x) / kWarp * 2;  // the warp's first in the tile
-  const int head = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.heads));
-  const Tile tile = FindTile(p, blockIdx.x / static_cast<unsigned>(p.heads));
-  int32_t* chosen = p.blocks + (tile.document->begin + tile.first + token) * p.blocks_stride +
-                    int64_t{head} * p.width;
-
-  const int last_token = tile.first + tile.count - 1;
-  const int candidates = LastCandidate(p, last_token);  // of the last token: no other has more
-  if (candidates - FirstCandidate(p, candidates) <= p.free || p.free == 0) {
-    for (int i = 0; i < 2 && token + i < tile.count; ++i) {
-      TakeAll(p, tile.first + token + i, chosen + i * p.blocks_stride);
-    }
-    return;
-  }
 
   const Queries<kD> queries = LoadQueries<kD>(p, tile, head, token);
   float normaliser[2][2];
@@ -548,8 +237,9 @@ __global__ void __launch_bounds__(kThreads, 2) SelectKernel(SelectProblem p) {
   });
 
   for (int i = 0; i < 2 && token + i < tile.count; ++i) {
+    int32_t* chosen = list_of(i);
     for (int f = lane; f < p.width; f += kWarp) {
-      chosen[i * p.blocks_stride + f] =
+      chosen[f] =
           f < (i == 0 ? kept_first : kept_second) ? best_ids[(token + i) * p.width + f] : kNoBlock;
     }
   }
@@ -607,13 +297,12 @@ int64_t SliceBlocks(const Op& op, const SparseAttentionConfig& config, int64_t d
   SALA_CHECK(least <= most) << "selecting " << width << " free blocks with head_dim " << d
                             << " needs " << least << " bytes of shared memory, the device has "
                             << most;
-  // A slice of a few hundred blocks at least: keeping the best of one costs as much as scoring a
-  // dozen of them.
+  // Slices much smaller than this would spend more time on keeping the best than on scoring.
   const size_t comfortable = SelectSharedBytes(d, width, std::max<int64_t>(unit, 256));
   const size_t room = comfortable <= half ? half : most;
   int64_t slice = CeilDiv(std::max<int64_t>(candidates, 1), unit) * unit;
-  if (SelectionSliceLimit() > 0) {
-    slice = std::min(slice, CeilDiv(SelectionSliceLimit(), unit) * unit);
+  if (config.selection_slice > 0) {
+    slice = std::min(slice, CeilDiv(config.selection_slice, unit) * unit);
   }
   while (SelectSharedBytes(d, width, slice) > room) slice -= unit;
   return slice;
@@ -704,7 +393,7 @@ void cuda::SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTen
   p.free = static_cast<int>(config.free_blocks());
   p.width = static_cast<int>(width);
   op.Launch(SelectKernelOf(d), dim3(static_cast<unsigned>(tiles * heads)), dim3(kThreads),
-            SelectSharedBytes(d, width, p.slice), p);
+            p.slice > 0 ? SelectSharedBytes(d, width, p.slice) : 0, p);
 }
 
 }  // namespace sala::kernels

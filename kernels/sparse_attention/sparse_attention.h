@@ -22,6 +22,9 @@ struct SparseAttentionConfig {
   int64_t topk =
       64;  // blocks beside the window, so that total_blocks = topk + window_size / block_size
   int64_t dense_len = 8192;  // documents shorter than this use dense attention
+  // Blocks that selection on a GPU scores before it keeps the best of them, rounded up to what its
+  // tiles allow; 0: as many as shared memory holds. The result does not depend on it.
+  int64_t selection_slice = 0;
 
   int64_t coarse_size() const { return 4 * kernel_size; }
   int64_t coarse_stride() const { return 4 * kernel_stride; }
@@ -65,6 +68,9 @@ void SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTensor& k
 // and blocks of a multiple of 16 tokens; numbers in `blocks` that are no free block of their token
 // are passed over (the CPU aborts). The bits of a row depend on its document alone, but are not
 // those of dense attention where the budget covers the past: blocks come in another order.
+// Scratch of the backward pass on a GPU: T * N floats; T * K * free_blocks integers and an integer
+// for each block and 1,024 tokens of its document (the inverse of `blocks`); 512 * D bytes for each
+// piece of a block that more than 8,192 tokens attend to.
 void SparseAttentionForward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                             const ConstTensor& v, std::span<const DocumentRange> documents,
                             const SparseAttentionConfig& config, float scale,

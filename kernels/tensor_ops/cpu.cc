@@ -35,21 +35,4 @@ void Add(const Context& ctx, const ConstTensor& term, const Tensor& sum) {
   });
 }
 
-void AddRows(const Context& ctx, const ConstTensor& parts, const Tensor& to) {
-  if (ctx.cuda()) return Cuda(ctx).AddRows(ctx, parts, to);
-  CheckCpu(ctx);
-  const int64_t n = parts.dim(0);
-  const int64_t m = parts.dim(1);
-  CheckShape(parts, {n, m});
-  CheckVector(to, m);
-  const auto* p = parts.Data<float>();
-  auto* out = to.Data<float>();
-  ctx.pool->For(m, kGrain, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) out[i] = 0;
-    for (int64_t r = 0; r < n; ++r) {
-      for (int64_t i = begin; i < end; ++i) out[i] += p[r * m + i];
-    }
-  });
-}
-
 }  // namespace sala::kernels

@@ -43,17 +43,6 @@ void LaunchFlat(const Op& op, const ConstTensor& from, const Tensor& to) {
             dim3(kPackThreads), 0, op.Data<From>(from), op.Data<To>(to), packs, count);
 }
 
-__global__ void __launch_bounds__(kPackThreads)
-    AddRowsKernel(const float* parts, int64_t rows, int64_t width, float* to) {
-  const int64_t step = int64_t{gridDim.x} * kPackThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kPackThreads + threadIdx.x; i < width; i += step) {
-    float sum = 0.0F;
-#pragma unroll 8
-    for (int64_t r = 0; r < rows; ++r) sum += parts[r * width + i];
-    to[i] = sum;
-  }
-}
-
 void CheckFlat(const ConstTensor& a, const ConstTensor& b) {
   SALA_CHECK(a.contiguous() && b.contiguous() && a.numel() == b.numel())
       << ShapeText(a) << " and " << ShapeText(b) << " must be contiguous and of one size";
@@ -95,15 +84,6 @@ void cuda::Add(const Context& ctx, const ConstTensor& term, const Tensor& sum) {
   } else {
     RefuseTypes(term, sum);
   }
-}
-
-void cuda::AddRows(const Context& ctx, const ConstTensor& parts, const Tensor& to) {
-  const Op op(ctx, "AddRows", parts);
-  SALA_CHECK(parts.rank() == 2 && parts.contiguous()) << ShapeText(parts);
-  CheckShape(parts, {parts.dim(0), parts.dim(1)});
-  CheckVector(to, parts.dim(1));
-  op.Launch(AddRowsKernel, dim3(PackBlocks(op, parts.dim(1))), dim3(kPackThreads), 0,
-            op.Data<float>(parts), parts.dim(0), parts.dim(1), op.Data<float>(to));
 }
 
 }  // namespace sala::kernels

@@ -13,8 +13,4 @@ void Cast(const Context& ctx, const ConstTensor& from, const Tensor& to);
 // once) or both float32.
 void Add(const Context& ctx, const ConstTensor& term, const Tensor& sum);
 
-// to[i] = parts[0][i] + parts[1][i] + ... + parts[n-1][i] in this order; parts f32 [n, m]
-// contiguous, to f32 [m], overwritten. What an ordered sum over ranks adds.
-void AddRows(const Context& ctx, const ConstTensor& parts, const Tensor& to);
-
 }  // namespace sala::kernels

@@ -118,7 +118,7 @@ class HaloStage {
 // All ranks read and compute the same; what only one finds ends all.
 Status HaloStage::LoadTeacher() {
   SALA_ASSIGN_OR_RETURN(teacher_, LoadModel(input_.init_path));
-  SALA_RETURN_IF_ERROR(CheckVocabulary(session_, teacher_));
+  SALA_RETURN_IF_ERROR(CheckModel(session_, teacher_));
   SALA_ASSIGN_OR_RETURN(plan_, PlanHalo(stage_, teacher_.config));
   return OkStatus();
 }

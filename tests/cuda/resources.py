@@ -178,7 +178,7 @@ def module_commands(root, database):
                 skip = False
             elif word in ("-o", "-c", "-x", "-MF", "-MT"):
                 skip = True
-            elif not re.match(r"--generate-code|-gencode|-arch|-MD|-DSALA_CUDA_BUILD=", word):
+            elif not re.match(r"--generate-code|-gencode|-arch|-MD|-DSALA_CUDA_(BUILD|INTERFACE)=", word):
                 kept.append(word)
         commands[name] = kept
     return commands

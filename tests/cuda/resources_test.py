@@ -100,7 +100,7 @@ class ResourcesTest(unittest.TestCase):
         self.assertEqual(list(resources.violations({}, {("b.cu", "Old"): ("hot", numbers())}, ["a.cu"], True)), [])
 
     def test_flags_of_the_module(self):
-        command = ("/opt/nvcc -DX=1 -DSALA_CUDA_BUILD=\"abc\" -I/r --generate-code=arch=compute_90a,code=[sm_90a] -O3 "
+        command = ("/opt/nvcc -DX=1 -DSALA_CUDA_BUILD=\"abc\" -DSALA_CUDA_INTERFACE=\"12\" -I/r --generate-code=arch=compute_90a,code=[sm_90a] -O3 "
                    "-x cu -c /r/kernels/a.cu -o out.o")
         database = [{"file": "/r/kernels/a.cu", "command": command},
                     {"file": "/r/kernels/a.cu", "command": "/usr/bin/c++ -xc++ -c /r/kernels/a.cu -o out.o"},

@@ -86,41 +86,36 @@ uint64_t Permute(uint64_t i, uint64_t n, uint64_t seed) {
 // ThreadSanitizer's side of the threads. Making one costs 0.3 ms and 0.8 MB, so they are used
 // again, the longest unused first: at least one other block comes in between. Two blocks of a grid
 // that get the same ones look ordered, any others do not.
-class TsanFibers {
- public:
-  void Take(std::vector<Fiber>& fibers) {
-    if (!sanitizer::HasThread()) return;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const size_t wanted = std::max(2 * fibers.size(), kLeast);
-    for (Fiber& fiber : fibers) {
-      if (made_ < wanted || idle_.empty()) {
-        ++made_;
-        fiber.tsan = sanitizer::CreateFiber();
-      } else {
-        fiber.tsan = idle_.front().handle;
-        idle_.pop_front();
-      }
+// (The mutex is no heap object and has no guard: ThreadSanitizer does not see the guards of this
+// file.)
+struct TsanFiber {
+  void* handle;
+};
+constexpr size_t kLeastTsanFibers = 256;
+constinit std::mutex tsan_mutex;
+constinit std::deque<TsanFiber>* idle_tsan_fibers = nullptr;  // never destroyed
+constinit size_t made_tsan_fibers = 0;
+
+void TakeTsanFibers(std::vector<Fiber>& fibers) {
+  if (!sanitizer::HasThread()) return;
+  const std::lock_guard<std::mutex> lock(tsan_mutex);
+  if (idle_tsan_fibers == nullptr) idle_tsan_fibers = new std::deque<TsanFiber>;
+  const size_t wanted = std::max(2 * fibers.size(), kLeastTsanFibers);
+  for (Fiber& fiber : fibers) {
+    if (made_tsan_fibers < wanted || idle_tsan_fibers->empty()) {
+      ++made_tsan_fibers;
+      fiber.tsan = sanitizer::CreateFiber();
+    } else {
+      fiber.tsan = idle_tsan_fibers->front().handle;
+      idle_tsan_fibers->pop_front();
     }
   }
-  void Give(std::vector<Fiber>& fibers) {
-    if (!sanitizer::HasThread()) return;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (Fiber& fiber : fibers) idle_.push_back(Idle{fiber.tsan});
-  }
+}
 
- private:
-  static constexpr size_t kLeast = 512;
-  struct Idle {
-    void* handle;
-  };
-  std::mutex mutex_;
-  std::deque<Idle> idle_;
-  size_t made_ = 0;
-};
-
-TsanFibers& TheTsanFibers() {
-  static auto* fibers = new TsanFibers;  // never destroyed: other threads may still run
-  return *fibers;
+void GiveTsanFibers(const std::vector<Fiber>& fibers) {
+  if (!sanitizer::HasThread()) return;
+  const std::lock_guard<std::mutex> lock(tsan_mutex);
+  for (const Fiber& fiber : fibers) idle_tsan_fibers->push_back(TsanFiber{fiber.tsan});
 }
 
 }  // namespace
@@ -285,7 +280,7 @@ void Block::Prepare(uint64_t number) {
     fiber.async.Clear();
     stacks_.Start(&fiber.context, i, &FiberMain);
   }
-  TheTsanFibers().Take(fibers_);
+  TakeTsanFibers(fibers_);
   NameTsanFibers();
   live_ = thread_count_;
   arrived_ = barrier_count_ = 0;
@@ -315,7 +310,7 @@ void Block::RunOne(uint64_t number) {
   current_fiber = Next(nullptr);
   Jump(&scheduler_, &current_fiber->context, current_fiber, false);
   CheckPieces();
-  TheTsanFibers().Give(fibers_);
+  GiveTsanFibers(fibers_);
   if (tags_ != nullptr) sanitizer::FreeUnordered(tags_);
   tags_ = nullptr;
   ++stats_.blocks;

@@ -10,6 +10,7 @@
 #include <sstream>
 #include <vector>
 
+#include "tests/simt/fiber.h"
 #include "tests/simt/sanitizer.h"
 #include "tests/simt/simt_core.h"
 
@@ -20,19 +21,29 @@ using simt::sanitizer::Tag;
 struct Item {
   uint64_t number;  // over all streams, in the order of the calls
   simt::device::Work work;
-  std::unique_ptr<Tag> put;  // released by the host that put it
+  Tag put;  // released by the host that put it
 };
+
+constexpr size_t kStreamStackBytes = size_t{4} << 20;
 
 }  // namespace
 
 // The type that the CUDA headers leave open.
 struct CUstream_st {
   bool blocking = true;
-  std::deque<Item> queue;
+  std::deque<std::unique_ptr<Item>> queue;
   bool running = false;
   uint64_t running_number = 0;
-  void* tsan = simt::sanitizer::CreateFiber();
   Tag done{};  // released after each item
+
+  // For ThreadSanitizer only: the stream as a thread, with a stack of its own, since the host's
+  // stack belongs to the host.
+  void* tsan = simt::sanitizer::CreateFiber();
+  std::unique_ptr<simt::Stacks> stack;
+  simt::Context context;
+  simt::Context caller;
+  void* caller_tsan = nullptr;
+  std::unique_ptr<Item> item;  // being run
 };
 
 namespace simt::device {
@@ -47,14 +58,17 @@ class Event {
 
 namespace {
 
+// Of the queues; never held while work runs. Neither on the heap nor behind a guard, which
+// ThreadSanitizer would not see here.
+constinit std::mutex queue_mutex;
+constinit std::mutex error_mutex;
+std::condition_variable queue_changed;
+
 struct Device {
-  std::mutex mutex;  // of the queues; never held while work runs
-  std::condition_variable changed;
   uint64_t last_number = 0;
   CUstream_st null_stream;
   std::set<cudaStream_t> streams;  // without the default one
 
-  std::mutex error_mutex;
   cudaError_t sticky = cudaSuccess;
   std::map<std::string, int> counts;
   std::map<std::string, std::set<std::string>> failures;  // kind -> numbers or names
@@ -102,7 +116,7 @@ void RunDefaultStreamOrder(CUstream_st& stream, uint64_t number) {
   }
   std::vector<cudaStream_t> before;
   {
-    const std::lock_guard<std::mutex> lock(device.mutex);
+    const std::lock_guard<std::mutex> lock(queue_mutex);
     for (cudaStream_t other : device.streams) {
       if (other->blocking) before.push_back(other);
     }
@@ -113,35 +127,55 @@ void RunDefaultStreamOrder(CUstream_st& stream, uint64_t number) {
   }
 }
 
+// The item is destroyed here too: to ThreadSanitizer nobody else comes after its use.
+void RunItem(CUstream_st& stream) {
+  RunDefaultStreamOrder(stream, stream.item->number - 1);
+  if (stream.blocking) sanitizer::Acquire(&TheDevice().null_stream.done);
+  sanitizer::Acquire(&stream.item->put);
+  stream.item->work();
+  stream.item.reset();
+  sanitizer::Release(&stream.done);
+}
+
+constinit thread_local CUstream_st* entering = nullptr;
+
+void StreamMain() {
+  CUstream_st& stream = *entering;
+  RunItem(stream);
+  __tsan_switch_to_fiber(stream.caller_tsan, 1);
+  Switch(&stream.context, &stream.caller);
+}
+
+void RunItemAsStream(CUstream_st& stream) {
+  if (!sanitizer::HasThread()) return RunItem(stream);
+  if (stream.stack == nullptr) stream.stack = std::make_unique<Stacks>(1, kStreamStackBytes);
+  stream.stack->Start(&stream.context, 0, &StreamMain);
+  stream.caller_tsan = sanitizer::CurrentFiber();
+  entering = &stream;
+  __tsan_switch_to_fiber(stream.tsan, 1);
+  Switch(&stream.caller, &stream.context);
+}
+
 // Runs the items of the stream up to this number, in order.
 void RunThrough(CUstream_st& stream, uint64_t number) {
-  Device& device = TheDevice();
-  std::unique_lock<std::mutex> lock(device.mutex);
+  std::unique_lock<std::mutex> lock(queue_mutex);
   for (;;) {
-    const bool waiting = !stream.queue.empty() && stream.queue.front().number <= number;
+    const bool waiting = !stream.queue.empty() && stream.queue.front()->number <= number;
     const bool running = stream.running && stream.running_number <= number;
     if (!waiting && !running) return;
     if (stream.running) {  // by another host thread
-      device.changed.wait(lock);
+      queue_changed.wait(lock);
       continue;
     }
-    Item item = std::move(stream.queue.front());
+    stream.item = std::move(stream.queue.front());
     stream.queue.pop_front();
     stream.running = true;
-    stream.running_number = item.number;
+    stream.running_number = stream.item->number;
     lock.unlock();
-    {
-      const sanitizer::AsFiber as_stream(sanitizer::HasThread() ? stream.tsan : nullptr);
-      RunDefaultStreamOrder(stream, item.number - 1);
-      if (stream.blocking) sanitizer::Acquire(&device.null_stream.done);
-      sanitizer::Acquire(item.put.get());
-      item.work();
-      item.work = nullptr;
-      sanitizer::Release(&stream.done);
-    }
+    RunItemAsStream(stream);
     lock.lock();
     stream.running = false;
-    device.changed.notify_all();
+    queue_changed.notify_all();
   }
 }
 
@@ -149,10 +183,12 @@ uint64_t Put(CUstream_st& stream, Work work) {
   Device& device = TheDevice();
   uint64_t number = 0;
   {
-    const std::lock_guard<std::mutex> lock(device.mutex);
+    const std::lock_guard<std::mutex> lock(queue_mutex);
     number = ++device.last_number;
-    Item item{number, std::move(work), std::make_unique<Tag>()};
-    sanitizer::Release(item.put.get());
+    auto item = std::make_unique<Item>();
+    item->number = number;
+    item->work = std::move(work);
+    sanitizer::Release(&item->put);
     stream.queue.push_back(std::move(item));
   }
   if (options().eager) RunThrough(stream, number);
@@ -180,7 +216,7 @@ void SynchronizeAll() {
   Device& device = TheDevice();
   std::set<cudaStream_t> streams;
   {
-    const std::lock_guard<std::mutex> lock(device.mutex);
+    const std::lock_guard<std::mutex> lock(queue_mutex);
     streams = device.streams;
   }
   for (cudaStream_t stream : streams) Synchronize(stream);
@@ -191,7 +227,7 @@ cudaStream_t CreateStream(bool blocking) {
   Device& device = TheDevice();
   auto* stream = new CUstream_st;
   stream->blocking = blocking;
-  const std::lock_guard<std::mutex> lock(device.mutex);
+  const std::lock_guard<std::mutex> lock(queue_mutex);
   device.streams.insert(stream);
   return stream;
 }
@@ -200,7 +236,7 @@ void DestroyStream(cudaStream_t stream) {
   Device& device = TheDevice();
   RunThrough(*stream, ~uint64_t{0});
   {
-    const std::lock_guard<std::mutex> lock(device.mutex);
+    const std::lock_guard<std::mutex> lock(queue_mutex);
     device.streams.erase(stream);
   }
   sanitizer::DestroyFiber(stream->tsan);
@@ -210,7 +246,7 @@ void DestroyStream(cudaStream_t stream) {
 bool StreamExists(cudaStream_t stream) {
   Device& device = TheDevice();
   if (&Real(stream) == &device.null_stream) return true;
-  const std::lock_guard<std::mutex> lock(device.mutex);
+  const std::lock_guard<std::mutex> lock(queue_mutex);
   return device.streams.count(stream) != 0;
 }
 
@@ -243,7 +279,7 @@ int64_t PassedAt(const Event& event) { return event.passed_at; }
 
 bool FailsNow(const std::string& kind) {
   Device& device = TheDevice();
-  const std::lock_guard<std::mutex> lock(device.error_mutex);
+  const std::lock_guard<std::mutex> lock(error_mutex);
   const auto found = device.failures.find(kind);
   if (found == device.failures.end()) return false;
   return found->second.count(std::to_string(++device.counts[kind])) != 0;
@@ -252,7 +288,7 @@ bool FailsNow(const std::string& kind) {
 cudaError_t LaunchFailure(const std::string& kernel) {
   Device& device = TheDevice();
   if (device.sticky != cudaSuccess) return Fail(device.sticky);
-  const std::lock_guard<std::mutex> lock(device.error_mutex);
+  const std::lock_guard<std::mutex> lock(error_mutex);
   const auto found = device.failures.find("launch");
   if (found == device.failures.end() || found->second.count(kernel) == 0) return cudaSuccess;
   return last_error = cudaErrorLaunchOutOfResources;
@@ -260,7 +296,7 @@ cudaError_t LaunchFailure(const std::string& kernel) {
 
 void SetFailures(const std::string& list) {
   Device& device = TheDevice();
-  const std::lock_guard<std::mutex> lock(device.error_mutex);
+  const std::lock_guard<std::mutex> lock(error_mutex);
   ParseFailures(device, list);
   device.sticky = cudaSuccess;
 }
@@ -269,7 +305,7 @@ cudaError_t Fail(cudaError_t error, bool sticky) {
   last_error = error;
   if (sticky) {
     Device& device = TheDevice();
-    const std::lock_guard<std::mutex> lock(device.error_mutex);
+    const std::lock_guard<std::mutex> lock(error_mutex);
     device.sticky = error;
   }
   return error;
@@ -277,7 +313,7 @@ cudaError_t Fail(cudaError_t error, bool sticky) {
 
 cudaError_t StickyError() {
   Device& device = TheDevice();
-  const std::lock_guard<std::mutex> lock(device.error_mutex);
+  const std::lock_guard<std::mutex> lock(error_mutex);
   return device.sticky;
 }
 

@@ -49,8 +49,11 @@ constexpr size_t kCacheLine = 64;
 
 }  // namespace
 
-Stacks::Stacks(int count) : count_(count), guard_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
-  stride_ = StackBytes() + 2 * guard_;  // the guard page and one page for the shift
+Stacks::Stacks(int count) : Stacks(count, StackBytes()) {}
+
+Stacks::Stacks(int count, size_t bytes)
+    : count_(count), guard_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
+  stride_ = bytes + 2 * guard_;  // the guard page and one page for the shift
   Map(nullptr);
 }
 

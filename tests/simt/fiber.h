@@ -36,7 +36,8 @@ inline void Switch(Context* from, Context* to) {
 
 class Stacks {
  public:
-  explicit Stacks(int count);
+  explicit Stacks(int count);  // of a size that is enough for the threads of a block
+  Stacks(int count, size_t bytes);
   Stacks(const Stacks&) = delete;
   Stacks& operator=(const Stacks&) = delete;
   ~Stacks();

@@ -39,29 +39,26 @@ std::string Triple(const uint3& v) {
   _exit(3);  // not exit(): destructors must not run on a fiber's stack
 }
 
-// Blocks are kept for the next launch: their stacks are the expensive part.
-struct BlockCache {
-  std::mutex mutex;
-  std::multimap<int, std::unique_ptr<Block>> blocks;
+// Blocks are kept for the next launch: their stacks are the expensive part. Never destroyed, other
+// threads may still run at the end. The mutex is no heap object and has no guard, since
+// ThreadSanitizer does not see the guards of this file.
+constinit std::mutex cache_mutex;
+constinit std::multimap<int, std::unique_ptr<Block>>* cache = nullptr;
 
-  std::unique_ptr<Block> Take(int threads) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    auto found = blocks.find(threads);
-    if (found == blocks.end()) return std::make_unique<Block>(threads);
-    std::unique_ptr<Block> block = std::move(found->second);
-    blocks.erase(found);
-    return block;
-  }
-  void Give(std::unique_ptr<Block> block) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const int threads = block->thread_count();
-    blocks.emplace(threads, std::move(block));
-  }
-};
+std::unique_ptr<Block> TakeBlock(int threads) {
+  const std::lock_guard<std::mutex> lock(cache_mutex);
+  if (cache == nullptr) cache = new std::multimap<int, std::unique_ptr<Block>>;
+  auto found = cache->find(threads);
+  if (found == cache->end()) return std::make_unique<Block>(threads);
+  std::unique_ptr<Block> block = std::move(found->second);
+  cache->erase(found);
+  return block;
+}
 
-BlockCache& Cache() {
-  static BlockCache* cache = new BlockCache;  // never destroyed: other threads may still run
-  return *cache;
+void GiveBlock(std::unique_ptr<Block> block) {
+  const std::lock_guard<std::mutex> lock(cache_mutex);
+  const int threads = block->thread_count();
+  cache->emplace(threads, std::move(block));
 }
 
 void RunGrid(const Grid& grid) {
@@ -73,9 +70,9 @@ void RunGrid(const Grid& grid) {
   running.end = tags + 1;
   const int threads = static_cast<int>(grid.threads.x * grid.threads.y * grid.threads.z);
   auto work = [&running, threads] {
-    std::unique_ptr<Block> block = Cache().Take(threads);
+    std::unique_ptr<Block> block = TakeBlock(threads);
     block->RunAll(running);
-    Cache().Give(std::move(block));
+    GiveBlock(std::move(block));
   };
   const auto workers =
       static_cast<int>(std::min<uint64_t>(std::max(1, options().os_threads), running.block_count));
@@ -207,6 +204,7 @@ cudaError_t LaunchGrid(Grid grid, cudaStream_t stream) {
     return error;
   }
   if (current_block != nullptr) Report(launch + "from within a kernel");
+  if (!device::StreamExists(stream)) return device::Fail(cudaErrorInvalidResourceHandle);
   device::Enqueue(stream, [grid = std::move(grid)] { RunGrid(grid); });
   return cudaSuccess;
 }

@@ -22,8 +22,14 @@ std::vector<__nv_bfloat16> RandomBf16(size_t count, int seed) {
 
 class Samples : public testing::TestWithParam<int> {
  protected:
-  void SetUp() override { simt::options().seed = static_cast<uint64_t>(GetParam()); }
-  void TearDown() override { simt::options().seed = 0; }
+  void SetUp() override {
+    simt::options().seed = static_cast<uint64_t>(GetParam());
+    simt::options().os_threads = GetParam() == 17 ? 3 : 1;
+  }
+  void TearDown() override {
+    simt::options().seed = 0;
+    simt::options().os_threads = 1;
+  }
 };
 
 TEST_P(Samples, Gemm) {

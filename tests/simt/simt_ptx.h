@@ -102,6 +102,8 @@ inline void CpAsyncWait() {
   simt::AsyncWait(kKeep);
 }
 
+inline int Opaque(int x) { return x; }
+
 namespace emulated {
 
 // ftz: subnormal numbers are zero.

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 
-SOURCE_SUFFIXES = (".h", ".cc", ".inc")
+SOURCE_SUFFIXES = (".h", ".cc", ".inc", ".cu")
 TEXT_SUFFIXES = SOURCE_SUFFIXES + (".py", ".md", ".txt", ".yaml", ".yml", ".json", ".cmake", ".sh", "")
 IGNORED_FOLDERS = {"build", "runs", "corpus", ".git", "__pycache__"}
 ARCHITECTURE = "docs/architecture.md"

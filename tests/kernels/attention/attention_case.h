@@ -96,7 +96,7 @@ class AttentionBounds {
  public:
   AttentionBounds(const reference::AttentionShape& shape, const std::vector<double>& q,
                   const std::vector<double>& k, const std::vector<double>& v)
-      : shape_(shape), q_(q), k_(k), v_(v) {
+      : shape_(shape), q_(q), k_(k) {
     for (double x : v) v_max_ = std::max(v_max_, std::abs(x));
     const double score = shape.scale * LongestRow(q) * LongestRow(k);
     const auto d = static_cast<double>(shape.d);
@@ -177,7 +177,7 @@ class AttentionBounds {
   }
 
   const reference::AttentionShape shape_;
-  const std::vector<double>&q_, &k_, &v_;
+  const std::vector<double>&q_, &k_;
   double v_max_ = 0;
   double weight_ = 0;
   double depth_ = 0;

@@ -101,6 +101,23 @@ class DeviceAttention {
   DeviceMatrix qkv_, dout_, out_, lse_, dqkv_;
 };
 
+// The most scratch that `run(ctx, memory)` takes on a dry device; `memory` is an address there.
+inline size_t DryScratch(size_t bytes, const std::function<void(const Context&, void*)>& run) {
+  auto opened = OpenCudaDevice({.host = "test", .dry = true});
+  EXPECT_TRUE(opened.ok());
+  const std::unique_ptr<Device> device = std::move(opened).value();
+  ThreadPool pool(1);
+  void* memory = device->Allocate(bytes);
+  size_t peak = 0;
+  {
+    Arena scratch(size_t{1} << 20, device.get());
+    run({DeviceKind::kCuda, &pool, &scratch, device.get()}, memory);
+    peak = scratch.peak_bytes();
+  }
+  device->Free(memory);
+  return peak;
+}
+
 // The bounds of one document, a row or a key at a time. `lse` and delta come from the results when
 // those are given (long documents: they are inputs of the backward pass, and checked by sample).
 class Bf16Reference {

@@ -57,7 +57,8 @@ TEST_F(AttentionCuda, SumsOfKeysInPieces) {
   if (kSlowBuild) GTEST_SKIP() << "too slow with sanitizers";
   AttentionCase c = NewCase(530, {64, 1, 16});
   Run(c, {{0, c.t}});
-  ExpectMatchesReferenceInBf16(c);
+  ExpectSampleMatchesReference(c, reference::AttendsAll, {0, 63, 64, 511, 512, 529},
+                               {0, 17, 18, 63, 64, 300, 511, 512, 529});
 }
 
 TEST_F(AttentionCuda, NothingToDo) {
@@ -140,6 +141,21 @@ TEST_F(AttentionCuda, RunsRepeat) {
   Run(one, documents);
   Run(two, documents);
   ExpectSameResults(one, two);
+}
+
+TEST_F(AttentionCuda, DryRunTakesTheSameScratch) {
+  const auto documents = DocumentsOf({130, 1, 64});
+  AttentionCase c = NewCase(documents.back().end, {4, 2, 16});
+  Run(c, documents);
+  const size_t dry = DryScratch(size_t{1} << 16, [&](const Context& dry_ctx, void* memory) {
+    const Tensor wide(memory, DType::kBF16, {c.t, 4, 16}, DeviceKind::kCuda);
+    const Tensor narrow(memory, DType::kBF16, {c.t, 2, 16}, DeviceKind::kCuda);
+    const Tensor lse(memory, DType::kF32, {c.t, 4}, DeviceKind::kCuda);
+    AttentionForward(dry_ctx, wide, narrow, narrow, documents, 0.25F, wide, lse);
+    AttentionBackward(dry_ctx, wide, narrow, narrow, wide, lse, wide, documents, 0.25F, wide,
+                      narrow, narrow);
+  });
+  EXPECT_EQ(dry, ctx().scratch->peak_bytes());
 }
 
 TEST_F(AttentionCuda, LargeScoresStayFinite) {

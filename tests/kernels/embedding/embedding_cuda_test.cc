@@ -25,7 +25,7 @@ struct Case {
 std::vector<Case> Cases(std::mt19937& rng) {
   std::vector<Case> cases;
   for (int64_t n : EdgeSizes()) {
-    if (kSlowBuild && n > 33) break;
+    if (kSlowBuild && n > 1 && n != 65) continue;
     cases.push_back({RandomTokens(n, 13, rng), 13, 72});
   }
   cases.push_back({RandomTokens(300, 1, rng), 1, 8});  // one id

@@ -110,13 +110,11 @@ using KlDivergenceCuda = CudaKernelTest;
 
 TEST_F(KlDivergenceCuda, AgreesWithReference) {
   for (const int64_t tokens : EdgeSizes()) {
-    if (kSlowBuild && tokens > 33) continue;
+    if (kSlowBuild && tokens > 1 && tokens != 33) continue;
     const Problem p(tokens, 61);
-    for (const float tau : {1.0F, 2.5F}) {
-      for (const int64_t chunk : {13, 64, 1000}) {
-        ExpectRight(p, tau, Compute(ctx(), p, chunk, tau));
-      }
-    }
+    ExpectRight(p, 1.0, Compute(ctx(), p, 13, 1.0F));
+    ExpectRight(p, 2.5, Compute(ctx(), p, 64, 2.5F));
+    if (!kSlowBuild) ExpectRight(p, 1.0, Compute(ctx(), p, 1000, 1.0F));
   }
 }
 
@@ -130,10 +128,10 @@ TEST_F(KlDivergenceCuda, AnyVocabulary) {
 }
 
 TEST_F(KlDivergenceCuda, RepeatsToTheBit) {
-  const Problem p(33, 999);
-  const Found first = Compute(ctx(), p, 16, 1.0F);
+  const Problem p(kSlowBuild ? 9 : 33, 999);
+  const Found first = Compute(ctx(), p, 8, 1.0F);
   for (int i = 0; i < 2; ++i) {
-    const Found again = Compute(ctx(), p, 16, 1.0F);
+    const Found again = Compute(ctx(), p, 8, 1.0F);
     EXPECT_EQ(again.result.loss_sum, first.result.loss_sum);
     EXPECT_EQ(again.result.teacher_entropy, first.result.teacher_entropy);
     EXPECT_EQ(again.dhidden.Bytes(), first.dhidden.Bytes());
@@ -142,7 +140,7 @@ TEST_F(KlDivergenceCuda, RepeatsToTheBit) {
 }
 
 TEST_F(KlDivergenceCuda, GradientsMayBeLeftOut) {
-  const Problem p(20, 61);
+  const Problem p(kSlowBuild ? 9 : 20, 61);
   const Found all = Compute(ctx(), p, 8, 1.0F);
   const Found none = Compute(ctx(), p, 8, 1.0F, false, false);
   EXPECT_EQ(none.result.loss_sum, all.result.loss_sum);

@@ -23,8 +23,10 @@ struct Case {
 std::vector<Case> Cases() {
   std::vector<Case> cases;
   for (int64_t tokens : EdgeSizes()) {
-    for (int64_t width : {8, 72, 1032}) cases.push_back({tokens, width});
     if (kSlowBuild && tokens > 33) break;
+    for (int64_t width : {8, 72, 1032}) {
+      if (!kSlowBuild || width == 72 || tokens <= 1) cases.push_back({tokens, width});
+    }
   }
   cases.push_back({3, 8192});
   cases.push_back({2, 8200});

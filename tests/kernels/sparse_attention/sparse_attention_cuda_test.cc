@@ -110,6 +110,26 @@ TEST_F(SparseAttentionCuda, ReleasedBlockNumbersInSmallBlocks) {
   ExpectMatchesReferenceInBf16(c, c.SeenKeys());
 }
 
+// The same in blocks of 64: a block is left out from 6,144 tokens on. The forward pass only; rows
+// by sample, which stands for all lengths, because a row does not depend on what follows.
+TEST_F(SparseAttentionCuda, ReleasedBlockNumbers) {
+  if (kSlowBuild) GTEST_SKIP() << "too slow with sanitizers";
+  SparseCase c = NewCase(6209, {1, 1, 16}, SparseAttentionConfig());
+  KernelTest cpu;
+  c.Select(cpu.ctx(), {{0, c.t}});
+  RunWithBlocks(c, {{0, c.t}}, /*backward=*/false);
+  const reference::Attends seen = c.SeenKeys();
+  const Bf16Reference expected(c, seen, /*statistics_of_case=*/true);
+  Comparison out("out");
+  for (const int64_t t : {0, 63, 64, 2111, 2112, 2175, 2176, 6143, 6144, 6145, 6150, 6207, 6208}) {
+    double lse = 0;
+    out.Expect(c.out, t, 0, expected.Out(t, 0, &lse));
+    ASSERT_NEAR(c.lse.at(t, 0), lse, expected.LseBound(lse)) << "token " << t;
+    ASSERT_EQ(static_cast<int64_t>(c.Seen(t, 0).size()), std::min<int64_t>(96, t / 64 + 1));
+  }
+  out.ExpectAccepted();
+}
+
 // Lists of more than 8,192 tokens: block 1 is chosen by everyone who may. Rows and keys by sample.
 TEST_F(SparseAttentionCuda, LongListsInPieces) {
   if (kSlowBuild) GTEST_SKIP() << "too slow with sanitizers";
@@ -183,12 +203,29 @@ TEST_F(SparseAttentionCuda, ChangingOneTokenReachesOnlyItsDocument) {
 }
 
 TEST_F(SparseAttentionCuda, RunsRepeat) {
-  const auto documents = DocumentsOf({257, 1, 130});
+  const auto documents = DocumentsOf({kSlowBuild ? 120 : 257, 1, kSlowBuild ? 20 : 130});
   SparseCase one = NewCase(documents.back().end, {8, 2, 16}, SmallConfig());
   SparseCase two = NewCase(documents.back().end, {8, 2, 16}, SmallConfig());
   Run(one, documents);
   Run(two, documents);
   ExpectSameResults(one, two);
+}
+
+TEST_F(SparseAttentionCuda, DryRunTakesTheSameScratch) {
+  const auto documents = DocumentsOf({130, 1, 64});
+  SparseCase c = NewCase(documents.back().end, {4, 2, 16}, SmallConfig());
+  Run(c, documents);
+  const size_t dry = DryScratch(size_t{1} << 16, [&](const Context& dry_ctx, void* memory) {
+    const Tensor wide(memory, DType::kBF16, {c.t, 4, 16}, DeviceKind::kCuda);
+    const Tensor narrow(memory, DType::kBF16, {c.t, 2, 16}, DeviceKind::kCuda);
+    const Tensor lse(memory, DType::kF32, {c.t, 4}, DeviceKind::kCuda);
+    const Tensor blocks(memory, DType::kI32, {c.t, 2, c.width()}, DeviceKind::kCuda);
+    SparseAttentionForward(dry_ctx, wide, narrow, narrow, documents, c.config, 0.25F, blocks, wide,
+                           lse);
+    SparseAttentionBackward(dry_ctx, wide, narrow, narrow, wide, lse, wide, documents, c.config,
+                            0.25F, blocks, wide, narrow, narrow);
+  });
+  EXPECT_EQ(dry, ctx().scratch->peak_bytes());
 }
 
 TEST_F(SparseAttentionCuda, BlocksNobodySelectedGetNoGradient) {

@@ -1,4 +1,3 @@
-#include "kernels/tensor_ops/reference.h"
 #include "kernels/tensor_ops/tensor_ops.h"
 #include "tests/kernels/common/cuda_bounds.h"
 
@@ -71,19 +70,6 @@ TEST_F(TensorOpsCuda, AddRoundsOnce) {
         EXPECT_TRUE(s.Download().SameBits(expected));
         EXPECT_TRUE(s.GapsUntouched());
       }
-    }
-  }
-}
-
-TEST_F(TensorOpsCuda, AddRowsAddsInTheOrderOfTheRows) {
-  std::mt19937 rng(66);
-  for (int64_t m : Sizes()) {
-    for (int64_t n : {0, 1, 2, 9}) {
-      const Matrix parts = Matrix::Random(n, m, rng);
-      const DeviceMatrix p(DType::kF32, parts), to(DType::kF32, 1, m);
-      AddRows(ctx(), p.tensor(), to.vector());
-      EXPECT_EQ(to.Download().values<float>(), reference::AddRows(parts.values<float>(), n, m));
-      EXPECT_TRUE(to.GapsUntouched());
     }
   }
 }

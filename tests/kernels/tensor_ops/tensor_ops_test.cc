@@ -1,6 +1,5 @@
 #include "kernels/tensor_ops/tensor_ops.h"
 
-#include "kernels/tensor_ops/reference.h"
 #include "tests/kernels/common/kernel_test.h"
 
 namespace sala::kernels {
@@ -37,32 +36,6 @@ TEST(TensorOps, AddIsOneAdditionAnElementForAnyThreads) {
       EXPECT_TRUE(sum.GapsUntouched());
     }
   }
-}
-
-// In float32 the order shows: the bits of the plain loop are those of its order.
-TEST(TensorOps, AddRowsAddsInTheOrderOfTheRowsForAnyThreads) {
-  std::mt19937 rng(63);
-  for (int64_t m : Sizes()) {
-    for (int64_t n : {0, 1, 2, 5}) {
-      for (int threads : {1, 3}) {
-        Matrix parts = Matrix::Random(n, m, rng);
-        const std::vector<float> expected = reference::AddRows(parts.values<float>(), n, m);
-        Matrix to(1, m);
-        KernelTest test(threads);
-        AddRows(test.ctx(), parts.tensor(), to.vector());
-        EXPECT_EQ(to.values<float>(), expected);
-        EXPECT_TRUE(to.GapsUntouched());
-      }
-    }
-  }
-  Matrix parts(3, 1);
-  parts.at(0, 0) = 0x1p24F;
-  parts.at(1, 0) = 1.0F;  // lost in the first sum, kept in 1 + 1
-  parts.at(2, 0) = 1.0F;
-  Matrix to(1, 1);
-  KernelTest test;
-  AddRows(test.ctx(), parts.tensor(), to.vector());
-  EXPECT_EQ(to.at(0, 0), 0x1p24F);
 }
 
 TEST(TensorOpsDeathTest, RefusesTensorsThatDoNotFit) {

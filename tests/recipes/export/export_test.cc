@@ -23,9 +23,7 @@
 namespace sala::recipes {
 namespace {
 
-using testing::Contains;
 using testing::HasSubstr;
-using testing::Not;
 
 model::ModelConfig Teacher() {
   model::ModelConfig config;

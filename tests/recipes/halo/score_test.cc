@@ -16,7 +16,6 @@ namespace {
 using testing::RandomBatch;
 using testing::RandomTeacher;
 using testing::TeacherConfig;
-using testing::Values;
 
 // One of `size` ranks that keeps what it is asked to sum: the test adds the ranks' parts itself.
 class LoneRank : public parallel::Communicator {

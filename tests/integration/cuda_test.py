@@ -1,0 +1,211 @@
+"""The GPU path of the whole trainer, over the emulated CUDA module: the same program, configurations and checkpoints as on the CPU.
+
+Run by CTest with SALA_CUDA_MODULE naming the emulated module, and by launch/gpu-test on hardware without it.
+"""
+
+import os
+import pathlib
+import unittest
+
+import harness as h
+from parallel_test import GRADIENT_TOLERANCE, relative_differences
+
+# Rounding a tensor to bfloat16 adds a relative error of about 2^-9 (a uniform error of at most 2^-8). Some 20 tensors are
+# rounded on the way through a layer and back; 4 layers, as a random walk: sqrt(80) / 512 = 1.7 %, and parameters are rounded
+# too. Norms and softmax amplify by a factor of a few. A wrong formula changes a gradient by tens of percent.
+BF16_GRADIENT = 0.08
+BF16_LOSS = 0.005
+
+SPARSE = {"kernel_size": 8, "kernel_stride": 4, "block_size": 16, "init_blocks": 1, "window_size": 32, "topk": 3, "dense_len": 64}
+HYBRID = ["minicpm4", "lightning-attn", "lightning-attn", "minicpm4"]
+EMULATED = "SALA_CUDA_MODULE" in os.environ
+
+
+def model(**changes):
+    return h.model(hidden_size=64, intermediate_size=96, head_dim=16, dim_model_base=32, sparse_config=SPARSE, **changes)
+
+
+def hybrid(**changes):
+    return model(mixer_types=HYBRID, attn_use_rope=False, attn_use_output_gate=True, **changes)
+
+
+def one_step(name, **changes):
+    """A stage of one update without clipping, saved after it."""
+    return h.pretrain(name, 1, first=True, model=hybrid(), batch=h.batch(1, sequences=6, micro=1), schedule={"shape": "constant", "peak_lr": 0.001},
+                      optimizer={"clip_norm": 0}, data=h.data(h.ingest("prose"), packing="best_fit", validation={"fraction": 0}),
+                      checkpoint={"every_steps": 1}, **changes)
+
+
+class Steps(unittest.TestCase):
+    """One update of the tiny hybrid on 1 and 4 ranks."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.config = h.write_stage(h.ROOT / "cuda" / "step.yaml", one_step("only", sparse_attention=True))
+        cls.runs = {"cpu": cls.start("cpu", None, "run.device=cpu"), "cuda": cls.start("cuda", None, "run.device=cuda"),
+                    "mpi": cls.start("mpi", 4, "run.device=cuda", "parallel.transport=mpi")}
+        if EMULATED:
+            cls.runs["nccl"] = cls.start("nccl", 4, "run.device=cuda", "parallel.transport=nccl")
+
+    @classmethod
+    def start(cls, name, ranks, *sets):
+        run = h.ROOT / "runs" / f"cuda-{name}"
+        h.succeed(h.train(cls.config, run, *sets), ranks=ranks)
+        return run
+
+    def first(self, name):
+        return next(iter(h.metrics(self.runs[name]).values()))
+
+    def gradients(self, a, b):
+        return relative_differences(h.checkpoints(self.runs[a])[0], h.checkpoints(self.runs[b])[0], "exp_avg")
+
+    def test_the_device_sees_the_same_samples(self):
+        for name in self.runs:
+            self.assertEqual(self.first(name)["data_crc"], self.first("cpu")["data_crc"])
+
+    def test_loss_and_every_gradient_agree_with_the_cpu(self):
+        self.assertAlmostEqual(self.first("cuda")["loss"] / self.first("cpu")["loss"], 1, delta=BF16_LOSS)
+        self.assertAlmostEqual(self.first("cuda")["grad_norm"] / self.first("cpu")["grad_norm"], 1, delta=BF16_GRADIENT)
+        found = self.gradients("cpu", "cuda")
+        self.assertGreater(len(found), 40)
+        for tensor, relative in found.items():
+            self.assertLess(relative, BF16_GRADIENT, tensor)
+
+    def test_four_ranks_agree_with_one(self):
+        # Each sample is a micro-batch of its own, so only the order of the float32 sums over samples differs.
+        for name in set(self.runs) & {"mpi", "nccl"}:
+            for tensor, relative in self.gradients("cuda", name).items():
+                self.assertLess(relative, GRADIENT_TOLERANCE, f"{name}: {tensor}")
+
+    def test_nccl_and_mpi_have_the_same_bits(self):
+        if not EMULATED:
+            self.skipTest("needs a device per rank")
+        self.assertEqual(h.differences(self.runs["mpi"], self.runs["nccl"]), [])
+
+
+class SameBits(unittest.TestCase):
+    def test_one_and_four_ranks_with_rank_independent_sums(self):
+        stage = h.pretrain("only", 3, first=True, model=hybrid(), batch={**h.batch(3, sequences=4, micro=1), "rank_independent_sums": True})
+        config = h.write_stage(h.ROOT / "cuda" / "independent.yaml", stage)
+        runs = []
+        for ranks in (1, 4):
+            runs.append(h.ROOT / "runs" / f"cuda-independent-{ranks}")
+            h.succeed(h.train(config, runs[-1], "run.device=cuda", "parallel.transport=mpi"), ranks=ranks)
+        self.assertEqual(h.differences(*runs), [])
+
+    @unittest.skipUnless(EMULATED, "the order is the emulator's to choose")
+    def test_no_order_of_lanes_warps_and_blocks_shows(self):
+        config = h.write_stage(h.ROOT / "cuda" / "order.yaml", one_step("only", sparse_attention=True))
+        runs = {}
+        for name, env in {"natural": {}, "shuffled": {"SALA_SIMT_SEED": "5"}, "other": {"SALA_SIMT_SEED": "23", "SALA_SIMT_THREADS": "2"}}.items():
+            runs[name] = h.ROOT / "runs" / f"cuda-order-{name}"
+            h.succeed(h.train(config, runs[name], "run.device=cuda"), env=env)
+        for name in ("shuffled", "other"):
+            self.assertEqual(h.differences(runs["natural"], runs[name]), [], name)
+
+    def test_a_stopped_run_goes_on_to_the_same_bits(self):
+        config = h.write_stage(h.ROOT / "cuda" / "resume.yaml", h.pretrain("only", 4, first=True, model=hybrid(), checkpoint={"every_steps": 2, "keep_last": 4}))
+        whole, stopped = h.ROOT / "runs" / "cuda-whole", h.ROOT / "runs" / "cuda-stopped"
+        h.succeed(h.train(config, whole, "run.device=cuda"))
+        job = h.Job(h.train(config, stopped, "run.device=cuda"))
+        job.wait_for(lambda: len(h.checkpoints(stopped)) > 0, "a checkpoint")
+        job.signal_rank(0, h.SIGKILL)
+        job.result()
+        h.succeed(h.train(config, stopped, "run.device=cuda"))
+        self.assertEqual(h.differences(whole, stopped), [])
+
+
+class Stages(unittest.TestCase):
+    """Conversion and training of all kinds on the GPU path, beside the same chain on the CPU."""
+
+    @classmethod
+    def setUpClass(cls):
+        long_data = h.data(h.ingest("long", documents=120, seed=5, most_sentences=12), packing="best_fit")
+        stages = [h.pretrain("base", 6, first=True, model=model()), h.halo("halo", 3, 3),
+                  h.pretrain("long_decay", 2, sparse_attention=True, carry_optimizer=False, batch=h.batch(2, sequences=2, seq_len=128), data=long_data),
+                  h.sft("sft", 2, sparse_attention=True, batch=h.batch(2, sequences=2, seq_len=128))]
+        cls.config = h.write_pipeline(h.ROOT / "cuda-all", stages)
+        cls.runs = {}
+        for device in ("cpu", "cuda"):
+            cls.runs[device] = h.ROOT / "runs" / f"stages-{device}"
+            h.succeed(["train", cls.config, "--run", cls.runs[device], "--device", device])
+
+    def test_losses_stay_beside_those_of_the_cpu(self):
+        cpu, cuda = h.metrics(self.runs["cpu"]), h.metrics(self.runs["cuda"])
+        self.assertEqual(list(cpu), list(cuda))
+        for key, line in cpu.items():
+            # A few updates apart, and the choice of layers may differ where scores are near ties.
+            self.assertAlmostEqual(cuda[key]["loss"] / line["loss"], 1, delta=0.05, msg=str(key))
+
+    def test_a_checkpoint_of_the_gpu_is_one_of_the_cpu(self):
+        final = h.final_checkpoints(self.runs["cuda"])["sft"]
+        h.succeed(["ckpt", "verify", final, "--deep"])
+        text = h.succeed(["generate", "--ckpt", final, "--prompt", "the baker", "--max-new-tokens", "8", "--temperature", "0"]).out
+        self.assertGreater(len(text), 0)
+
+    def test_planned_and_used_memory_are_told(self):
+        log = (self.runs["cuda"] / "logs" / "rank-00000.log").read_text()
+        self.assertRegex(log, r"base/train: device memory: activations \d+ KiB \(planned \d+\), work space \d+ KiB \(planned \d+\)")
+
+
+class Errors(unittest.TestCase):
+    """One line that says what and where, and the documented exit code."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.config = h.write_stage(h.ROOT / "cuda" / "errors.yaml", one_step("only"))
+
+    def fails(self, code, name, pattern, *sets, ranks=None, env=None):
+        run = h.ROOT / "runs" / f"cuda-error-{self.id().rsplit('.', 1)[1]}"
+        result = h.run(h.train(self.config, run, "run.device=cuda", *sets), ranks=ranks, env=env)
+        self.assertEqual(result.code, code, result)
+        self.assertEqual(len(result.error_lines), 1, result)
+        self.assertIn(f"sala: error: {name}: ", result.error_lines[0])
+        self.assertRegex(result.error_lines[0], pattern)
+
+    def test_no_module(self):
+        self.fails(71, "CUDA-MODULE", r"nowhere\.so: no such file; the CPU path \(device: cpu\) needs no module", env={"SALA_CUDA_MODULE": "./nowhere.so"})
+
+    def test_something_else_in_place_of_the_module(self):
+        other = next(iter(pathlib.Path("/usr/lib").glob("*-linux-gnu/libz.so*")), None)
+        if other is None:
+            self.skipTest("no library at hand")
+        self.fails(71, "CUDA-MODULE", "is not a sala CUDA module", env={"SALA_CUDA_MODULE": str(other)})
+
+    def test_model_the_kernels_do_not_know(self):
+        config = h.write_stage(h.ROOT / "cuda" / "narrow.yaml", h.pretrain("only", 1, first=True, model=h.model(head_dim=8)))
+        result = h.run(h.train(config, h.ROOT / "runs" / "cuda-narrow", "run.device=cuda"))
+        self.assertEqual(result.code, 78, result)
+        self.assertIn("CFG-MODEL: model.head_dim is 8, the GPU kernels need 16, 32, 64 or 128; use run.device: cpu", result.err)
+
+    @unittest.skipUnless(EMULATED, "failures are injected by the emulator")
+    def test_too_little_memory(self):
+        # Enough for parameters and optimizer, not for cuBLASLt's work space of 64 MiB.
+        self.fails(71, "CUDA-MEMORY", r"a micro-batch of 1 x 64 tokens needs \d+ MiB .* MiB free", env={"SALA_SIMT_MEMORY": str(16 << 20)})
+
+    @unittest.skipUnless(EMULATED, "failures are injected by the emulator")
+    def test_a_failing_launch_names_operation_shape_and_rank(self):
+        self.fails(71, "CUDA-FAILED", r"SwiGluForward \[\d+, \d+\] bf16: .*, rank 0 on ", env={"SALA_SIMT_FAIL": "launch:SwiGluForward"})
+
+    @unittest.skipUnless(EMULATED, "failures are injected by the emulator")
+    def test_a_failing_launch_ends_all_ranks(self):
+        run = h.ROOT / "runs" / "cuda-error-ranks"
+        result = h.run(h.train(self.config, run, "run.device=cuda"), ranks=2, env={"SALA_SIMT_FAIL": "launch:SwiGluForward"})
+        self.assertEqual(result.code, 71, result)
+        self.assertIn("CUDA-FAILED", result.err)
+
+
+class Doctor(unittest.TestCase):
+    def test_says_what_is_there(self):
+        out = h.succeed(["doctor", "--need-cuda"]).out
+        self.assertRegex(out, r"CUDA +module .*cuBLASLt \d+.*NCCL \d+")
+        self.assertRegex(out, r"GPU +0: ")
+
+    def test_says_why_nothing_is_there(self):
+        env = {"SALA_CUDA_MODULE": "./nowhere.so"}
+        self.assertIn("nowhere.so: no such file", h.succeed(["doctor"], env=env).out)
+        self.assertEqual(h.run(["doctor", "--need-cuda"], env=env).code, 71)
+
+
+if __name__ == "__main__":
+    h.main()

@@ -1,0 +1,185 @@
+// Device memory between ranks: both ways have the bits of the host's communicator. Run under mpirun
+// over the emulated CUDA module, or on hardware with a device per rank.
+#include "parallel/device_communicator.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "core/buffer.h"
+#include "core/cuda_module.h"
+#include "parallel/mpi_communicator.h"
+
+namespace sala::parallel {
+namespace {
+
+Communicator* world = nullptr;
+Device* device = nullptr;
+
+enum class Way { kStaged, kNcclOrdered, kNcclFree };
+
+class DeviceCommunicator : public ::testing::TestWithParam<Way> {
+ protected:
+  DeviceCommunicator() : pool_(1), scratch_(size_t{1} << 20, device) {
+    auto host = world->Split(0);
+    EXPECT_TRUE(host.ok());
+    const Context ctx = {DeviceKind::kCuda, &pool_, &scratch_, device};
+    if (GetParam() == Way::kStaged) {
+      comm_ = MakeStagedCommunicator(std::move(*host), *device);
+      return;
+    }
+    auto nccl = MakeNcclCommunicator(std::move(*host), ctx, GetParam() == Way::kNcclOrdered);
+    EXPECT_TRUE(nccl.ok()) << MessageOf(nccl.status());
+    comm_ = std::move(*nccl);
+  }
+
+  Communicator& comm() { return *comm_; }
+
+  static Buffer Upload(const std::vector<float>& values) {
+    Buffer buffer(std::max<size_t>(1, values.size()) * sizeof(float), device);
+    device->Upload(buffer.data(), values.data(), values.size() * sizeof(float));
+    return buffer;
+  }
+  static std::vector<float> Download(const Buffer& buffer, int64_t n) {
+    std::vector<float> values(static_cast<size_t>(n));
+    device->Download(values.data(), buffer.data(), values.size() * sizeof(float));
+    return values;
+  }
+  static Tensor View(const Buffer& buffer, int64_t begin, int64_t end, DType dtype = DType::kF32) {
+    return Tensor(static_cast<char*>(buffer.data()) + begin * static_cast<int64_t>(SizeOf(dtype)),
+                  dtype, {end - begin}, DeviceKind::kCuda);
+  }
+
+ private:
+  ThreadPool pool_;
+  Arena scratch_;
+  std::unique_ptr<Communicator> comm_;
+};
+
+// Uneven segments, one of them empty; `large`: more than one piece of the exchange.
+std::vector<int64_t> Counts(bool large) {
+  std::vector<int64_t> counts;
+  for (int r = 0; r < world->size(); ++r) {
+    counts.push_back(r % 3 == 1 ? 0 : (large ? (int64_t{1} << 20) + 16 * r + 48 : 16 * (r + 2)));
+  }
+  return counts;
+}
+
+int64_t Begin(const std::vector<int64_t>& counts) {
+  return std::accumulate(counts.begin(), counts.begin() + world->rank(), int64_t{0});
+}
+
+// Values whose float sum depends on the order, different on every rank.
+std::vector<float> Values(int64_t n) {
+  std::vector<float> values(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    values[static_cast<size_t>(i)] = (world->rank() % 2 == 0 ? 1.0F : -1.0F) *
+                                     std::ldexp(1.0F + 0.37F * static_cast<float>(i % 11),
+                                                (world->rank() * 7 + static_cast<int>(i)) % 24);
+  }
+  return values;
+}
+
+TEST_P(DeviceCommunicator, ReduceScatterHasTheBitsOfTheHost) {
+  for (const bool large : {false, true}) {
+    const std::vector<int64_t> counts = Counts(large);
+    const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+    const int64_t mine = counts[static_cast<size_t>(world->rank())];
+    const std::vector<float> values = Values(total);
+    std::vector<float> expected(static_cast<size_t>(mine));
+    ASSERT_TRUE(world->ReduceScatterSum(values, counts, expected).ok());
+
+    const Buffer send = Upload(values);
+    const Buffer recv = Upload(std::vector<float>(static_cast<size_t>(mine), NAN));
+    const Status status =
+        comm().ReduceScatterSum(ConstTensor(View(send, 0, total)), counts, View(recv, 0, mine));
+    ASSERT_TRUE(status.ok()) << MessageOf(status);
+    const std::vector<float> found = Download(recv, mine);
+    if (GetParam() != Way::kNcclFree) {
+      EXPECT_EQ(found, expected);
+      continue;
+    }
+    // Any order: ranks - 1 additions, each rounded by at most 2^-24 of the largest partial sum,
+    // which is below ranks * 2^26 here.
+    const double bound = world->size() * world->size() * 0x1p26 * 0x1p-24;
+    for (size_t i = 0; i < found.size(); ++i) ASSERT_NEAR(found[i], expected[i], bound) << i;
+  }
+}
+
+TEST_P(DeviceCommunicator, AllGatherMovesEveryBitInPlaceAndOutOfPlace) {
+  for (const bool large : {false, true}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      const std::vector<int64_t> counts = Counts(large);
+      const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+      const int64_t mine = counts[static_cast<size_t>(world->rank())];
+      // Every rank knows what all have: bytes that depend on the place only.
+      const size_t bytes = static_cast<size_t>(total) * SizeOf(dtype);
+      std::vector<unsigned char> all(bytes);
+      for (size_t i = 0; i < bytes; ++i) all[i] = static_cast<unsigned char>(i * 131 + i / 251);
+      const size_t first = static_cast<size_t>(Begin(counts)) * SizeOf(dtype);
+      const size_t own = static_cast<size_t>(mine) * SizeOf(dtype);
+      for (const bool in_place : {false, true}) {
+        const Buffer send(std::max<size_t>(1, own), device);
+        const Buffer recv(bytes, device);
+        device->Upload(send.data(), all.data() + first, own);
+        device->Upload(static_cast<char*>(recv.data()) + first, all.data() + first, own);
+        const ConstTensor from = in_place ? View(recv, Begin(counts), Begin(counts) + mine, dtype)
+                                          : View(send, 0, mine, dtype);
+        const Status status = comm().AllGather(from, counts, View(recv, 0, total, dtype));
+        ASSERT_TRUE(status.ok()) << MessageOf(status);
+        std::vector<unsigned char> found(bytes);
+        device->Download(found.data(), recv.data(), bytes);
+        EXPECT_EQ(found, all);
+      }
+    }
+  }
+}
+
+TEST_P(DeviceCommunicator, HostMemoryGoesTheWayOfTheHost) {
+  double value = world->rank() + 0.5;
+  ASSERT_TRUE(comm().AllReduce(std::span<double>(&value, 1), Reduce::kSum).ok());
+  const int n = world->size();
+  EXPECT_EQ(value, 0.5 * n + n * (n - 1) / 2.0);
+  const auto texts = comm().AllGatherText(std::to_string(world->rank()));
+  ASSERT_TRUE(texts.ok());
+  EXPECT_EQ(texts->back(), std::to_string(n - 1));
+  EXPECT_TRUE(comm().Barrier().ok());
+}
+
+std::string NameOf(const ::testing::TestParamInfo<Way>& way) {
+  constexpr const char* kNames[] = {"Staged", "NcclOrdered", "NcclFree"};
+  return kNames[static_cast<int>(way.param)];
+}
+
+INSTANTIATE_TEST_SUITE_P(Ways, DeviceCommunicator,
+                         ::testing::Values(Way::kStaged, Way::kNcclOrdered, Way::kNcclFree),
+                         NameOf);
+
+int Main(int argc, char** argv) {
+  auto mpi = MpiSession::Start(&argc, &argv);
+  if (!mpi.ok()) return 1;
+  ::testing::InitGoogleTest(&argc, argv);
+  auto comm = (*mpi)->World();
+  if (!comm.ok()) return 1;
+  world = comm->get();
+  const auto ranks = RanksOfThisHost(*world, (*mpi)->host());
+  if (!ranks.ok()) return 1;
+  auto opened = OpenCudaDevice(
+      {.local_rank = ranks->local_rank, .rank = world->rank(), .host = (*mpi)->host()});
+  if (!opened.ok()) {
+    std::fprintf(stderr, "%s\n", MessageOf(opened.status()).c_str());
+    return 1;
+  }
+  device = opened->get();
+  return RUN_ALL_TESTS();
+}
+
+}  // namespace
+}  // namespace sala::parallel
+
+int main(int argc, char** argv) { return sala::parallel::Main(argc, argv); }
