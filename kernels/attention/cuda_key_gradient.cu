@@ -150,15 +150,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (step >= 0) WaitForOldest(stages);
     __syncthreads();  // the step's rows and the next names are there
     const int next = step + stages - 1;
+    // The tokens after the next step's are read before the copies are asked for and stored behind
+    // them: that hides their latency and keeps them out of registers while products are summed.
+    const int later_row = (next + 1) * kStepRows + thread;
+    int later_token = 0;
+    if (thread < kStepRows) later_token = TokenOfRow(tile, p.group, work.lists, later_row, rows);
     if (next * kStepRows < rows) {
       ring.Copy(stage == 0 ? stages - 1 : stage - 1, names + next % 2 * kStepRows, tile, p, dout,
                 lse, lse_stride, delta);
     }
     ptx::CpAsyncCommit();
-    // The tokens after these are read now and stored after the step: their latency is hidden.
-    const int next_row = (next + 1) * kStepRows + thread;
-    int next_token = 0;
-    if (thread < kStepRows) next_token = TokenOfRow(tile, p.group, work.lists, next_row, rows);
+    if (thread < kStepRows) {
+      names[(next + 1) % 2 * kStepRows + thread] = {later_token, later_row % p.group};
+    }
     Bf16* queries = ring.Queries(stage);
     Bf16* gradients = ring.Gradients(stage);
 #pragma unroll 1
@@ -205,9 +209,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       RoundToOperand(a, dp[0], dp[1]);
       MultiplyAdd<D>(dk_sum, a, queries, slice * 16);
-    }
-    if (thread < kStepRows) {
-      names[(next + 1) % 2 * kStepRows + thread] = {next_token, next_row % p.group};
     }
     stage = stage + 1 == stages ? 0 : stage + 1;
   }
