@@ -68,7 +68,7 @@ Tensor Arena::NewZeroed(DType dtype, std::initializer_list<int64_t> shape) {
 void Arena::Reserve(size_t bytes) {
   SALA_CHECK(used_ == 0) << "an arena in use cannot be laid out anew";
   peak_ = 0;
-  if (blocks_.size() == 1 && blocks_[0].size >= bytes) return;
+  if (bytes > 0 && blocks_.size() == 1 && blocks_[0].size >= bytes) return;
   blocks_.clear();
   block_ = 0;
   offset_ = 0;

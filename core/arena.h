@@ -34,8 +34,8 @@ class Arena {
   void* Allocate(size_t bytes);
   Tensor New(DType dtype, std::initializer_list<int64_t> shape);
   Tensor NewZeroed(DType dtype, std::initializer_list<int64_t> shape);
-  // Makes sure that `bytes` fit without a new block, as one block, and counts the peak anew. Only
-  // while nothing is in use.
+  // Makes sure that `bytes` fit without a new block, as one block, and counts the peak anew; 0
+  // gives all memory back. Only while nothing is in use.
   void Reserve(size_t bytes);
 
   struct Mark {

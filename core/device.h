@@ -22,7 +22,8 @@
 namespace sala {
 
 struct DeviceInfo {
-  std::string name;  // "NVIDIA H200"
+  std::string name;    // "NVIDIA H200"
+  std::string bus_id;  // tells devices of a host apart, whatever numbers a rank sees
   int index = 0;
   int compute_capability = 0;  // 90 for 9.0
   int multiprocessors = 0;
@@ -34,6 +35,8 @@ struct DeviceInfo {
   bool emulated = false;  // kernels run on the CPU
 };
 
+class Device;
+
 // Which device and how it is used.
 struct DeviceOptions {
   int index = -1;  // -1: local rank modulo the number of devices
@@ -44,6 +47,7 @@ struct DeviceOptions {
   // A dry device hands out addresses without memory and launches nothing: running the model on it
   // measures what the real run will need, scratch included.
   bool dry = false;
+  const Device* like = nullptr;  // whose properties a dry device has; null: an H100's
 };
 
 // CUDA-FAILED or CUDA-MEMORY of the error catalogue, exit code 71 (docs/errors.md).
@@ -72,8 +76,6 @@ class Device {
   // the step.
   virtual void* Allocate(size_t bytes) = 0;
   virtual void Free(void* pointer) = 0;
-  virtual void* AllocatePinned(size_t bytes) = 0;  // host memory the device copies from directly
-  virtual void FreePinned(void* pointer) = 0;
   virtual size_t free_bytes() const = 0;  // of the device, now
 
   // On the compute stream. Upload goes through a ring of pinned memory: it returns when `host` may
@@ -84,8 +86,8 @@ class Device {
   virtual void Zero(void* device, size_t bytes) = 0;
   virtual void Synchronize() = 0;
 
-  // Points in time, for benchmarks: mark number `mark` (small, from 0; reused freely) lies behind the
-  // work queued so far. SecondsBetween waits for mark `to`. On a dry device 0.
+  // Points in time, for benchmarks: mark number `mark` (small, from 0; reused freely) lies behind
+  // the work queued so far. SecondsBetween waits for mark `to`. On a dry device 0.
   virtual void MarkTime(int mark) = 0;
   virtual double SecondsBetween(int from, int to) = 0;
 

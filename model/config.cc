@@ -100,6 +100,12 @@ std::string ModelConfig::CudaProblem() const {
   if (hidden_size % 8 != 0) return found("hidden_size", hidden_size, "a multiple of 8");
   if (intermediate_size % 8 != 0)
     return found("intermediate_size", intermediate_size, "a multiple of 8");
+  constexpr int64_t kWidest = 16384;  // a row of a norm lies in the registers of one block
+  if (hidden_size > kWidest)
+    return found("hidden_size", hidden_size, "at most " + std::to_string(kWidest));
+  if (has_lightning() && use_output_norm && lightning_width() > kWidest)
+    return found("lightning_nh * lightning_head_dim", lightning_width(),
+                 "at most " + std::to_string(kWidest));
   if (!head(head_dim)) return found("head_dim", head_dim, head_sizes);
   if (has_lightning() && !head(lightning_head_dim))
     return found("lightning_head_dim", lightning_head_dim, head_sizes);

@@ -1,8 +1,8 @@
 // Several linear maps of one input, computed as one matrix product where their weights lie one
 // behind the other in the parameter store (which lays q, k, v and gate of a mixer, and gate and up
-// of an MLP, out like that). Fewer and larger products run at a better rate; the results are the
-// same to the bit, because every element of a product is summed on its own. Not part of the room's
-// interface.
+// of an MLP, out like that). Fewer and larger products run at a better rate. On a CPU the forward
+// products have the bits of separate ones, because every element is summed on its own; the input's
+// gradient is one sum over all outputs instead of a sum per map. Not part of the room's interface.
 #pragma once
 
 #include <vector>

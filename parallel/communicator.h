@@ -63,6 +63,12 @@ class Communicator {
   virtual StatusOr<std::unique_ptr<Communicator>> Split(int colour) = 0;
 };
 
+// AllGather for buffers of any size: MPI counts elements with an int. `piece` elements of each
+// segment travel at once.
+Status AllGatherInPieces(Communicator& comm, std::span<const float> send,
+                         std::span<const int64_t> counts, std::span<float> recv,
+                         int64_t piece = int64_t{1} << 24);
+
 // One rank that talks to itself.
 std::unique_ptr<Communicator> MakeSelfCommunicator();
 

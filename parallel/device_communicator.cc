@@ -18,10 +18,6 @@ class StagedCommunicator : public Communicator {
  public:
   StagedCommunicator(std::unique_ptr<Communicator> host, Device& device)
       : host_(std::move(host)), device_(device) {}
-  ~StagedCommunicator() override {
-    if (send_ != nullptr) device_.FreePinned(send_);
-    if (recv_ != nullptr) device_.FreePinned(recv_);
-  }
 
   int rank() const override { return host_->rank(); }
   int size() const override { return host_->size(); }
@@ -60,10 +56,8 @@ class StagedCommunicator : public Communicator {
  private:
   // Room for one piece of every rank's segment.
   void Reserve() {
-    if (send_ != nullptr) return;
-    const size_t bytes = static_cast<size_t>(kPiece * size()) * sizeof(float);
-    send_ = static_cast<float*>(device_.AllocatePinned(bytes));
-    recv_ = static_cast<float*>(device_.AllocatePinned(bytes));
+    send_.resize(static_cast<size_t>(kPiece * size()));
+    recv_.resize(send_.size());
   }
   // The part of each segment that lies in [begin, begin + kPiece).
   static std::vector<int64_t> Piece(std::span<const int64_t> counts, int64_t begin) {
@@ -74,8 +68,7 @@ class StagedCommunicator : public Communicator {
 
   std::unique_ptr<Communicator> host_;
   Device& device_;
-  float* send_ = nullptr;  // pinned
-  float* recv_ = nullptr;
+  std::vector<float> send_, recv_;  // the device's copies take their own way through pinned memory
 };
 
 Status StagedCommunicator::ReduceScatterSum(const ConstTensor& send,
@@ -95,15 +88,16 @@ Status StagedCommunicator::ReduceScatterSum(const ConstTensor& send,
     int64_t segment = 0;
     int64_t packed = 0;
     for (size_t r = 0; r < piece.size(); ++r) {
-      device_.Download(send_ + packed, from + segment + begin,
+      device_.Download(send_.data() + packed, from + segment + begin,
                        static_cast<size_t>(piece[r]) * sizeof(float));
       segment += counts[r];
       packed += piece[r];
     }
     const auto mine = static_cast<size_t>(piece[static_cast<size_t>(rank())]);
-    SALA_RETURN_IF_ERROR(host_->ReduceScatterSum(
-        std::span<const float>(send_, static_cast<size_t>(packed)), piece, {recv_, mine}));
-    device_.Upload(to + begin, recv_, mine * sizeof(float));
+    SALA_RETURN_IF_ERROR(
+        host_->ReduceScatterSum(std::span<const float>(send_).first(static_cast<size_t>(packed)),
+                                piece, std::span<float>(recv_).first(mine)));
+    device_.Upload(to + begin, recv_.data(), mine * sizeof(float));
   }
   return OkStatus();
 }
@@ -129,14 +123,14 @@ Status StagedCommunicator::AllGather(const ConstTensor& send, std::span<const in
   for (int64_t begin = 0; begin < most; begin += kPiece) {
     const std::vector<int64_t> piece = Piece(floats, begin);
     const auto mine = static_cast<size_t>(piece[static_cast<size_t>(rank())]);
-    device_.Download(send_, from + begin, mine * sizeof(float));
+    device_.Download(send_.data(), from + begin, mine * sizeof(float));
     const auto all = static_cast<size_t>(std::accumulate(piece.begin(), piece.end(), int64_t{0}));
-    SALA_RETURN_IF_ERROR(
-        host_->AllGather(std::span<const float>(send_, mine), piece, {recv_, all}));
+    SALA_RETURN_IF_ERROR(host_->AllGather(std::span<const float>(send_).first(mine), piece,
+                                          std::span<float>(recv_).first(all)));
     int64_t segment = 0;
     int64_t packed = 0;
     for (size_t r = 0; r < piece.size(); ++r) {
-      device_.Upload(to + segment + begin, recv_ + packed,
+      device_.Upload(to + segment + begin, recv_.data() + packed,
                      static_cast<size_t>(piece[r]) * sizeof(float));
       segment += floats[r];
       packed += piece[r];

@@ -11,7 +11,8 @@
 
 namespace sala::parallel {
 
-// Device buffers go through pinned host memory and `host`, in pieces. Any number of ranks may share
+// Device buffers go through host memory (copies through the device's pinned ring) and `host`, in
+// pieces. Any number of ranks may share
 // a device. Sums have the bits of `host`. The device must outlive the communicator.
 std::unique_ptr<Communicator> MakeStagedCommunicator(std::unique_ptr<Communicator> host,
                                                      Device& device);

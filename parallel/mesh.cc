@@ -40,9 +40,8 @@ namespace {
 
 // Whether no two ranks share a device.
 StatusOr<bool> DevicesAreDistinct(Communicator& world, const Device& device) {
-  SALA_ASSIGN_OR_RETURN(
-      std::vector<std::string> devices,
-      world.AllGatherText(device.options().host + "/" + std::to_string(device.info().index)));
+  SALA_ASSIGN_OR_RETURN(std::vector<std::string> devices,
+                        world.AllGatherText(device.options().host + "/" + device.info().bus_id));
   std::sort(devices.begin(), devices.end());
   return std::adjacent_find(devices.begin(), devices.end()) == devices.end();
 }

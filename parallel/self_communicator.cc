@@ -77,6 +77,32 @@ Status Communicator::AllGather(const ConstTensor& send, std::span<const int64_t>
   return AllGather(HostSpan(send), counts, HostSpan(recv));
 }
 
+Status AllGatherInPieces(Communicator& comm, std::span<const float> send,
+                         std::span<const int64_t> counts, std::span<float> recv, int64_t piece) {
+  const int64_t most = *std::max_element(counts.begin(), counts.end());
+  std::vector<int64_t> part(counts.size());
+  std::vector<float> work;
+  for (int64_t begin = 0; begin < most; begin += piece) {
+    int64_t total = 0;
+    for (size_t r = 0; r < counts.size(); ++r) {
+      part[r] = std::clamp<int64_t>(counts[r] - begin, 0, piece);
+      total += part[r];
+    }
+    work.resize(static_cast<size_t>(total));
+    const auto mine = static_cast<size_t>(part[static_cast<size_t>(comm.rank())]);
+    const size_t from = mine == 0 ? 0 : static_cast<size_t>(begin);
+    SALA_RETURN_IF_ERROR(comm.AllGather(send.subspan(from, mine), part, work));
+    auto next = work.begin();
+    int64_t segment = 0;
+    for (size_t r = 0; r < counts.size(); ++r) {
+      std::copy_n(next, part[r], recv.begin() + segment + (part[r] == 0 ? 0 : begin));
+      next += part[r];
+      segment += counts[r];
+    }
+  }
+  return OkStatus();
+}
+
 std::unique_ptr<Communicator> MakeSelfCommunicator() {
   return std::make_unique<SelfCommunicator>();
 }

@@ -118,8 +118,10 @@ Status Optimizer::ReadAll(const Context& ctx) {
   model::ParameterStore& host = params_.host();
   ctx.gpu->Download(host.data() + begin_, master_.data(), master_.bytes());
   if (mesh_.config().zero_stage == 0) return OkStatus();
-  return mesh_.dp_group().AllGather(ConstTensor(host.Flat(shard_begin(), shard_end())),
-                                    partition_.counts, host.Flat());
+  const auto count = static_cast<size_t>(shard_end() - shard_begin());
+  return parallel::AllGatherInPieces(mesh_.dp_group(), {host.data() + shard_begin(), count},
+                                     partition_.counts,
+                                     {host.data(), static_cast<size_t>(host.size())});
 }
 
 // Of the whole gradient, of which this rank has its shard: a sum for each piece, zero where another

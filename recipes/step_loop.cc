@@ -130,6 +130,7 @@ class StepLoop {
 
  private:
   Status Start(const Checkpoint* resume, const Checkpoint* carry);
+  void ReserveTree();
   Status PlanMemory();
   void ReportMemory() const;
   StatusOr<StepData> LoadStep();
@@ -161,6 +162,14 @@ class StepLoop {
 
 Status StepLoop::Start(const Checkpoint* resume, const Checkpoint* carry) {
   SALA_RETURN_IF_ERROR(CheckShares(config_.batch, session_.mesh().dp_size()));
+  if (config_.batch.rank_independent_sums && session_.ctx().cuda() &&
+      !session_.config().run.deterministic) {
+    return MakeError(ExitCode::kConfig, "CFG-CONFLICT",
+                     "stage " + config_.position.stage +
+                         ": batch.rank_independent_sums fixes the order of every sum, "
+                         "run.deterministic: false leaves it to libraries; change one of them");
+  }
+  ReserveTree();
   SALA_RETURN_IF_ERROR(
       stream_.CheckEpochs(config_.batch.steps * config_.batch.global_batch_sequences()));
   if (resume != nullptr) {
@@ -186,6 +195,16 @@ Status StepLoop::Start(const Checkpoint* resume, const Checkpoint* carry) {
   return OkStatus();
 }
 
+// The buffers of SumMicroBatches, before memory is planned: one for each level of its tree, whose
+// longest branch is the left one.
+void StepLoop::ReserveTree() {
+  if (!config_.batch.rank_independent_sums) return;
+  const int64_t ranks = session_.mesh().dp_size();
+  const int64_t share = (config_.batch.micro_batches() + ranks - 1) / ranks;
+  for (int64_t count = share; count > 1; count = parallel::SumTreeLeft(count))
+    right_.emplace_back(gradients_.specs(), DType::kF32, session_.ctx().gpu);
+}
+
 // Documents of `tokens` tokens each.
 model::Batch FullDocuments(int64_t tokens, int64_t documents) {
   model::Batch batch;
@@ -209,6 +228,7 @@ Status StepLoop::PlanMemory() {
   if (!ctx.cuda()) return OkStatus();
   DeviceOptions options = ctx.gpu->options();
   options.dry = true;
+  options.like = ctx.gpu;
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<Device> dry, OpenCudaDevice(options));
   Arena arena(size_t{64} << 20, dry.get());
   Arena scratch(size_t{64} << 20, dry.get());
@@ -297,8 +317,6 @@ Status StepLoop::SumMicroBatches(const StepData& data, int64_t first, int64_t co
   }
   const int64_t left = parallel::SumTreeLeft(count);
   SALA_RETURN_IF_ERROR(SumMicroBatches(data, first, left, level, gradients, sums));
-  if (right_.size() <= level)
-    right_.emplace_back(gradients.specs(), DType::kF32, session_.ctx().gpu);
   model::ParameterStore& right = right_[level];
   std::vector<double> right_sums(sums.size(), 0.0);
   SALA_RETURN_IF_ERROR(
@@ -467,7 +485,8 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
   }
   display_.Finish();
   ReportMemory();
-  SALA_RETURN_IF_ERROR(optimizer_.ReadAll(session_.ctx()));
+  // Another phase of the stage goes on from the store; another stage from the checkpoint.
+  if (!config_.final_phase) SALA_RETURN_IF_ERROR(optimizer_.ReadAll(session_.ctx()));
   return progress_.Summary();
 }
 

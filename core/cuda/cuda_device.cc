@@ -43,10 +43,11 @@ int CudaDeviceCount(std::string* why_none) {
 CudaDevice::CudaDevice(const DeviceOptions& options, const void* kernel_table)
     : options_(options), kernel_table_(kernel_table) {
   if (options_.dry) {
-    info_.name = "dry run";
+    info_.name = "H100, dry";
     info_.compute_capability = 90;
     info_.multiprocessors = 132;
     info_.shared_bytes_per_block = 227 * 1024;
+    if (options_.like != nullptr) info_ = options_.like->info();
     return;
   }
   int count = 0;
@@ -57,6 +58,9 @@ CudaDevice::CudaDevice(const DeviceOptions& options, const void* kernel_table)
   cudaDeviceProp properties;
   Check(cudaGetDeviceProperties(&properties, info_.index), "cudaGetDeviceProperties", 0);
   info_.name = properties.name;
+  char bus_id[32] = {};
+  Check(cudaDeviceGetPCIBusId(bus_id, sizeof(bus_id), info_.index), "cudaDeviceGetPCIBusId", 0);
+  info_.bus_id = bus_id;
   info_.compute_capability = properties.major * 10 + properties.minor;
   info_.multiprocessors = properties.multiProcessorCount;
   info_.shared_bytes_per_block = properties.sharedMemPerBlockOptin;
@@ -70,7 +74,8 @@ CudaDevice::CudaDevice(const DeviceOptions& options, const void* kernel_table)
   Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate", 0);
   stages_.resize(kStages);
   for (Stage& stage : stages_) {
-    stage.data = static_cast<char*>(AllocatePinned(kStageBytes));
+    Check(cudaMallocHost(reinterpret_cast<void**>(&stage.data), kStageBytes), "cudaMallocHost",
+          kStageBytes);
     Check(cudaEventCreateWithFlags(&stage.done, cudaEventDisableTiming), "cudaEventCreate", 0);
   }
 }
@@ -121,16 +126,10 @@ void CudaDevice::Free(void* pointer) {
     munmap(base, bytes + 4096);
     return;
   }
+  // Nobody can do anything about an error here; it must not be taken for one of the next launch.
   cudaFree(pointer);
+  cudaGetLastError();
 }
-
-void* CudaDevice::AllocatePinned(size_t bytes) {
-  void* pointer = nullptr;
-  Check(cudaMallocHost(&pointer, bytes), "cudaMallocHost", bytes);
-  return pointer;
-}
-
-void CudaDevice::FreePinned(void* pointer) { cudaFreeHost(pointer); }
 
 size_t CudaDevice::free_bytes() const {
   if (options_.dry) return 0;

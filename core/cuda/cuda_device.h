@@ -31,8 +31,6 @@ class CudaDevice final : public Device {
 
   void* Allocate(size_t bytes) override;
   void Free(void* pointer) override;
-  void* AllocatePinned(size_t bytes) override;
-  void FreePinned(void* pointer) override;
   size_t free_bytes() const override;
 
   void Upload(void* device, const void* host, size_t bytes) override;

@@ -65,6 +65,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 // Rows (tokens times heads of the group) of a piece: short enough for a document of 4,096 tokens
 // and two key/value heads to fill the device, long enough for its sums to cost little.
 constexpr int64_t kRowsOfPiece = 32768;
+// Pieces need 64 KiB each for their sums; a document with this many blocks of keys fills the device
+// without being cut.
+constexpr int64_t kPiecesOfDocument = 1024;
 
 struct HostKeyWork {
   std::vector<KeyTile> tiles;
@@ -73,9 +76,12 @@ struct HostKeyWork {
 };
 
 HostKeyWork DenseKeyWork(std::span<const DocumentRange> documents, const Problem& problem) {
-  const int64_t piece = std::max<int64_t>(1, kRowsOfPiece / problem.group);
   HostKeyWork work;
   for (const DocumentRange& document : documents) {
+    const int64_t blocks = CeilDiv(document.length(), kDenseKeys) * problem.kv_heads;
+    const int64_t most_pieces = std::max<int64_t>(1, kPiecesOfDocument / blocks);
+    const int64_t piece = std::max({int64_t{1}, int64_t{kRowsOfPiece / problem.group},
+                                    CeilDiv(document.length(), most_pieces)});
     for (int64_t key = 0; key < document.length(); key += kDenseKeys) {
       for (int32_t head = 0; head < problem.kv_heads; ++head) {
         KeyTile tile;

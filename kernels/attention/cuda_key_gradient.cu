@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   RowRing<D> ring(memory, statistics);
-  const int rows = (tile.last - tile.first) * p.group;  // at most 8,192 tokens or 32,768 rows
+  const int rows = (tile.last - tile.first) * p.group;  // below 2^24: 2^20 tokens, 16 heads
   if (thread < kStepRows) {
     names[thread] = {TokenOfRow(tile, p.group, work.lists, thread, rows), thread % p.group};
   }

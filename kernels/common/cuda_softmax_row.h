@@ -8,8 +8,8 @@
 namespace sala::kernels {
 
 // Threads of a block that works on a row; a step of the block takes kRowStep elements.
-constexpr int kRowThreads = 512;
-constexpr int kRowStep = kRowThreads * 8;
+constexpr int kLogitThreads = 512;
+constexpr int kRowStep = kLogitThreads * 8;
 
 // Shared memory of a block: one slot a warp. At most 2^31 - kRowStep elements in a row, so that
 // columns are ints.
@@ -18,14 +18,14 @@ struct RowSlots {
   float* values;
   int* columns;
 };
-constexpr size_t kRowSlotBytes = SharedBytes<double>(kRowThreads / kWarp) +
-                                 SharedBytes<float>(kRowThreads / kWarp) +
-                                 SharedBytes<int>(kRowThreads / kWarp);
+constexpr size_t kRowSlotBytes = SharedBytes<double>(kLogitThreads / kWarp) +
+                                 SharedBytes<float>(kLogitThreads / kWarp) +
+                                 SharedBytes<int>(kLogitThreads / kWarp);
 __device__ __forceinline__ RowSlots TakeRowSlots(SharedMemory& shared) {
   RowSlots slots;
-  slots.sums = shared.Take<double>(kRowThreads / kWarp);
-  slots.values = shared.Take<float>(kRowThreads / kWarp);
-  slots.columns = shared.Take<int>(kRowThreads / kWarp);
+  slots.sums = shared.Take<double>(kLogitThreads / kWarp);
+  slots.values = shared.Take<float>(kLogitThreads / kWarp);
+  slots.columns = shared.Take<int>(kLogitThreads / kWarp);
   return slots;
 }
 
@@ -97,7 +97,7 @@ __device__ __forceinline__ RowSoftmax CombineRow(const OnlineSoftmax& mine, cons
     slots.columns[threadIdx.x / kWarp] = row.column;
   }
   __syncthreads();
-  for (int w = 0; w < kRowThreads / kWarp; ++w) {
+  for (int w = 0; w < kLogitThreads / kWarp; ++w) {
     const float value = slots.values[w];
     const int column = slots.columns[w];
     if (value > row.largest || (value == row.largest && column < row.column)) {

@@ -35,7 +35,7 @@ struct Chunk {
 };
 
 // One block a token.
-__global__ void __launch_bounds__(kRowThreads) CrossEntropyRowKernel(Chunk chunk) {
+__global__ void __launch_bounds__(kLogitThreads) CrossEntropyRowKernel(Chunk chunk) {
   SharedMemory shared;
   const RowSlots slots = TakeRowSlots(shared);
   const int64_t r = blockIdx.x;
@@ -148,7 +148,7 @@ CrossEntropyResult cuda::CrossEntropy(const Context& ctx, const ConstTensor& hid
     const int64_t count = end - begin;
     const Tensor logits = buffer.Rows(0, count).Columns(0, vocabulary);
     cuda::GemmNT(ctx, hidden.Rows(begin, end), weight, logits, {.alpha = options.logit_scale});
-    op.Launch(CrossEntropyRowKernel, dim3(static_cast<unsigned>(count)), dim3(kRowThreads),
+    op.Launch(CrossEntropyRowKernel, dim3(static_cast<unsigned>(count)), dim3(kLogitThreads),
               kRowSlotBytes, chunk);
     chunk.labels += count;
     chunk.fields += count;

@@ -34,7 +34,7 @@ struct Chunk {
 //   KL = (sum e^a (a - b)) / A - log A + log B      entropy = log A - (sum e^a a) / A
 //   gradient = slope (q - p)
 // Equal rows give 0 exactly in all of them but the entropy: the same bits on both sides.
-__global__ void __launch_bounds__(kRowThreads) KlDivergenceRowKernel(Chunk chunk) {
+__global__ void __launch_bounds__(kLogitThreads) KlDivergenceRowKernel(Chunk chunk) {
   SharedMemory shared;
   const RowSlots slots = TakeRowSlots(shared);
   const int64_t r = blockIdx.x;
@@ -157,7 +157,7 @@ KlDivergenceResult cuda::KlDivergence(const Context& ctx, const ConstTensor& tea
                  teacher_buffer.Rows(0, count).Columns(0, vocabulary), {.alpha = teacher_scale});
     cuda::GemmNT(ctx, student_hidden.Rows(begin, end), student_weight,
                  student_buffer.Rows(0, count).Columns(0, vocabulary), {.alpha = student_scale});
-    op.Launch(KlDivergenceRowKernel, dim3(static_cast<unsigned>(count)), dim3(kRowThreads),
+    op.Launch(KlDivergenceRowKernel, dim3(static_cast<unsigned>(count)), dim3(kLogitThreads),
               kRowSlotBytes, chunk);
     chunk.fields += count;
     const Tensor gradient = gradients.Rows(0, count);

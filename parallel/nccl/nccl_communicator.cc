@@ -2,11 +2,13 @@
 //
 // Collectives run on a stream of their own, ordered with the compute stream by events. The host
 // waits for each one in small steps and asks NCCL for errors of other ranks meanwhile: a rank that
-// died makes the others end instead of waiting for ever.
+// died makes the others end instead of waiting for ever. Joining, and the first exchange, which
+// connects the ranks, wait inside NCCL instead, for as long as its own time limits say.
 #include <nccl.h>
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <numeric>
 #include <thread>
 #include <utility>
@@ -33,12 +35,11 @@ class NcclCommunicator : public Communicator {
         device_(*static_cast<CudaDevice*>(ctx.gpu)),
         ordered_(ordered) {}
   ~NcclCommunicator() override {
-    if (comm_ != nullptr) {
-      if (failed_) {
-        ncclCommAbort(comm_);
-      } else {
-        ncclCommDestroy(comm_);
-      }
+    // Where an exception passes, other ranks may wait in an exchange: no orderly end is to be had.
+    if (comm_ != nullptr && std::uncaught_exceptions() > 0) {
+      ncclCommAbort(comm_);
+    } else if (comm_ != nullptr) {
+      ncclCommDestroy(comm_);
     }
     if (work_ != nullptr) device_.Free(work_);
     if (ready_ != nullptr) cudaEventDestroy(ready_);
@@ -79,15 +80,23 @@ class NcclCommunicator : public Communicator {
   StatusOr<std::unique_ptr<Communicator>> Split(int colour) override;
 
  private:
+  // The communicator is given up at once: memory that is freed on the way out would wait for the
+  // device, and the device for the exchange.
   Status Error(const char* operation, const std::string& text) {
-    failed_ = true;
+    if (comm_ != nullptr) ncclCommAbort(comm_);
+    comm_ = nullptr;
     return MakeError(ExitCode::kDevice, "COMM-FAILED",
                      std::string("NCCL ") + operation + ": on rank " + std::to_string(rank()) +
                          "@" + device_.options().host + ": " + text);
   }
   Status Check(ncclResult_t result, const char* operation) {
-    if (result == ncclSuccess || result == ncclInProgress) return OkStatus();
+    if (result == ncclSuccess) return OkStatus();
     return Error(operation, ncclGetErrorString(result));
+  }
+  // Every exchange begins with this.
+  Status Usable(const char* operation) {
+    return comm_ != nullptr ? OkStatus()
+                            : Error(operation, "the communicator was given up after an error");
   }
   void Cuda(cudaError_t result, const char* operation) const {
     CheckCuda(result, operation, "", device_.options());
@@ -109,7 +118,6 @@ class NcclCommunicator : public Communicator {
   Context ctx_;
   CudaDevice& device_;
   bool ordered_;
-  bool failed_ = false;
   ncclComm_t comm_ = nullptr;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t ready_ = nullptr, done_ = nullptr;
@@ -157,6 +165,7 @@ Status NcclCommunicator::ReduceScatterSum(const ConstTensor& send, std::span<con
     device_.Copy(to, from, static_cast<size_t>(send.numel()) * sizeof(float));
     return OkStatus();
   }
+  SALA_RETURN_IF_ERROR(Usable("ReduceScatterSum"));
   return ordered_ ? ReduceInOrder(from, counts, to) : ReduceByNccl(from, counts, to);
 }
 
@@ -223,6 +232,7 @@ Status NcclCommunicator::AllGather(const ConstTensor& send, std::span<const int6
     if (send.raw() != to) device_.Copy(to, send.raw(), static_cast<size_t>(counts[0] * bytes));
     return OkStatus();
   }
+  SALA_RETURN_IF_ERROR(Usable("AllGather"));
   Begin();
   SALA_RETURN_IF_ERROR(Check(ncclGroupStart(), "ncclGroupStart"));
   for (int r = 0; r < size(); ++r) {

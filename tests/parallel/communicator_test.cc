@@ -134,6 +134,26 @@ TEST(CommunicatorTest, DealtItemsAreAddedInTheirOrder) {
   }
 }
 
+TEST(CommunicatorTest, AllGatherInPiecesMovesWhatOneWould) {
+  const std::vector<int64_t> counts = UnevenCounts();
+  const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  const auto begin = std::accumulate(counts.begin(), counts.begin() + world->rank(), int64_t{0});
+  const auto mine = static_cast<size_t>(counts[static_cast<size_t>(world->rank())]);
+  std::vector<float> expected(static_cast<size_t>(total));
+  std::iota(expected.begin(), expected.end(), 1.0F);
+  for (const int64_t piece : {int64_t{1}, int64_t{3}, int64_t{1000}}) {
+    std::vector<float> recv(static_cast<size_t>(total), NAN);
+    const std::vector<float> send(expected.begin() + begin,
+                                  expected.begin() + begin + static_cast<int64_t>(mine));
+    ASSERT_TRUE(AllGatherInPieces(*world, send, counts, recv, piece).ok());
+    EXPECT_EQ(recv, expected) << piece;
+    // This rank's part may be where it belongs already.
+    std::copy(send.begin(), send.end(), recv.begin() + begin);
+    ASSERT_TRUE(AllGatherInPieces(*world, {recv.data() + begin, mine}, counts, recv, piece).ok());
+    EXPECT_EQ(recv, expected) << piece;
+  }
+}
+
 TEST(CommunicatorTest, SplitMakesGroups) {
   auto part = world->Split(world->rank() % 2);
   ASSERT_TRUE(part.ok());

@@ -64,6 +64,9 @@ TEST_F(Stream, AnEventRunsWhatIsBeforeIt) {
   Fetch(streams_[0], 0);
   ASSERT_EQ(cudaEventRecord(event, streams_[0]), cudaSuccess);
   Fetch(streams_[0], 1);
+  EXPECT_EQ(cudaEventQuery(event), cudaErrorNotReady);  // once after each record
+  EXPECT_EQ(Peek(&host_[0]), 0);
+  EXPECT_EQ(cudaEventQuery(event), cudaSuccess);
   EXPECT_EQ(cudaEventSynchronize(event), cudaSuccess);
   EXPECT_EQ(host_[0], 5);
   EXPECT_EQ(Peek(&host_[1]), 0);

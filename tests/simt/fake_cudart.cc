@@ -21,6 +21,8 @@ namespace device = simt::device;
 
 struct CUevent_st {
   std::shared_ptr<device::Event> event = device::CreateEvent();
+  int64_t records = 0;   // times it was recorded
+  int64_t asked_at = 0;  // value of `records` when it was last asked about
 };
 
 namespace {
@@ -406,6 +408,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     return device::Fail(cudaErrorInvalidResourceHandle);
   }
   device::Record(event->event, stream);
+  ++event->records;
   return device::StickyError();
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
@@ -415,6 +418,12 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   if (event == nullptr) return device::Fail(cudaErrorInvalidResourceHandle);
+  // The first question after each record finds the work still running, so that code that waits by
+  // asking has to ask again.
+  if (event->asked_at != event->records) {
+    event->asked_at = event->records;
+    return cudaErrorNotReady;
+  }
   device::Synchronize(event->event);
   return device::StickyError();
 }

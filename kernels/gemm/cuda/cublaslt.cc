@@ -39,6 +39,7 @@ namespace {
 constexpr int64_t kAlignment = 16;    // bytes, of pointers and of rows
 constexpr int kSuggestions = 8;       // asked of the library
 constexpr int kTimedRuns = 3;         // of each suggestion, behind one that warms up
+constexpr int kTimedTokens = 4;       // token counts for which the products of a weight are timed
 constexpr size_t kMostPlans = 16384;  // more shapes than that are planned at each call
 
 size_t WorkspaceBytes(const DeviceInfo& info) {
@@ -119,12 +120,22 @@ class CublasLt {
     }
     // By rule where the plan is not kept: the next call must come to the same choice.
     const bool keep = plans_.size() < kMostPlans;
-    Plan plan = MakePlan(call, product, keep && !call.device.options().deterministic);
+    // Batches that differ in length each step must not time every product of every step.
+    const bool timed = keep && !call.device.options().deterministic &&
+                       timed_[WithoutTokens(product)]++ < kTimedTokens;
+    Plan plan = MakePlan(call, product, timed);
     Multiply(call, plan, plan.algorithm, call.c.raw());
     if (keep) plans_.emplace(product, std::move(plan));
   }
 
  private:
+  // The product of the same weight for any number of tokens, which is the side of A that C has (the
+  // gradient of a weight: the side that A and B share).
+  static Product WithoutTokens(Product p) {
+    (p.a_transposed ? p.k : p.m) = 0;
+    return p;
+  }
+
   void Multiply(const Call& call, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm,
                 void* result) const {
     const float alpha = call.options.alpha;
@@ -262,6 +273,7 @@ class CublasLt {
 
   Handle handle_;
   std::map<Product, Plan> plans_;
+  std::map<Product, int> timed_;
 };
 
 void CheckMatrix(const char* name, const ConstTensor& x, int64_t rows, int64_t columns, bool is_c) {
