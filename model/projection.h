@@ -17,7 +17,8 @@ class Projection {
  public:
   explicit Projection(const std::vector<Tensor>& weights);
 
-  int64_t width() const { return width_; }  // sum of out_i
+  int64_t width() const { return width_; }          // sum of out_i
+  bool joined() const { return !joined_.empty(); }  // one product serves all
   // x [T, H] -> y [T, width]: x W_i^T in the columns of piece i.
   void Forward(const Context& ctx, const ConstTensor& x, const Tensor& y) const;
   // Columns of piece i (as given to the constructor) of a tensor [T, width]; empty for an empty
