@@ -34,6 +34,12 @@ set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${SALA_INTERFACE_
 # Headers alone are enough to compile the sources for the emulator.
 find_package(CUDAToolkit QUIET)
 find_path(SALA_NCCL_INCLUDE nccl.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
+# Where cuBLASLt comes with Python packages and not with the toolkit, its library and the folder of its header can be named.
+if(SALA_CUBLASLT_LIBRARY AND SALA_CUBLASLT_INCLUDE AND NOT TARGET CUDA::cublasLt)
+  add_library(CUDA::cublasLt UNKNOWN IMPORTED)
+  set_target_properties(CUDA::cublasLt PROPERTIES IMPORTED_LOCATION ${SALA_CUBLASLT_LIBRARY}
+    INTERFACE_SYSTEM_INCLUDE_DIRECTORIES ${SALA_CUBLASLT_INCLUDE} INTERFACE_INCLUDE_DIRECTORIES ${SALA_CUBLASLT_INCLUDE})
+endif()
 set(SALA_CUDA_HEADERS OFF)
 if(CUDAToolkit_FOUND AND SALA_NCCL_INCLUDE)
   set(SALA_CUDA_HEADERS ON)
