@@ -1,6 +1,7 @@
 // The CUDA forms of the operations. Each has the signature of its contract header and lives in
 // namespace cuda, in kernels/NAME/cuda.cu; the contract function calls it through this table when
-// the context's device is a GPU. The table is filled by the CUDA module (kernels/common/cuda/table.cc).
+// the context's device is a GPU. The table is filled by the CUDA module
+// (kernels/common/cuda/table.cc).
 #pragma once
 
 #include "kernels/adamw/adamw.h"

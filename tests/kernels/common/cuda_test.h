@@ -17,8 +17,8 @@ namespace sala::kernels {
 // Half a unit in the last place of bfloat16, relative: the error of one rounding.
 constexpr double kBf16Round = 0x1p-8;
 
-// Fewer and smaller cases: in builds with a sanitizer, which cost a factor of 3 to 70, and where the
-// environment asks for it (launch/gpu-test under compute-sanitizer).
+// Fewer and smaller cases: in builds with a sanitizer, which cost a factor of 3 to 70, and where
+// the environment asks for it (launch/gpu-test under compute-sanitizer).
 #ifdef SALA_SANITIZED
 inline const bool kSlowBuild = true;
 #else
