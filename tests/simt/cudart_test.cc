@@ -294,6 +294,9 @@ TEST(Environment, SetsFailuresAndMemory) {
   EXPECT_EQ(simt_test::Child("SALA_SIMT_FAIL=launch:planted " SIMT_PLANTED_BUGS " none").exit_code,
             4);
   EXPECT_NE(simt_test::Child("SALA_SIMT_MEMORY=100 " SIMT_PLANTED_BUGS " none").exit_code, 0);
+  const auto small =
+      simt_test::Child("SALA_SIMT_SHARED=100 " SIMT_PLANTED_BUGS " too_much_shared_at_launch");
+  EXPECT_NE(small.output.find("the limit is 100"), std::string::npos) << small.output;
   // Eager work is done, but the host still may not look: ThreadSanitizer knows.
 #if defined(__SANITIZE_THREAD__)
   const int expected = 66;

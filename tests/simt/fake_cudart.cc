@@ -31,7 +31,6 @@ constexpr size_t kAlignment = 256;
 constexpr size_t kCanaryBytes = 64;
 constexpr int kCanary = 0xa5;
 constexpr int kDriverVersion = 13000;
-constexpr int kSharedMemoryOptIn = 227 * 1024;
 
 struct Allocation {
   size_t bytes;
@@ -58,6 +57,8 @@ Memory& TheMemory() {
   }();
   return *memory;
 }
+
+int SharedMemoryOptIn() { return static_cast<int>(simt::options().shared_bytes); }
 
 size_t CanaryBytes() { return simt::sanitizer::HasAddress() ? 0 : kCanaryBytes; }
 
@@ -164,7 +165,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
   std::strcpy(properties->name, "SIMT emulator");
   properties->totalGlobalMem = TheMemory().total;
   properties->sharedMemPerBlock = 48 * 1024;
-  properties->sharedMemPerBlockOptin = kSharedMemoryOptIn;
+  properties->sharedMemPerBlockOptin = SharedMemoryOptIn();
   properties->sharedMemPerMultiprocessor = 228 * 1024;
   properties->reservedSharedMemPerBlock = 1024;
   properties->regsPerBlock = properties->regsPerMultiprocessor = 65536;
@@ -199,7 +200,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
       *value = 48 * 1024;
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = kSharedMemoryOptIn;
+      *value = SharedMemoryOptIn();
       break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = 228 * 1024;
@@ -450,7 +451,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 // ---------------------------------------------------------------------------- kernels, errors
 
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value > kSharedMemoryOptIn) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value > SharedMemoryOptIn()) {
     return device::Fail(cudaErrorInvalidValue);
   }
   return cudaSuccess;
@@ -458,7 +459,7 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int v
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   *attributes = cudaFuncAttributes{};
   attributes->maxThreadsPerBlock = 1024;
-  attributes->maxDynamicSharedSizeBytes = kSharedMemoryOptIn;
+  attributes->maxDynamicSharedSizeBytes = SharedMemoryOptIn();
   attributes->numRegs = 64;
   attributes->binaryVersion = attributes->ptxVersion = 90;
   return cudaSuccess;

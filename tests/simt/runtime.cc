@@ -17,7 +17,6 @@
 namespace simt {
 namespace {
 
-constexpr size_t kMaxSharedBytes = 227 * 1024;
 constexpr unsigned kMaxGridYZ = 65535;
 
 std::mutex stats_mutex;
@@ -92,6 +91,7 @@ Options& options() {
     fresh->seed = FromEnvironment("SALA_SIMT_SEED", 0);
     fresh->os_threads = static_cast<int>(FromEnvironment("SALA_SIMT_THREADS", 1));
     fresh->eager = FromEnvironment("SALA_SIMT_EAGER", 0) != 0;
+    fresh->shared_bytes = FromEnvironment("SALA_SIMT_SHARED", fresh->shared_bytes);
     fresh->lenient = FromEnvironment("SALA_SIMT_LENIENT", 0) != 0;
     return fresh;
   }();
@@ -196,9 +196,9 @@ cudaError_t LaunchGrid(Grid grid, cudaStream_t stream) {
   if (b.x > 0x7fffffffU || b.y > kMaxGridYZ || b.z > kMaxGridYZ) {
     Report(launch + "the grid is too large in y or z, the limit is 65535");
   }
-  if (grid.shared_bytes > kMaxSharedBytes) {
-    Report(launch + std::to_string(grid.shared_bytes) +
-           " bytes of shared memory, the limit is 232448");
+  if (grid.shared_bytes > options().shared_bytes) {
+    Report(launch + std::to_string(grid.shared_bytes) + " bytes of shared memory, the limit is " +
+           std::to_string(options().shared_bytes));
   }
   if (const cudaError_t error = device::LaunchFailure(grid.name); error != cudaSuccess) {
     return error;

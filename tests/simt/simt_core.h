@@ -28,6 +28,9 @@ struct Options {
   uint64_t seed = 0;   // order of lanes, warps and blocks; 0: the natural order. SALA_SIMT_SEED
   int os_threads = 1;  // OS threads that take blocks. SALA_SIMT_THREADS
   bool eager = false;  // streams run their work at once. SALA_SIMT_EAGER
+  // Most shared memory a block may have. Fewer stages fit in the 99 KiB of the smaller devices, and
+  // kernels take other paths there. SALA_SIMT_SHARED
+  size_t shared_bytes = 227 * 1024;
   // By the memory model only barriers and __syncwarp order memory; a shuffle, vote or mma does not.
   // True makes all of them do so in the eyes of ThreadSanitizer. SALA_SIMT_LENIENT
   bool lenient = false;

@@ -46,9 +46,11 @@ inline Matrix Joined(const Matrix& q, const Matrix& k, const Matrix& v) {
   return m;
 }
 
-class DeviceAttention {
+// `Rows`: DeviceMatrix or FarMatrix.
+template <typename Rows>
+class DeviceAttentionOf {
  public:
-  explicit DeviceAttention(const AttentionCase& c)
+  explicit DeviceAttentionOf(const AttentionCase& c)
       : heads_(c.heads),
         qkv_(DType::kBF16, Joined(c.q, c.k, c.v), 8),
         dout_(DType::kBF16, c.dout, 16),
@@ -79,12 +81,12 @@ class DeviceAttention {
   }
 
  private:
-  Tensor Wide(const DeviceMatrix& x, int64_t column) const {
+  Tensor Wide(const Rows& x, int64_t column) const {
     return x.tensor()
         .Columns(column, column + heads_.query * heads_.d)
         .AsHeads(heads_.query, heads_.d);
   }
-  Tensor Narrow(const DeviceMatrix& x, int64_t which) const {
+  Tensor Narrow(const Rows& x, int64_t which) const {
     const int64_t width = heads_.kv * heads_.d;
     const int64_t column = heads_.query * heads_.d + which * width;
     return x.tensor().Columns(column, column + width).AsHeads(heads_.kv, heads_.d);
@@ -98,8 +100,9 @@ class DeviceAttention {
   }
 
   HeadCounts heads_;
-  DeviceMatrix qkv_, dout_, out_, lse_, dqkv_;
+  Rows qkv_, dout_, out_, lse_, dqkv_;
 };
+using DeviceAttention = DeviceAttentionOf<DeviceMatrix>;
 
 // The most scratch that `run(ctx, memory)` takes on a dry device; `memory` is an address there.
 inline size_t DryScratch(size_t bytes, const std::function<void(const Context&, void*)>& run) {

@@ -5,8 +5,9 @@ namespace {
 
 class AttentionCuda : public CudaKernelTest {
  protected:
+  template <typename Rows = DeviceMatrix>
   void Run(AttentionCase& c, const std::vector<DocumentRange>& documents) {
-    const DeviceAttention x(c);
+    const DeviceAttentionOf<Rows> x(c);
     AttentionForward(ctx(), x.q(), x.k(), x.v(), documents, c.scale(), x.out(), x.lse());
     AttentionBackward(ctx(), x.q(), x.k(), x.v(), x.out(), x.lse(), x.dout(), documents, c.scale(),
                       x.dq(), x.dk(), x.dv());
@@ -156,6 +157,16 @@ TEST_F(AttentionCuda, DryRunTakesTheSameScratch) {
                       narrow, narrow);
   });
   EXPECT_EQ(dry, ctx().scratch->peak_bytes());
+}
+
+TEST_F(AttentionCuda, TokensMayLieFarApart) {
+  if (!FarMatrix::Possible()) GTEST_SKIP() << "no such memory here";
+  const auto documents = DocumentsOf({70, 3});
+  AttentionCase near = NewCase(documents.back().end, {4, 2, 16});
+  AttentionCase far = NewCase(documents.back().end, {4, 2, 16});
+  Run(near, documents);
+  Run<FarMatrix>(far, documents);
+  ExpectSameResults(near, far);
 }
 
 TEST_F(AttentionCuda, LargeScoresStayFinite) {

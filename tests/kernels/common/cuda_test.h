@@ -4,6 +4,8 @@
 // numbers the kernel sees.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -133,6 +135,77 @@ class DeviceMatrix {
   DType dtype_;
   int64_t rows_, columns_, stride_;
   std::unique_ptr<void, Free> data_;
+};
+
+// A matrix whose rows lie more than 2^32 elements apart, for kernels that might count elements in
+// 32 bits: those would take row r + 1 for a place behind row r. The address space of a row costs
+// nothing where nobody touches it. Only over the emulator, whose device memory is host memory;
+// takes the place of a DeviceMatrix, whatever its gap.
+class FarMatrix {
+ public:
+  // Sanitizers keep books on address space, and a device has no such memory.
+  static bool Possible() { return TestDevice().info().emulated && !kSlowBuild; }
+
+  FarMatrix(DType dtype, int64_t rows, int64_t columns, int64_t /*gap*/ = 0)
+      : dtype_(dtype),
+        rows_(rows),
+        columns_(columns),
+        bytes_(static_cast<size_t>(rows * kStride) * SizeOf(dtype)),
+        data_(mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)) {
+    SALA_CHECK(data_ != MAP_FAILED) << "no address space for " << bytes_ << " bytes";
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memset(Element(r, 0), 0xff, static_cast<size_t>(columns) * SizeOf(dtype));
+    }
+  }
+  FarMatrix(DType dtype, const Matrix& from, int64_t gap = 0)
+      : FarMatrix(dtype, from.rows(), from.columns(), gap) {
+    for (int64_t r = 0; r < rows_; ++r) {
+      for (int64_t c = 0; c < columns_; ++c) {
+        if (dtype_ == DType::kBF16) {
+          *static_cast<BF16*>(Element(r, c)) = BF16(from.at(r, c));
+        } else {
+          *static_cast<float*>(Element(r, c)) = from.at(r, c);
+        }
+      }
+    }
+  }
+  FarMatrix(const FarMatrix&) = delete;
+  FarMatrix& operator=(const FarMatrix&) = delete;
+  ~FarMatrix() { munmap(data_, bytes_); }
+
+  Matrix Download() const {
+    TestDevice().Synchronize();
+    Matrix m(rows_, columns_);
+    for (int64_t r = 0; r < rows_; ++r) {
+      for (int64_t c = 0; c < columns_; ++c) {
+        m.at(r, c) = dtype_ == DType::kBF16
+                         ? static_cast<float>(*static_cast<const BF16*>(Element(r, c)))
+                         : *static_cast<const float*>(Element(r, c));
+      }
+    }
+    return m;
+  }
+  bool GapsUntouched() const { return true; }  // not looked at
+
+  sala::Tensor tensor() const {
+    return sala::Tensor(data_, dtype_, {rows_, kStride}, DeviceKind::kCuda).Columns(0, columns_);
+  }
+  sala::Tensor heads(int64_t n, int64_t d) const { return tensor().AsHeads(n, d); }
+  int64_t rows() const { return rows_; }
+  int64_t columns() const { return columns_; }
+
+ private:
+  // 2^32 more than an offset inside of a row: either kind of 32-bit number loses it.
+  static constexpr int64_t kStride = (int64_t{1} << 32) + 4096;
+  void* Element(int64_t r, int64_t c) const {
+    return static_cast<char*>(data_) + static_cast<size_t>(r * kStride + c) * SizeOf(dtype_);
+  }
+
+  DType dtype_;
+  int64_t rows_, columns_;
+  size_t bytes_;
+  void* data_;
 };
 
 // A vector of integers on the device (tokens, labels, positions).

@@ -35,21 +35,25 @@ struct Outputs {
   std::vector<Matrix> sums;
 };
 
+// One operation forward and backward. `Rows` is DeviceMatrix or FarMatrix.
 struct Operation {
   const char* name;
-  std::function<Outputs(const Context&, const Inputs&)> run;
+  std::function<Outputs(const Context&, const Inputs&)> run, run_far;
 };
 
-DeviceMatrix Rows() { return {DType::kBF16, kTokens, kWidth}; }
 DeviceMatrix Sums(int64_t width) { return {DType::kF32, Matrix::Filled(1, width, 0.5F)}; }
-DeviceMatrix Device(const Matrix& m) { return {DType::kBF16, m}; }
-sala::Tensor Heads(const DeviceMatrix& m) { return m.heads(kHeads, kHeadDim); }
+template <typename Rows>
+sala::Tensor Heads(const Rows& m) {
+  return m.heads(kHeads, kHeadDim);
+}
+constexpr DType kHalf = DType::kBF16;
 
+template <typename Rows>
 Outputs RunRmsNorm(const Context& ctx, const Inputs& in) {
-  const DeviceMatrix a = Device(in.rows[0]), b = Device(in.rows[1]), dy = Device(in.rows[2]),
-                     weight = Device(in.weight);
-  const DeviceMatrix sum = Rows(), y = Rows(), dx = Rows(), rstd(DType::kF32, 1, kTokens),
-                     dweight = Sums(kWidth);
+  const Rows a(kHalf, in.rows[0]), b(kHalf, in.rows[1]), dy(kHalf, in.rows[2]);
+  const DeviceMatrix weight(kHalf, in.weight), rstd(DType::kF32, 1, kTokens),
+      dweight = Sums(kWidth);
+  const Rows sum(kHalf, kTokens, kWidth), y(kHalf, kTokens, kWidth), dx(kHalf, kTokens, kWidth);
   RmsNormResidualForward(ctx, a.tensor(), b.tensor(), 0.3F, weight.vector(), kEps, sum.tensor(),
                          y.tensor(), rstd.vector());
   RmsNormBackward(ctx, dy.tensor(), sum.tensor(), weight.vector(), rstd.vector(), dx.tensor(),
@@ -57,32 +61,35 @@ Outputs RunRmsNorm(const Context& ctx, const Inputs& in) {
   return {{sum.Download(), y.Download(), dx.Download()}, {dweight.Download()}};
 }
 
+template <typename Rows>
 Outputs RunOutputGate(const Context& ctx, const Inputs& in) {
-  const DeviceMatrix o = Device(in.rows[0]), z = Device(in.rows[1]), dy = Device(in.rows[2]),
-                     weight = Device(in.weight);
-  const DeviceMatrix y = Rows(), dout = Rows(), dz = Rows(), rstd(DType::kF32, 1, kTokens),
-                     dweight = Sums(kWidth);
+  const Rows o(kHalf, in.rows[0]), z(kHalf, in.rows[1]), dy(kHalf, in.rows[2]);
+  const DeviceMatrix weight(kHalf, in.weight), rstd(DType::kF32, 1, kTokens),
+      dweight = Sums(kWidth);
+  const Rows y(kHalf, kTokens, kWidth), dout(kHalf, kTokens, kWidth), dz(kHalf, kTokens, kWidth);
   OutputGateForward(ctx, o.tensor(), weight.vector(), z.tensor(), kEps, y.tensor(), rstd.vector());
   OutputGateBackward(ctx, dy.tensor(), o.tensor(), weight.vector(), z.tensor(), rstd.vector(),
                      dout.tensor(), dz.tensor(), dweight.vector());
   return {{y.Download(), dout.Download(), dz.Download()}, {dweight.Download()}};
 }
 
+template <typename Rows>
 Outputs RunGateAlone(const Context& ctx, const Inputs& in) {
-  const DeviceMatrix o = Device(in.rows[0]), z = Device(in.rows[1]), dy = Device(in.rows[2]);
-  const DeviceMatrix y = Rows(), dout = Rows(), dz = Rows();
+  const Rows o(kHalf, in.rows[0]), z(kHalf, in.rows[1]), dy(kHalf, in.rows[2]);
+  const Rows y(kHalf, kTokens, kWidth), dout(kHalf, kTokens, kWidth), dz(kHalf, kTokens, kWidth);
   OutputGateForward(ctx, o.tensor(), {}, z.tensor(), kEps, y.tensor(), {});
   OutputGateBackward(ctx, dy.tensor(), o.tensor(), {}, z.tensor(), {}, dout.tensor(), dz.tensor(),
                      {});
   return {{y.Download(), dout.Download(), dz.Download()}, {}};
 }
 
+template <typename Rows>
 Outputs RunQkNormRope(const Context& ctx, const Inputs& in) {
-  const DeviceMatrix x = Device(in.rows[0]), dy = Device(in.rows[2]), weight = Device(in.weight);
-  const DeviceMatrix cos(DType::kF32, kTokens, kHeadDim / 2),
-      sin(DType::kF32, kTokens, kHeadDim / 2);
-  const DeviceMatrix y = Rows(), dx = Rows(), rstd(DType::kF32, kTokens, kHeads),
-                     dweight = Sums(kHeadDim);
+  const Rows x(kHalf, in.rows[0]), dy(kHalf, in.rows[2]);
+  const Rows cos(DType::kF32, kTokens, kHeadDim / 2), sin(DType::kF32, kTokens, kHeadDim / 2);
+  const Rows y(kHalf, kTokens, kWidth), dx(kHalf, kTokens, kWidth),
+      rstd(DType::kF32, kTokens, kHeads);
+  const DeviceMatrix weight(kHalf, in.weight), dweight = Sums(kHeadDim);
   const DeviceIntegers positions(in.tokens);
   RopeTable(ctx, positions.tensor(), kHeadDim, 10000.0F, cos.tensor(), sin.tensor());
   const sala::Tensor w = weight.vector().Rows(0, kHeadDim);
@@ -92,16 +99,18 @@ Outputs RunQkNormRope(const Context& ctx, const Inputs& in) {
   return {{y.Download(), rstd.Download(), dx.Download()}, {dweight.Download()}};
 }
 
+template <typename Rows>
 Outputs RunSwiGlu(const Context& ctx, const Inputs& in) {
-  const DeviceMatrix gate = Device(in.rows[0]), up = Device(in.rows[1]), dy = Device(in.rows[2]);
-  const DeviceMatrix y = Rows(), dgate = Rows(), dup = Rows();
+  const Rows gate(kHalf, in.rows[0]), up(kHalf, in.rows[1]), dy(kHalf, in.rows[2]);
+  const Rows y(kHalf, kTokens, kWidth), dgate(kHalf, kTokens, kWidth), dup(kHalf, kTokens, kWidth);
   SwiGluForward(ctx, gate.tensor(), up.tensor(), y.tensor());
   SwiGluBackward(ctx, dy.tensor(), gate.tensor(), up.tensor(), dgate.tensor(), dup.tensor());
   return {{y.Download(), dgate.Download(), dup.Download()}, {}};
 }
 
+template <typename Rows>
 Outputs RunMeanSquaredError(const Context& ctx, const Inputs& in) {
-  const DeviceMatrix y = Device(in.rows[0]), target = Device(in.rows[1]), dy = Rows();
+  const Rows y(kHalf, in.rows[0]), target(kHalf, in.rows[1]), dy(kHalf, kTokens, kWidth);
   const MseResult result = MeanSquaredError(ctx, y.tensor(), target.tensor(), 0.5F, dy.tensor());
   Matrix sums(1, 3);
   sums.at(0, 0) = static_cast<float>(result.squared_error);
@@ -110,13 +119,14 @@ Outputs RunMeanSquaredError(const Context& ctx, const Inputs& in) {
   return {{dy.Download()}, {sums}};
 }
 
+template <typename Rows>
 Outputs RunEmbedding(const Context& ctx, const Inputs& in) {
   Matrix table(kVocabulary, kWidth);
   for (int64_t v = 0; v < kVocabulary; ++v) {
     for (int64_t i = 0; i < kWidth; ++i) table.at(v, i) = in.weight.at(0, (i + v) % kWidth);
   }
-  const DeviceMatrix weight = Device(table), dout = Device(in.rows[2]), out = Rows(),
-                     dweight(DType::kF32, Matrix::Filled(kVocabulary, kWidth, 0.5F));
+  const Rows weight(kHalf, table), dout(kHalf, in.rows[2]), out(kHalf, kTokens, kWidth),
+      dweight(DType::kF32, Matrix::Filled(kVocabulary, kWidth, 0.5F));
   const DeviceIntegers tokens(in.tokens);
   EmbeddingForward(ctx, tokens.tensor(), weight.tensor(), 3.0F, out.tensor());
   EmbeddingBackward(ctx, tokens.tensor(), dout.tensor(), 3.0F, dweight.tensor());
@@ -124,12 +134,18 @@ Outputs RunEmbedding(const Context& ctx, const Inputs& in) {
 }
 
 const std::vector<Operation>& Operations() {
+#define SALA_OPERATION(name, run) \
+  { name, run<DeviceMatrix>, run<FarMatrix> }
   static const std::vector<Operation> operations = {
-      {"RmsNorm", RunRmsNorm},      {"OutputGate", RunOutputGate},
-      {"gate alone", RunGateAlone}, {"QkNormRope", RunQkNormRope},
-      {"SwiGlu", RunSwiGlu},        {"MeanSquaredError", RunMeanSquaredError},
-      {"Embedding", RunEmbedding},
+      SALA_OPERATION("RmsNorm", RunRmsNorm),
+      SALA_OPERATION("OutputGate", RunOutputGate),
+      SALA_OPERATION("gate alone", RunGateAlone),
+      SALA_OPERATION("QkNormRope", RunQkNormRope),
+      SALA_OPERATION("SwiGlu", RunSwiGlu),
+      SALA_OPERATION("MeanSquaredError", RunMeanSquaredError),
+      SALA_OPERATION("Embedding", RunEmbedding),
   };
+#undef SALA_OPERATION
   return operations;
 }
 
@@ -143,17 +159,27 @@ Inputs RandomInputs() {
   return in;
 }
 
+void ExpectSameBits(const char* name, const Outputs& first, const Outputs& second) {
+  for (size_t i = 0; i < first.rows.size(); ++i) {
+    EXPECT_TRUE(first.rows[i].SameBits(second.rows[i])) << name << ", output " << i;
+  }
+  for (size_t i = 0; i < first.sums.size(); ++i) {
+    EXPECT_TRUE(first.sums[i].SameBits(second.sums[i])) << name << ", sum " << i;
+  }
+}
+
 TEST_F(TokenWiseCuda, TheSameInputsGiveTheSameBits) {
   const Inputs in = RandomInputs();
   for (const Operation& operation : Operations()) {
-    const Outputs first = operation.run(ctx(), in);
-    const Outputs second = operation.run(ctx(), in);
-    for (size_t i = 0; i < first.rows.size(); ++i) {
-      EXPECT_TRUE(first.rows[i].SameBits(second.rows[i])) << operation.name << ", output " << i;
-    }
-    for (size_t i = 0; i < first.sums.size(); ++i) {
-      EXPECT_TRUE(first.sums[i].SameBits(second.sums[i])) << operation.name << ", sum " << i;
-    }
+    ExpectSameBits(operation.name, operation.run(ctx(), in), operation.run(ctx(), in));
+  }
+}
+
+TEST_F(TokenWiseCuda, RowsMayLieFarApart) {
+  if (!FarMatrix::Possible()) GTEST_SKIP() << "no such memory here";
+  const Inputs in = RandomInputs();
+  for (const Operation& operation : Operations()) {
+    ExpectSameBits(operation.name, operation.run(ctx(), in), operation.run_far(ctx(), in));
   }
 }
 

@@ -105,6 +105,13 @@ TEST_F(CrossEntropyCuda, AgreesWithReference) {
   }
 }
 
+// More tokens than the sums over tokens have threads (1024).
+TEST_F(CrossEntropyCuda, ManyTokens) {
+  if (kSlowBuild) GTEST_SKIP() << "too slow with sanitizers";
+  const Problem p(1040, 8, 9);
+  ExpectRight(p, Compute(ctx(), p, 600));
+}
+
 // One pack of 8, whole and broken; around one step of a block; several steps.
 TEST_F(CrossEntropyCuda, AnyVocabulary) {
   for (const int64_t vocabulary : {1, 2, 7, 8, 9, 4095, 4096, 4097, 4105, 9001}) {

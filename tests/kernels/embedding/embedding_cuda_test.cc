@@ -33,6 +33,7 @@ std::vector<Case> Cases(std::mt19937& rng) {
   cases.push_back({RandomTokens(2049, 300, rng), 300, 8});
   if (kSlowBuild) return cases;
   cases.push_back({RandomTokens(70, 9, rng), 9, 520});
+  cases.push_back({RandomTokens(2100, 40, rng), 40, 72});  // more packs than a grid has threads
   cases.push_back({RandomTokens(6200, 70000, rng), 70000, 8});
   cases.push_back({RandomTokens(2048, 257, rng), 257, 8});
   // Half of the tokens are one id, spread over several tiles.

@@ -27,6 +27,14 @@ TEST_F(SumOfSquaresCuda, AgreesWithReferenceWhereverTheBufferBegins) {
   }
 }
 
+// More pieces of 16384 elements than the last sum has threads (512).
+TEST_F(SumOfSquaresCuda, ManyPieces) {
+  if (kSlowBuild) GTEST_SKIP() << "too slow with sanitizers";
+  constexpr int64_t kElements = 520 * 16384 + 1;
+  const DeviceMatrix ones(DType::kF32, Matrix::Filled(1, kElements, 1.0F));
+  EXPECT_EQ(SumOfSquares(ctx(), ones.vector()), static_cast<double>(kElements));
+}
+
 TEST_F(SumOfSquaresCuda, PassesNotANumberAndInfinityThrough) {
   for (int64_t at : {0, 999, 16384, 20000}) {
     Matrix x = Matrix::Filled(1, 20001, 1.0F);

@@ -29,7 +29,7 @@ struct Problem {
 
   float scale() const { return 1.0F / std::sqrt(static_cast<float>(d)); }
 
-  static Matrix Rows(const Matrix& x, int64_t begin, int64_t end) {
+  static Matrix RowsOf(const Matrix& x, int64_t begin, int64_t end) {
     Matrix rows(end - begin, x.columns());
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t c = 0; c < x.columns(); ++c) rows.at(r - begin, c) = x.at(r, c);
@@ -39,25 +39,27 @@ struct Problem {
   // Tokens [begin, end) as one document of their own; the states are those of this problem.
   Problem Piece(int64_t begin, int64_t end) const {
     Problem piece({0, static_cast<int32_t>(end - begin)}, slopes, d);
-    piece.q = Rows(q, begin, end);
-    piece.k = Rows(k, begin, end);
-    piece.v = Rows(v, begin, end);
-    piece.dout = Rows(dout, begin, end);
+    piece.q = RowsOf(q, begin, end);
+    piece.k = RowsOf(k, begin, end);
+    piece.v = RowsOf(v, begin, end);
+    piece.dout = RowsOf(dout, begin, end);
     piece.state_in = state_in;
     piece.dstate_out = dstate_out;
     return piece;
   }
 
+  // `Rows`: DeviceMatrix or FarMatrix.
+  template <typename Rows = DeviceMatrix>
   void Run(const Context& ctx, bool with_states = true) {
-    const auto heads = [this](const DeviceMatrix& x) { return x.heads(n, d); };
+    const auto heads = [this](const Rows& x) { return x.heads(n, d); };
     const auto state = [this, with_states](const DeviceMatrix& x) {
       return with_states ? x.tensor().Reshape({n, d, d}) : Tensor();
     };
     // Different strides, none of them the width.
-    const DeviceMatrix dev_q(DType::kBF16, q, 8), dev_k(DType::kBF16, k, 16),
-        dev_v(DType::kBF16, v, 24), dev_dout(DType::kBF16, dout, 8);
+    const Rows dev_q(DType::kBF16, q, 8), dev_k(DType::kBF16, k, 16), dev_v(DType::kBF16, v, 24),
+        dev_dout(DType::kBF16, dout, 8);
     const DeviceMatrix dev_in(DType::kF32, state_in), dev_dout_state(DType::kF32, dstate_out);
-    const DeviceMatrix dev_out(DType::kBF16, t, n * d, 16), dev_dq(DType::kBF16, t, n * d, 8),
+    const Rows dev_out(DType::kBF16, t, n * d, 16), dev_dq(DType::kBF16, t, n * d, 8),
         dev_dk(DType::kBF16, t, n * d, 24), dev_dv(DType::kBF16, t, n * d, 16);
     const DeviceMatrix dev_state_out(DType::kF32, n, d * d), dev_dstate_in(DType::kF32, n, d * d);
     LightningForward(ctx, heads(dev_q), heads(dev_k), heads(dev_v), cu_seqlens, slopes, scale(),
@@ -65,7 +67,7 @@ struct Problem {
     LightningBackward(ctx, heads(dev_q), heads(dev_k), heads(dev_v), heads(dev_dout), cu_seqlens,
                       slopes, scale(), state(dev_in), state(dev_dout_state), heads(dev_dq),
                       heads(dev_dk), heads(dev_dv), state(dev_dstate_in));
-    for (const DeviceMatrix* x : {&dev_out, &dev_dq, &dev_dk, &dev_dv}) {
+    for (const Rows* x : {&dev_out, &dev_dq, &dev_dk, &dev_dv}) {
       EXPECT_TRUE(x->GapsUntouched());
     }
     out = dev_out.Download();
@@ -137,7 +139,7 @@ double StateBound(const Problem& p, double size) {
 void ExpectDocument(const Problem& p, const Problem& piece, int64_t begin,
                     const Standard& standard) {
   const auto compare = [&](const Matrix& found, const Doubles& value, const Doubles& size) {
-    ExpectClose(Problem::Rows(found, begin, begin + piece.t), value,
+    ExpectClose(Problem::RowsOf(found, begin, begin + piece.t), value,
                 [&](size_t i) { return ActivationBound(p, value[i], size[i]); });
   };
   compare(p.out, standard.value.forward.out, standard.size.forward.out);
@@ -358,17 +360,17 @@ TEST_F(LightningCuda, ChangingOneTokenReachesOnlyItsDocumentAndLaterTokens) {
     after.Run(ctx());
     for (const auto& [begin, end] : {std::pair{0, 90}, {150, 151}, {151, 600}}) {
       for (size_t i = 0; i < before.Results().size(); ++i) {
-        EXPECT_TRUE(Problem::Rows(*before.Results()[i], begin, end)
-                        .SameBits(Problem::Rows(*after.Results()[i], begin, end)))
+        EXPECT_TRUE(Problem::RowsOf(*before.Results()[i], begin, end)
+                        .SameBits(Problem::RowsOf(*after.Results()[i], begin, end)))
             << "result " << i << " of the document at " << begin;
       }
     }
     EXPECT_TRUE(before.state_out.SameBits(after.state_out));
     EXPECT_TRUE(before.dstate_in.SameBits(after.dstate_in));
-    EXPECT_TRUE(
-        Problem::Rows(before.out, 90, kChanged).SameBits(Problem::Rows(after.out, 90, kChanged)));
-    EXPECT_FALSE(
-        Problem::Rows(before.out, kChanged, 150).SameBits(Problem::Rows(after.out, kChanged, 150)));
+    EXPECT_TRUE(Problem::RowsOf(before.out, 90, kChanged)
+                    .SameBits(Problem::RowsOf(after.out, 90, kChanged)));
+    EXPECT_FALSE(Problem::RowsOf(before.out, kChanged, 150)
+                     .SameBits(Problem::RowsOf(after.out, kChanged, 150)));
   }
 }
 
@@ -383,6 +385,44 @@ TEST_F(LightningCuda, BitsDoNotDependOnRuns) {
   }
   EXPECT_TRUE(first.state_out.SameBits(second.state_out));
   EXPECT_TRUE(first.dstate_in.SameBits(second.dstate_in));
+}
+
+TEST_F(LightningCuda, TokensMayLieFarApart) {
+  if (!FarMatrix::Possible()) GTEST_SKIP() << "no such memory here";
+  const std::vector<int32_t> cu = {0, 90, 300};
+  Problem near(cu, {0.5F, 1.0F / 256}, 16);
+  near.Run(ctx());
+  Problem far(cu, {0.5F, 1.0F / 256}, 16);
+  far.Run<FarMatrix>(ctx());
+  for (size_t i = 0; i < near.Results().size(); ++i) {
+    EXPECT_TRUE(near.Results()[i]->SameBits(*far.Results()[i])) << "result " << i;
+  }
+}
+
+// Chunks of 64 tokens that have tokens of two documents multiply all of them with each other. Where
+// a document begins with a chunk only states could carry something over, and a state of another
+// document is not multiplied with zero but left out.
+TEST_F(LightningCuda, NotANumberPassesNoBorderOfChunks) {
+  // Borders inside of a segment (256 tokens), and between two.
+  const std::vector<int32_t> cu = {0, 128, 192, 256, 512, 576, 1100};
+  Problem before(cu, {0.5F, 1.0F / 256}, 16);
+  before.Run(ctx());
+  for (const size_t poisoned : {0U, 2U, 3U, 4U, 5U}) {
+    Problem after(cu, {0.5F, 1.0F / 256}, 16);
+    const int64_t changed = cu[poisoned] + 5;
+    for (Matrix* x : {&after.q, &after.k, &after.v, &after.dout}) {
+      x->at(changed, 3) = std::numeric_limits<float>::quiet_NaN();
+    }
+    after.Run(ctx());
+    for (size_t s = 0; s + 1 < cu.size(); ++s) {
+      if (s == poisoned) continue;
+      for (size_t i = 0; i < before.Results().size(); ++i) {
+        EXPECT_TRUE(Problem::RowsOf(*before.Results()[i], cu[s], cu[s + 1])
+                        .SameBits(Problem::RowsOf(*after.Results()[i], cu[s], cu[s + 1])))
+            << "result " << i << " of the document at " << cu[s] << " with a NaN at " << changed;
+      }
+    }
+  }
 }
 
 TEST_F(LightningCuda, NoTokensPassTheStatesThrough) {
@@ -436,8 +476,8 @@ TEST_F(LightningCuda, TokensPastTheDocumentsAreNeitherReadNorWritten) {
   longer.cu_seqlens = {0, 70};
   longer.Run(ctx());
   for (size_t i = 0; i < p.Results().size(); ++i) {
-    EXPECT_TRUE(Problem::Rows(*longer.Results()[i], 0, 70).SameBits(*p.Results()[i]));
-    for (double x : Problem::Rows(*longer.Results()[i], 70, 100).values()) {
+    EXPECT_TRUE(Problem::RowsOf(*longer.Results()[i], 0, 70).SameBits(*p.Results()[i]));
+    for (double x : Problem::RowsOf(*longer.Results()[i], 70, 100).values()) {
       ASSERT_TRUE(std::isnan(x));
     }
   }

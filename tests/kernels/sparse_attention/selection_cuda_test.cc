@@ -46,19 +46,19 @@ std::pair<std::vector<double>, std::vector<double>> Means(
 // Keys k of `c` compressed on the device, against the exact means. A mean is rounded once to
 // bfloat16; before that a float32 sum of 128 terms at most has 22 roundings on its longest path
 // (16 tokens of a group, 8 groups, the division; less for smaller strides), each relative to a
-// partial sum of at most `largest` times its terms.
+// partial sum of at most `largest` times its terms. `Rows`: DeviceMatrix or FarMatrix.
+template <typename Rows = DeviceMatrix>
 void CheckCompression(const Context& ctx, const SparseCase& c,
                       const std::vector<DocumentRange>& documents, bool exact) {
   const auto [fine_means, coarse_means] = Means(c, documents);
   const int64_t width = c.heads.kv * c.heads.d;
-  const DeviceMatrix k(DType::kBF16, c.k, 8);
-  const DeviceMatrix fine(DType::kBF16, static_cast<int64_t>(fine_means.size()) / width, width, 16);
-  const DeviceMatrix coarse(DType::kBF16, static_cast<int64_t>(coarse_means.size()) / width, width,
-                            8);
+  const Rows k(DType::kBF16, c.k, 8);
+  const Rows fine(DType::kBF16, static_cast<int64_t>(fine_means.size()) / width, width, 16);
+  const Rows coarse(DType::kBF16, static_cast<int64_t>(coarse_means.size()) / width, width, 8);
   CompressKeys(ctx, k.heads(c.heads.kv, c.heads.d), documents, c.config,
                fine.heads(c.heads.kv, c.heads.d), coarse.heads(c.heads.kv, c.heads.d));
-  const std::pair<const DeviceMatrix*, const std::vector<double>*> results[] = {
-      {&fine, &fine_means}, {&coarse, &coarse_means}};
+  const std::pair<const Rows*, const std::vector<double>*> results[] = {{&fine, &fine_means},
+                                                                        {&coarse, &coarse_means}};
   for (const auto& [found, means] : results) {
     ExpectClose(found->Download(), *means, [&, m = means](size_t i) {
       if (exact) return std::abs(RoundedToBf16((*m)[i]) - (*m)[i]);
@@ -96,6 +96,13 @@ TEST_F(CompressKeysCuda, WindowsRestartAtEachDocument) {
   CheckCompression(ctx(), none, {}, /*exact=*/true);
 }
 
+TEST_F(CompressKeysCuda, TokensMayLieFarApart) {
+  if (!FarMatrix::Possible()) GTEST_SKIP() << "no such memory here";
+  SparseCase c(100, {1, 2, 16}, SmallConfig());
+  RoundToGrid(c.k);
+  CheckCompression<FarMatrix>(ctx(), c, {{0, 60}, {60, 100}}, /*exact=*/true);
+}
+
 // A case whose selection runs on the device. Queries are rounded to bfloat16, keys to the grid, so
 // that the reference may round the exact means as the kernel does.
 struct CudaCase : SparseCase {
@@ -105,10 +112,11 @@ struct CudaCase : SparseCase {
     RoundToGrid(k);
   }
 
+  template <typename Rows = DeviceMatrix>
   void SelectOnDevice(const Context& ctx, const std::vector<DocumentRange>& documents) {
     constexpr int64_t kGap = 3;
-    const DeviceMatrix device_q(DType::kBF16, q, 8);
-    const DeviceMatrix device_k(DType::kBF16, k, 24);
+    const Rows device_q(DType::kBF16, q, 8);
+    const Rows device_k(DType::kBF16, k, 24);
     const int64_t row = heads.kv * width() + kGap;
     std::vector<int32_t> host(static_cast<size_t>(t * row), kPoison);
     const size_t bytes = host.size() * sizeof(int32_t);
@@ -377,6 +385,16 @@ TEST_F(SelectBlocksCuda, PackedDocumentsChooseAsSeparateOnes) {
       ASSERT_EQ(packed.chosen[static_cast<size_t>(i)], SparseCase::kPoison);
     }
   }
+}
+
+TEST_F(SelectBlocksCuda, TokensMayLieFarApart) {
+  if (!FarMatrix::Possible()) GTEST_SKIP() << "no such memory here";
+  const std::vector<DocumentRange> documents = {{0, 150}, {150, 300}};
+  CudaCase near(300, {4, 2, 16}, SmallConfig());
+  near.SelectOnDevice(ctx(), documents);
+  CudaCase far(300, {4, 2, 16}, SmallConfig());
+  far.SelectOnDevice<FarMatrix>(ctx(), documents);
+  EXPECT_EQ(near.chosen, far.chosen);
 }
 
 TEST_F(SelectBlocksCuda, SlicesOfAnySizeChooseTheSame) {

@@ -18,9 +18,10 @@ class SparseAttentionCuda : public CudaKernelTest {
     c.Select(cpu.ctx(), documents);
     RunWithBlocks(c, documents);
   }
+  template <typename Rows = DeviceMatrix>
   void RunWithBlocks(SparseCase& c, const std::vector<DocumentRange>& documents,
                      bool backward = true) {
-    const DeviceAttention x(c);
+    const DeviceAttentionOf<Rows> x(c);
     const DeviceIntegers chosen(c.chosen);
     const ConstTensor blocks = chosen.tensor().Reshape({c.t, c.heads.kv, c.width()});
     SparseAttentionForward(ctx(), x.q(), x.k(), x.v(), documents, c.config, c.scale(), blocks,
@@ -226,6 +227,17 @@ TEST_F(SparseAttentionCuda, DryRunTakesTheSameScratch) {
                             0.25F, blocks, wide, narrow, narrow);
   });
   EXPECT_EQ(dry, ctx().scratch->peak_bytes());
+}
+
+TEST_F(SparseAttentionCuda, TokensMayLieFarApart) {
+  if (!FarMatrix::Possible()) GTEST_SKIP() << "no such memory here";
+  const auto documents = DocumentsOf({130, 3});
+  SparseCase near = NewCase(documents.back().end, {4, 2, 16}, SmallConfig());
+  Run(near, documents);
+  SparseCase far = NewCase(documents.back().end, {4, 2, 16}, SmallConfig());
+  far.chosen = near.chosen;
+  RunWithBlocks<FarMatrix>(far, documents);
+  ExpectSameResults(near, far);
 }
 
 TEST_F(SparseAttentionCuda, BlocksNobodySelectedGetNoGradient) {

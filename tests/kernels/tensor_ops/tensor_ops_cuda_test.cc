@@ -28,7 +28,7 @@ sala::Tensor Part(const DeviceMatrix& m, int64_t begin, int64_t n) {
 TEST_F(TensorOpsCuda, CastRoundsToNearestEvenAndTouchesNothingElse) {
   std::mt19937 rng(64);
   for (int64_t n : Sizes()) {
-    for (int64_t begin : {0, 1, 8}) {
+    for (int64_t begin : {0, 1, 4, 8}) {  // 4: 16 bytes of float32, 8 of bfloat16
       Matrix values = Matrix::Random(1, n + begin, rng);
       if (n > 6) {
         const float special[] = {0x1.01p0F, 0x1.03p0F, -0.0F, 3.4e38F, 1e-40F, INFINITY};
