@@ -638,8 +638,8 @@ ATTENTION_FAULTS = [
         name="key_gradient_names_in_one_buffer",
         kind="race",
         file=KEY_GRADIENT,
-        old="      names[(next + 1) % 2 * kStepRows + thread] = {next_token, next_row % p.group};",
-        new="      names[thread] = names[kStepRows + thread] = {next_token, next_row % p.group};",
+        old="      names[(next + 1) % 2 * kStepRows + thread] = {later_token, later_row % p.group};",
+        new="      names[thread] = names[kStepRows + thread] = {later_token, later_row % p.group};",
         tests="AttentionCuda.LongerDocuments",
         found_by="tsan"),
     Fault(
