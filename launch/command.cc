@@ -15,6 +15,7 @@ CLI::App* AddCommand(CLI::App& parent, const std::string& name, const std::strin
 }
 
 void PrintError(const Status& status) {
+  std::fflush(stdout);  // what was printed before stands before it
   std::fprintf(stderr, "sala: error: %s\n", MessageOf(status).c_str());
 }
 

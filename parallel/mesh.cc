@@ -63,6 +63,7 @@ StatusOr<std::unique_ptr<Mesh>> Mesh::Create(Communicator& world, const MeshConf
                      "per device or use transport: mpi");
   }
   if (nccl) {
+    mesh->transport_ = "NCCL";
     SALA_ASSIGN_OR_RETURN(mesh->dp_group_, MakeNcclCommunicator(std::move(mesh->dp_group_), ctx,
                                                                 ctx.gpu->options().deterministic));
   } else {

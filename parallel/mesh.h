@@ -44,12 +44,14 @@ class Mesh {
   int dp_rank() const { return dp_group_->rank(); }
   int dp_size() const { return dp_group_->size(); }
   const MeshConfig& config() const { return config_; }  // dp resolved
+  const char* transport() const { return transport_; }  // of device memory: "MPI", "NCCL"
 
  private:
   Mesh(Communicator& world, const MeshConfig& config) : world_(world), config_(config) {}
   Communicator& world_;
   MeshConfig config_;
   std::unique_ptr<Communicator> dp_group_;
+  const char* transport_ = "MPI";
 };
 
 // A flat buffer of n elements cut over ranks in contiguous pieces, as even as multiples of

@@ -288,6 +288,15 @@ StatusOr<std::string> TokenizerPathFor(const std::string& model_path, const std:
   for (const char* file : {"tokenizer.model", "byte_tokenizer.json"}) {
     if (PathExists(path + "/" + file)) return path;
   }
+  if (!PathExists(path + "/manifest.json") && !PathExists(path + "/config.json")) {
+    const bool run = IsDirectory(path + "/checkpoints");
+    return MakeError(
+        ExitCode::kNoInput, "FILE-MISSING",
+        Printable(path) + (run ? ": is a run directory; name one of its checkpoints, which sala "
+                                 "ckpt list shows"
+                               : ": holds neither a checkpoint (manifest.json) nor an exported "
+                                 "model (config.json)"));
+  }
   return MakeError(
       ExitCode::kNoInput, "EXP-TOKENIZER",
       Printable(path) +

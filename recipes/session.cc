@@ -78,6 +78,16 @@ Session::Session(parallel::Communicator& world, const PipelineConfig& config)
   ctx_.pool = &pool_;
 }
 
+void Session::LogDevice() const {
+  if (device_ == nullptr) return;
+  const DeviceInfo& info = device_->info();
+  SALA_LOG(Info) << "device " << info.index << " (" << info.bus_id << "): " << info.name
+                 << ", compute capability " << info.compute_capability / 10 << "."
+                 << info.compute_capability % 10 << ", " << (info.memory_bytes >> 20) << " MiB"
+                 << (info.emulated ? ", emulated on the CPU" : "")
+                 << "; between ranks: " << mesh_->transport();
+}
+
 // The device of this rank, and the arenas on it. All ranks learn of a rank that has none.
 Status Session::OpenDevice() {
   if (config_.run.device == DeviceKind::kCuda) {
@@ -95,13 +105,6 @@ Status Session::OpenDevice() {
   arena_ = std::make_unique<Arena>(kArenaBlock, device_.get());
   scratch_ = std::make_unique<Arena>(kArenaBlock, device_.get());
   ctx_.scratch = scratch_.get();
-  if (device_ != nullptr && is_root()) {
-    SALA_LOG(Info) << "device: " << device_->info().name << ", compute capability "
-                   << device_->info().compute_capability / 10 << "."
-                   << device_->info().compute_capability % 10 << ", "
-                   << (device_->info().memory_bytes >> 20) << " MiB"
-                   << (device_->info().emulated ? " (emulated on the CPU)" : "");
-  }
   return OkStatus();
 }
 
@@ -137,6 +140,7 @@ StatusOr<std::unique_ptr<Session>> Session::Open(parallel::Communicator& world,
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, prepared));
   SALA_RETURN_IF_ERROR(
       parallel::AgreeOnStatus(world, OpenLogFile(session->path(RankLogName(world.rank())))));
+  session->LogDevice();
   return session;
 }
 

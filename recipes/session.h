@@ -70,6 +70,7 @@ class Session {
  private:
   Session(parallel::Communicator& world, const PipelineConfig& config);
   Status OpenDevice();
+  void LogDevice() const;
   Status PrepareDirectory();  // rank 0
   void WarnOnce(const Status& status);
   bool warned_ = false;

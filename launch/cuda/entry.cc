@@ -3,6 +3,8 @@
 #include <nccl.h>
 
 #include <cstring>
+#include <memory>
+#include <sstream>
 #include <string>
 
 #include "core/cuda/cuda_device.h"
@@ -12,8 +14,31 @@
 
 namespace {
 
+// Whether machine code of one of the module's architectures ("80-real;90a-real") runs on a device:
+// it does on the same generation from its own version on, that of "90a" on 9.0 alone.
+bool RunsOn(const std::string& architectures, int capability) {
+  std::istringstream list(architectures);
+  for (std::string one; std::getline(list, one, ';');) {
+    const int version = std::stoi(one);
+    const bool exact = one.find('a') != std::string::npos && one.find('a') < one.find('-');
+    if (exact ? version == capability : version / 10 == capability / 10 && version <= capability)
+      return true;
+  }
+  return false;
+}
+
 sala::Device* OpenDevice(const sala::DeviceOptions& options) {
-  return new sala::CudaDevice(options, &sala::kernels::cuda::Table());
+  auto device = std::make_unique<sala::CudaDevice>(options, &sala::kernels::cuda::Table());
+  const sala::DeviceInfo& info = device->info();
+  if (!info.emulated && !options.dry && !RunsOn(SALA_CUDA_ARCHITECTURES, info.compute_capability)) {
+    const std::string version = std::to_string(info.compute_capability);
+    throw sala::DeviceError(
+        "CUDA-MODULE",
+        "the CUDA module holds kernels for " SALA_CUDA_ARCHITECTURES ", the device " + info.name +
+            " is of sm_" + version + "; build it with -DSALA_CUDA_ARCHITECTURES=" + version +
+            "-real (90a-real for 90)");
+  }
+  return device.release();
 }
 
 const void* Find(const char* name) {
@@ -26,7 +51,11 @@ std::string Libraries() {
   ncclGetVersion(&nccl);
   return "cuBLASLt " + std::to_string(lt / 10000) + "." + std::to_string(lt / 100 % 100) + "." +
          std::to_string(lt % 100) + ", NCCL " + std::to_string(nccl / 10000) + "." +
-         std::to_string(nccl / 100 % 100) + "." + std::to_string(nccl % 100);
+         std::to_string(nccl / 100 % 100) + "." + std::to_string(nccl % 100)
+#ifdef SALA_EMULATED
+         + " (stand-ins for both)"
+#endif
+      ;
 }
 
 constexpr sala::CudaModuleInterface kInterface = {.interface = SALA_CUDA_INTERFACE,

@@ -508,8 +508,7 @@ Status CheckHaloInputs(Session& session, const StageConfig& stage) {
   const bool l2_norm = stage.halo->align_loss == AlignLoss::kL2Norm;
   if (session.ctx().cuda() && (l2_norm || !stage.halo->logit_scale_grid.empty())) {
     return MakeError(ExitCode::kConfig, "CFG-HALO",
-                     "stage " + stage.name + ": " +
-                         (l2_norm ? "align_loss: l2_norm" : "logit_scale_grid") +
+                     std::string(l2_norm ? "align_loss: l2_norm" : "logit_scale_grid") +
                          " works on the CPU only; use run.device: cpu for this stage, or " +
                          (l2_norm ? "align_loss: mse" : "leave the grid out"));
   }
