@@ -39,6 +39,10 @@ class Peers:
         if self.cuda:
             self.l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
         torch.manual_seed(1)
+        # A compiled backward pass may otherwise reuse what the forward pass saved, and could not be walked twice.
+        import torch._functorch.config  # pylint: disable=import-outside-toplevel
+
+        torch._functorch.config.donated_buffer = False
 
     # ---- what cases are made of
 
@@ -156,7 +160,7 @@ class Peers:
         def swiglu(gate, up):
             return F.silu(gate) * up
 
-        compiled_norm, compiled_swiglu = torch.compile(rms_norm), torch.compile(swiglu)
+        compiled_norm, compiled_swiglu = torch.compile(rms_norm, dynamic=False), torch.compile(swiglu, dynamic=False)
         for tokens in self.lengths():
             def norm(grad, tokens=tokens):
                 return self.random(tokens, hidden, grad=grad), torch.ones(hidden, device=self.device, dtype=torch.bfloat16,
@@ -177,7 +181,7 @@ class Peers:
         def loss(x, weight, labels):
             return F.cross_entropy(F.linear(x, weight).float(), labels)
 
-        compiled = torch.compile(loss)
+        compiled = torch.compile(loss, dynamic=False)
         for tokens in self.lengths()[:1]:  # all logits at once: longer ones do not fit
             def prepare(tokens=tokens):
                 x, weight = self.random(tokens, hidden, grad=True), self.random(vocabulary, hidden, scale=0.02, grad=True)
