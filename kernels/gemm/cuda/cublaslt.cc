@@ -69,7 +69,7 @@ struct Product {
   int64_t a_stride = 0, b_stride = 0, c_stride = 0;  // elements between rows
   DType c_dtype = DType::kF32;
 
-  auto operator<=>(const Product&) const = default;
+  auto operator<=>(const Product&) const = default;  // NOLINT(modernize-use-nullptr): clang-tidy 14
 };
 
 struct Plan {
