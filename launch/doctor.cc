@@ -62,7 +62,7 @@ Status Doctor(bool need_cuda) {
   Line("CPU", CpuDescription() + ", matrix products with " +
                   std::string(kernels::NameOf(kernels::CurrentGemmIsa())));
   Line("MPI", parallel::MpiLibraryVersion());
-  const Status cuda = ReportCuda();
+  Status cuda = ReportCuda();
   if (cuda.ok()) return cuda;
   if (need_cuda) return cuda;
   std::printf("\n%s\n", MessageOf(cuda).c_str());

@@ -132,8 +132,7 @@ TOKEN_WISE = [
         file=PARTIAL_SUMS,
         old="  out[column] += sum;",
         new="  out[column] = sum;",
-        tests="RmsNormCuda.BackwardAgreesWithReferenceAndObeysWrite",
-        quick=True),
+        tests="RmsNormCuda.BackwardAgreesWithReferenceAndObeysWrite"),
     Fault(
         name="column_sums_without_their_last_group",
         kind="dropped partial",
@@ -162,8 +161,7 @@ TOKEN_WISE = [
         file="kernels/swiglu/cuda.cu",
         old="d[j] = grad * u[j] * s * (1.0F + g[j] * (1.0F - s));",
         new="d[j] = grad * u[j] * s * (1.0F + g[j] - s);",
-        tests="SwiGluCuda.AgreesWithReference",
-        quick=True),
+        tests="SwiGluCuda.AgreesWithReference"),
     Fault(
         name="swiglu_output_with_the_stride_of_its_input",
         kind="global overrun",
@@ -340,16 +338,14 @@ TOKEN_WISE = [
         file="kernels/mse/cuda.cu",
         old=".factor = 2.0F * grad_scale,",
         new=".factor = grad_scale,",
-        tests="MseCuda.AgreesWithReference",
-        quick=True),
+        tests="MseCuda.AgreesWithReference"),
     Fault(
         name="add_forgets_the_rest",
         kind="accumulate or overwrite",
         file="kernels/tensor_ops/cuda.cu",
         old="Store1(to + i, kAdd ? ToFloat(to[i]) + v : v);",
         new="Store1(to + i, v);",
-        tests="TensorOpsCuda.AddRoundsOnce",
-        quick=True),
+        tests="TensorOpsCuda.AddRoundsOnce"),
     Fault(
         name="cast_looks_at_one_address_only",
         kind="misaligned access",
@@ -378,7 +374,8 @@ OUTPUT_HEADS = [
         old="      if (values[j] > largest) {",
         new="      if (values[j] >= largest) {",
         unit="kernels/cross_entropy/cuda.cu",
-        tests="CrossEntropyCuda.TiesGoToTheLowestId"),
+        tests="CrossEntropyCuda.TiesGoToTheLowestId",
+        quick=True),
     Fault(
         name="ties_between_warps_go_to_the_first_warp",
         kind="tie rule",
@@ -432,8 +429,7 @@ OUTPUT_HEADS = [
         file="kernels/kl_divergence/cuda.cu",
         old="result.loss_sum = tau * tau * found[kDivergence];",
         new="result.loss_sum = tau * found[kDivergence];",
-        tests="KlDivergenceCuda.AnyVocabulary",
-        quick=True),
+        tests="KlDivergenceCuda.AnyVocabulary"),
     Fault(
         name="kl_infinity_less_infinity",
         kind="off by one",
@@ -525,7 +521,8 @@ ATTENTION_FAULTS = [
         old="    ptx::LdMatrix4Trans(b, tile + (place ^ 16 * x));",
         new="    ptx::LdMatrix4(b, tile + (place ^ 16 * x));",
         unit=ATTENTION,
-        tests="AttentionCuda.MatchesReferenceAtTheEdgeLengths"),
+        tests="AttentionCuda.MatchesReferenceAtTheEdgeLengths",
+        quick=True),
     Fault(
         name="attention_weights_in_the_wrong_registers",
         kind="wrong fragment index",
@@ -664,7 +661,8 @@ ATTENTION_FAULTS = [
         old="    ptx::CpAsyncWait<1>();\n",
         new="    ptx::CpAsyncWait<2>();\n",
         unit=KEY_GRADIENT,
-        tests="AttentionCuda.MatchesReferenceAtTheEdgeLengths"),
+        tests="AttentionCuda.MatchesReferenceAtTheEdgeLengths",
+        quick=True),
 ]
 
 # ---- sparse attention ----
@@ -677,7 +675,8 @@ SPARSE_FAULTS = [
         old="    if (key + kKeys - 1 > rows.lowest) {",
         new="    if (key + kKeys - 2 > rows.lowest) {",
         unit=SPARSE,
-        tests="SparseAttentionCuda.MatchesReferenceWithTheSameBlocks"),
+        tests="SparseAttentionCuda.MatchesReferenceWithTheSameBlocks",
+        quick=True),
     Fault(
         name="walk_own_block_has_one_tile",
         kind="block border",
@@ -871,7 +870,8 @@ SPARSE_FAULTS = [
         old="    ptx::CpAsyncWait<kStages - 2>();",
         new="    ptx::CpAsyncWait<kStages - 1>();",
         unit=SELECT,
-        tests="SelectBlocksCuda.HandComputedScores"),
+        tests="SelectBlocksCuda.HandComputedScores",
+        quick=True),
     Fault(
         name="select_strips_without_room_for_their_last_key",
         kind="shared overrun",
@@ -984,7 +984,8 @@ LIGHTNING_FAULTS = [
         file=MARCH,
         old="    __syncthreads();  // z, scores and factors are there\n",
         new="",
-        tests="LightningCuda.ManyDocumentsOfOneToken"),
+        tests="LightningCuda.ManyDocumentsOfOneToken",
+        quick=True),
     Fault(
         name="lightning_loads_over_a_chunk_in_use",
         kind="missing barrier",
