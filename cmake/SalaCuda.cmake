@@ -19,7 +19,7 @@ endfunction()
 # What passes between the program and the module: both carry the checksum of these headers and refuse another one.
 file(GLOB SALA_INTERFACE_HEADERS CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/kernels/*/*.h)
 list(FILTER SALA_INTERFACE_HEADERS EXCLUDE REGEX "/reference\\.h$")
-foreach(HEADER core/arena.h core/context.h core/cuda_module.h core/device.h core/dtype.h core/status.h core/tensor.h
+foreach(HEADER core/arena.h core/buffer.h core/context.h core/cuda_module.h core/device.h core/dtype.h core/status.h core/tensor.h
                kernels/cuda_kernels.h parallel/communicator.h parallel/device_communicator.h parallel/ordered_sum.h)
   list(APPEND SALA_INTERFACE_HEADERS ${CMAKE_SOURCE_DIR}/${HEADER})
 endforeach()

@@ -37,8 +37,7 @@ enum class TensorKind : uint8_t { kParam, kMaster, kExpAvg, kExpAvgSq, kBuffer }
 std::string_view NameOf(TensorKind kind);  // "param", "master", "exp_avg", "exp_avg_sq", "buffer"
 
 // A part of a named global tensor: elements [flat_begin, flat_end) of the whole tensor in row-major
-// order. (Boxes of tensor parallelism are written as the index schema allows; a slice here with
-// flat range covers ZeRO shards.)
+// order. A box is the part of a tensor parallel rank, a flat range of it that of a ZeRO shard.
 struct TensorSlice {
   std::string name;
   TensorKind kind = TensorKind::kParam;
@@ -132,6 +131,11 @@ class Checkpoint {
   Status ReadF32(const std::string& name, TensorKind kind, int64_t begin, int64_t end,
                  float* out) const;
 
+  // Elements [begin, end) in row-major order of the box at `offset` of shape `box` (tensors of one or
+  // two dimensions), converted to float32.
+  Status ReadBoxF32(const std::string& name, TensorKind kind, const std::vector<int64_t>& offset,
+                    const std::vector<int64_t>& box, int64_t begin, int64_t end, float* out) const;
+
   // The same range as stored: (end - begin) * SizeOf(dtype) bytes.
   Status ReadRaw(const StoredTensor& tensor, int64_t begin, int64_t end, void* out) const;
 
@@ -140,6 +144,14 @@ class Checkpoint {
   Status Verify(VerifyLevel level) const;  // the first problem, named by file, tensor and slice
 
  private:
+  // Elements [begin, end) of a tensor, wanted at `out` of the result.
+  struct Wanted {
+    int64_t begin = 0, end = 0, out = 0;
+  };
+  // `wanted` in rising order. Every slice that is touched is read and checked once.
+  Status ReadRanges(const StoredTensor& tensor, const std::vector<Wanted>& wanted, void* out) const;
+  Status ReadRangesF32(const std::string& name, TensorKind kind, const std::vector<Wanted>& wanted,
+                       float* out) const;
   std::pair<size_t, size_t> SlicesOf(size_t tensor) const;  // range in slices_
   Status CheckFiles() const;
   Status ReadSlice(const StoredSlice& slice, std::vector<char>* bytes) const;

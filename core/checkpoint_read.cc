@@ -247,19 +247,22 @@ Status Checkpoint::ReadSlice(const StoredSlice& slice, std::vector<char>* bytes)
                                    "; restore the file or use another checkpoint");
 }
 
-Status Checkpoint::ReadRaw(const StoredTensor& tensor, int64_t begin, int64_t end,
-                           void* out) const {
+Status Checkpoint::ReadRanges(const StoredTensor& tensor, const std::vector<Wanted>& wanted,
+                              void* out) const {
   const int64_t elements = checkpoint::CheckedElements(tensor.shape);
-  if (begin < 0 || begin > end || end > elements) {
-    return DataError("CKPT-TENSOR", directory_ + ": " + TensorText(tensor.name, tensor.kind) +
-                                        " has " + std::to_string(elements) +
-                                        " elements, asked for [" + std::to_string(begin) + ", " +
-                                        std::to_string(end) + ")");
-  }
   const StoredTensor* own = Find(tensor.name, tensor.kind);
   const auto [first, last] = SlicesOf(static_cast<size_t>(own - tensors_.data()));
-  const Status cover =
-      checkpoint::CheckCover(*own, slices_.data() + first, slices_.data() + last, begin, end);
+  for (const Wanted& range : wanted) {
+    if (range.begin < 0 || range.begin > range.end || range.end > elements) {
+      return DataError("CKPT-TENSOR", directory_ + ": " + TensorText(tensor.name, tensor.kind) +
+                                          " has " + std::to_string(elements) +
+                                          " elements, asked for [" + std::to_string(range.begin) +
+                                          ", " + std::to_string(range.end) + ")");
+    }
+  }
+  if (wanted.empty()) return OkStatus();
+  const Status cover = checkpoint::CheckCover(*own, slices_.data() + first, slices_.data() + last,
+                                              wanted.front().begin, wanted.back().end);
   if (!cover.ok()) return Annotate(cover, directory_);
   const auto size = static_cast<int64_t>(SizeOf(own->dtype));
   std::vector<char> bytes;
@@ -267,34 +270,79 @@ Status Checkpoint::ReadRaw(const StoredTensor& tensor, int64_t begin, int64_t en
     bool read = false;
     Status status;
     checkpoint::ForEachRun(own->shape, slices_[s], [&](const checkpoint::Run& run) {
-      const int64_t a = std::max(begin, run.tensor_begin);
-      const int64_t b = std::min(end, run.tensor_begin + run.count);
-      if (a >= b || !status.ok()) return;
-      if (!read) status = ReadSlice(slices_[s], &bytes);
-      read = true;
-      if (!status.ok()) return;
-      std::memcpy(static_cast<char*>(out) + (a - begin) * size,
-                  bytes.data() + (run.slice_begin + a - run.tensor_begin) * size,
-                  static_cast<size_t>((b - a) * size));
+      auto range = std::partition_point(
+          wanted.begin(), wanted.end(),
+          [&run](const Wanted& range_before) { return range_before.end <= run.tensor_begin; });
+      for (; range != wanted.end() && range->begin < run.tensor_begin + run.count; ++range) {
+        const int64_t a = std::max(range->begin, run.tensor_begin);
+        const int64_t b = std::min(range->end, run.tensor_begin + run.count);
+        if (a >= b || !status.ok()) continue;
+        if (!read) status = ReadSlice(slices_[s], &bytes);
+        read = true;
+        if (!status.ok()) return;
+        std::memcpy(static_cast<char*>(out) + (range->out + a - range->begin) * size,
+                    bytes.data() + (run.slice_begin + a - run.tensor_begin) * size,
+                    static_cast<size_t>((b - a) * size));
+      }
     });
     SALA_RETURN_IF_ERROR(status);
   }
   return OkStatus();
 }
 
-Status Checkpoint::ReadF32(const std::string& name, TensorKind kind, int64_t begin, int64_t end,
-                           float* out) const {
+Status Checkpoint::ReadRaw(const StoredTensor& tensor, int64_t begin, int64_t end,
+                           void* out) const {
+  return ReadRanges(tensor, {{.begin = begin, .end = end, .out = 0}}, out);
+}
+
+Status Checkpoint::ReadRangesF32(const std::string& name, TensorKind kind,
+                                 const std::vector<Wanted>& wanted, float* out) const {
   const StoredTensor* tensor = Find(name, kind);
   if (tensor == nullptr) {
     return DataError("CKPT-TENSOR",
                      directory_ + ": no " + TensorText(name, kind) + " in this checkpoint");
   }
-  if (tensor->dtype == DType::kF32) return ReadRaw(*tensor, begin, end, out);
-  std::vector<char> bytes(static_cast<size_t>(std::max<int64_t>(0, end - begin)) *
-                          SizeOf(tensor->dtype));
-  SALA_RETURN_IF_ERROR(ReadRaw(*tensor, begin, end, bytes.data()));
-  ConvertToF32(tensor->dtype, bytes.data(), end - begin, out);
+  if (tensor->dtype == DType::kF32) return ReadRanges(*tensor, wanted, out);
+  int64_t elements = 0;
+  for (const Wanted& range : wanted)
+    elements = std::max(elements, range.out + std::max<int64_t>(0, range.end - range.begin));
+  std::vector<char> bytes(static_cast<size_t>(elements) * SizeOf(tensor->dtype));
+  SALA_RETURN_IF_ERROR(ReadRanges(*tensor, wanted, bytes.data()));
+  ConvertToF32(tensor->dtype, bytes.data(), elements, out);
   return OkStatus();
+}
+
+Status Checkpoint::ReadF32(const std::string& name, TensorKind kind, int64_t begin, int64_t end,
+                           float* out) const {
+  return ReadRangesF32(name, kind, {{.begin = begin, .end = end, .out = 0}}, out);
+}
+
+Status Checkpoint::ReadBoxF32(const std::string& name, TensorKind kind,
+                              const std::vector<int64_t>& offset, const std::vector<int64_t>& box,
+                              int64_t begin, int64_t end, float* out) const {
+  const StoredTensor* tensor = Find(name, kind);
+  if (tensor != nullptr && tensor->shape.size() != box.size()) {
+    return DataError("CKPT-TENSOR", directory_ + ": " + TensorText(name, kind) + " has " +
+                                        std::to_string(tensor->shape.size()) +
+                                        " dimensions, expected " + std::to_string(box.size()));
+  }
+  const bool rows_are_whole = tensor == nullptr || box.size() == 1 || box[1] == tensor->shape[1];
+  const int64_t width = box.back();
+  std::vector<Wanted> wanted;
+  if (rows_are_whole) {  // the box is one range
+    const int64_t first = box.size() == 1 ? offset[0] : offset[0] * width;
+    wanted.push_back({.begin = first + begin, .end = first + end, .out = 0});
+  } else {
+    for (int64_t at = begin; at < end;) {
+      const int64_t row = at / width;
+      const int64_t stop = std::min(end, (row + 1) * width);
+      const int64_t first =
+          (offset[0] + row) * tensor->shape[1] + offset[1] + (at - row * width);
+      wanted.push_back({.begin = first, .end = first + stop - at, .out = at - begin});
+      at = stop;
+    }
+  }
+  return ReadRangesF32(name, kind, wanted, out);
 }
 
 StatusOr<std::string> Checkpoint::ReadConfig() const { return ReadExtra(checkpoint::kConfigName); }

@@ -105,6 +105,8 @@ Status TrainAsRank(const TrainOptions& options, CommandLine& line) {
     status = TrainOn(*world, options);
   } catch (const DeviceError& error) {
     status = MakeError(ExitCode::kDevice, error.code(), error.what());
+  } catch (const parallel::CommError& error) {
+    status = error.status();
   } catch (const std::exception& error) {
     // Unwinding further would end in MPI_Finalize, which waits for ranks that are still training.
     status = MakeError(ExitCode::kInternal, "INTERNAL", std::string("exception: ") + error.what());

@@ -120,6 +120,42 @@ std::string ModelConfig::CudaProblem() const {
   return "";
 }
 
+std::string ModelConfig::TensorParallelProblem(int64_t ranks) const {
+  const auto found = [ranks](const std::string& key, int64_t value, const std::string& expected) {
+    return "parallel.tp is " + std::to_string(ranks) + ", but model." + key + " is " +
+           std::to_string(value) + ", expected " + expected;
+  };
+  if (ranks == 1) return "";
+  const std::string multiple = "a multiple of parallel.tp";
+  if (num_attention_heads % ranks != 0)
+    return found("num_attention_heads", num_attention_heads, multiple);
+  if (num_key_value_heads % ranks != 0 && ranks % num_key_value_heads != 0) {
+    return found("num_key_value_heads", num_key_value_heads,
+                 "a multiple of parallel.tp or a divisor of it");
+  }
+  if (lightning_nh % ranks != 0) return found("lightning_nh", lightning_nh, multiple);
+  if (intermediate_size % ranks != 0)
+    return found("intermediate_size", intermediate_size, multiple);
+  return "";
+}
+
+int64_t ModelConfig::VocabularyRows(int64_t ranks) const {
+  if (ranks == 1) return vocab_size;
+  // Products like rows that come in multiples of 8.
+  const int64_t rows = (vocab_size + ranks - 1) / ranks;
+  return (rows + 7) / 8 * 8;
+}
+
+ModelConfig ModelConfig::Local(const TensorShard& shard) const {
+  ModelConfig local = *this;
+  local.vocab_size = VocabularyRows(shard.ranks);
+  local.num_attention_heads /= shard.ranks;
+  local.num_key_value_heads = std::max<int64_t>(1, num_key_value_heads / shard.ranks);
+  local.lightning_nh /= shard.ranks;
+  local.intermediate_size /= shard.ranks;
+  return local;
+}
+
 MixerType ModelConfig::mixer(int64_t layer) const {
   return mixer_types[static_cast<size_t>(layer)] == NameOf(MixerType::kLightning)
              ? MixerType::kLightning
@@ -128,6 +164,11 @@ MixerType ModelConfig::mixer(int64_t layer) const {
 
 bool ModelConfig::has_lightning() const {
   return std::find(mixer_types.begin(), mixer_types.end(), NameOf(MixerType::kLightning)) !=
+         mixer_types.end();
+}
+
+bool ModelConfig::has_softmax() const {
+  return std::find(mixer_types.begin(), mixer_types.end(), NameOf(MixerType::kSoftmax)) !=
          mixer_types.end();
 }
 

@@ -19,6 +19,12 @@ enum class MixerType : uint8_t {
 
 const char* NameOf(MixerType type);
 
+// A rank's place in its tensor-parallel group.
+struct TensorShard {
+  int64_t rank = 0;
+  int64_t ranks = 1;
+};
+
 struct SparseConfig : kernels::SparseAttentionConfig {
   void Bind(ConfigBinder& b);
 };
@@ -75,8 +81,17 @@ struct ModelConfig {
   // expected.
   std::string CudaProblem() const;
 
+  // "" when the tensors can be cut over this many tensor ranks, otherwise one sentence.
+  std::string TensorParallelProblem(int64_t ranks) const;
+  // The model as one tensor rank computes it: its heads, MLP columns and vocabulary rows (padding
+  // included); hidden_size and all factors are the model's.
+  ModelConfig Local(const TensorShard& shard) const;
+  // Vocabulary rows of each tensor rank, the last of which may be padding.
+  int64_t VocabularyRows(int64_t ranks) const;
+
   MixerType mixer(int64_t layer) const;
   bool has_lightning() const;
+  bool has_softmax() const;
   double residual_scale() const;  // scale_depth / sqrt(layers)
   double width_multiplier() const {
     return static_cast<double>(hidden_size) / dim_model_base;

@@ -10,6 +10,72 @@ namespace {
 // this is 0.6 GB of float32.
 int64_t ChunkTokens(const Context& ctx) { return ctx.cuda() ? 2048 : 512; }
 
+kernels::VocabularyShard Vocabulary(const Model& model) {
+  if (model.spread().tp_size() == 1) return {};
+  return {.first_row = model.tensors().head.dim(0) * model.spread().tp_rank(),
+          .vocab = model.config().vocab_size,
+          .exchange = model.spread().exchange()};
+}
+
+kernels::CrossEntropyOptions Options(const Context& ctx, const Model& model, float grad_scale) {
+  return {.logit_scale = model.logit_scale(),
+          .grad_scale = grad_scale,
+          .chunk_tokens = ChunkTokens(ctx),
+          .shard = Vocabulary(model)};
+}
+
+kernels::KlDivergenceOptions Options(const Context& ctx, const Model& teacher, const Model& student,
+                                     float temperature, float grad_scale) {
+  return {.teacher_logit_scale = teacher.logit_scale(),
+          .student_logit_scale = student.logit_scale(),
+          .temperature = temperature,
+          .grad_scale = grad_scale,
+          .chunk_tokens = ChunkTokens(ctx),
+          .shard = Vocabulary(student)};
+}
+
+// All tensor ranks have the same result; one of them counts.
+template <typename Result>
+Result Counted(const Model& model, const Result& result) {
+  return model.spread().counts() ? result : Result{};
+}
+
+int64_t HeadUnit(const Model& model) {
+  const ModelConfig& config = model.config();
+  return config.tie_word_embeddings ? UnitOfEmbedding() : UnitOfHead(config.num_hidden_layers);
+}
+
+void EnterHead(const Model& model) { model.tensors().Enter(HeadUnit(model)); }
+
+// A tied head's gradient goes on with the embedding's.
+void LeaveHead(const Model& model, const ModelTensors& gradients) {
+  if (!model.config().tie_word_embeddings) gradients.Leave(HeadUnit(model));
+}
+
+// The gradient of the hidden states: a loss writes `terms` [T, H], Sum makes the part of it.
+struct HiddenGradient {
+  HiddenGradient(const Context& ctx, Arena& arena, const Model& model, const TokenShare& share)
+      : summed(model.spread().tp_size() > 1),
+        part(arena.New(ctx.activation(), {share.part(), model.config().hidden_size})),
+        terms(summed
+                  ? arena.New(ctx.activation(), {share.tokens(), model.config().hidden_size})
+                  : part) {}
+
+  void Sum(const Context& ctx, Arena& arena, const Model& model, const TokenShare& share) const {
+    if (!summed) return;
+    const ArenaScope scope(arena);
+    Tensor wide = terms;
+    if (ctx.cuda()) {
+      wide = arena.New(DType::kF32, {terms.dim(0), terms.dim(1)});
+      kernels::Cast(ctx, terms, wide);
+    }
+    model.spread().Sum(ctx, arena, share, wide, part, kernels::Write::kOverwrite);
+  }
+
+  bool summed;
+  Tensor part, terms;
+};
+
 }  // namespace
 
 kernels::CrossEntropyResult CrossEntropyStep(const Context& ctx, Arena& arena, const Model& model,
@@ -17,15 +83,48 @@ kernels::CrossEntropyResult CrossEntropyStep(const Context& ctx, Arena& arena, c
                                              float grad_scale, const ModelTensors& gradients) {
   const ArenaScope scope(arena);
   const ForwardState state = model.Forward(ctx, arena, batch, options);
-  const Tensor dhidden = arena.New(ctx.activation(), {batch.size(), model.config().hidden_size});
-  const kernels::CrossEntropyResult result =
-      kernels::CrossEntropy(ctx, state.hidden, model.tensors().head, state.tables.labels,
-                            {.logit_scale = model.logit_scale(),
-                             .grad_scale = grad_scale,
-                             .chunk_tokens = ChunkTokens(ctx)},
-                            {}, dhidden, gradients.head);
-  model.Backward(ctx, arena, batch, options, state, dhidden, gradients);
-  return result;
+  const TokenShare& share = state.tables.share;
+  const HiddenGradient dhidden(ctx, arena, model, share);
+  EnterHead(model);
+  gradients.Enter(HeadUnit(model));
+  const kernels::CrossEntropyResult result = kernels::CrossEntropy(
+      ctx, model.spread().Gather(ctx, arena, share, state.hidden), model.tensors().head,
+      state.tables.labels, Options(ctx, model, grad_scale), {}, dhidden.terms, gradients.head);
+  LeaveHead(model, gradients);
+  dhidden.Sum(ctx, arena, model, share);
+  model.Backward(ctx, arena, batch, options, state, dhidden.part, gradients);
+  return Counted(model, result);
+}
+
+kernels::CrossEntropyResult HeadCrossEntropy(const Context& ctx, Arena& arena, const Model& model,
+                                             const Batch& batch, const Tensor& hidden,
+                                             const Tensor& token_loss) {
+  const ArenaScope scope(arena);
+  const TokenShare share = model.spread().Share(batch.size());
+  EnterHead(model);
+  const ConstTensor labels =
+      ToDevice(ctx, arena,
+               std::span(batch.labels)
+                   .subspan(static_cast<size_t>(share.begin), static_cast<size_t>(share.tokens())));
+  return Counted(model, kernels::CrossEntropy(
+                            ctx, model.spread().Gather(ctx, arena, share, hidden),
+                            model.tensors().head, labels, Options(ctx, model, 1.0F), token_loss, {},
+                            {}));
+}
+
+kernels::KlDivergenceResult HeadKl(const Context& ctx, Arena& arena, const Model& teacher,
+                                   const Tensor& teacher_hidden, const Model& student,
+                                   const Tensor& student_hidden, const Batch& batch) {
+  const ArenaScope scope(arena);
+  const TokenShare share = student.spread().Share(batch.size());
+  EnterHead(teacher);
+  EnterHead(student);
+  return Counted(student, kernels::KlDivergence(
+                              ctx, teacher.spread().Gather(ctx, arena, share, teacher_hidden),
+                              teacher.tensors().head,
+                              student.spread().Gather(ctx, arena, share, student_hidden),
+                              student.tensors().head, Options(ctx, teacher, student, 1.0F, 1.0F),
+                              {}, {}));
 }
 
 kernels::CrossEntropyResult EvaluateCrossEntropy(const Context& ctx, Arena& arena,
@@ -34,9 +133,7 @@ kernels::CrossEntropyResult EvaluateCrossEntropy(const Context& ctx, Arena& aren
                                                  const Tensor& token_loss) {
   const ArenaScope scope(arena);
   const Tensor hidden = model.ForwardOnly(ctx, arena, batch, options);
-  return kernels::CrossEntropy(
-      ctx, hidden, model.tensors().head, ToDevice(ctx, arena, batch.labels),
-      {.logit_scale = model.logit_scale(), .chunk_tokens = ChunkTokens(ctx)}, token_loss, {}, {});
+  return HeadCrossEntropy(ctx, arena, model, batch, hidden, token_loss);
 }
 
 DistillationResult DistillationStep(const Context& ctx, Arena& arena, const Model& teacher,
@@ -46,30 +143,33 @@ DistillationResult DistillationStep(const Context& ctx, Arena& arena, const Mode
   SALA_CHECK(teacher.config().vocab_size == student.config().vocab_size)
       << "teacher and student share a vocabulary";
   const ArenaScope scope(arena);
+  const Spread& spread = student.spread();
   DistillationResult result;
   const Tensor teacher_hidden = teacher.ForwardOnly(ctx, arena, batch, options.teacher);
   const ForwardState state = student.Forward(ctx, arena, batch, options.student);
-  const Tensor dhidden = arena.New(ctx.activation(), {batch.size(), student.config().hidden_size});
-  result.kl = kernels::KlDivergence(ctx, teacher_hidden, teacher.tensors().head, state.hidden,
-                                    student.tensors().head,
-                                    {.teacher_logit_scale = teacher.logit_scale(),
-                                     .student_logit_scale = student.logit_scale(),
-                                     .temperature = options.temperature,
-                                     .grad_scale = options.kl_grad_scale,
-                                     .chunk_tokens = ChunkTokens(ctx)},
-                                    dhidden, gradients.head);
+  const TokenShare& share = state.tables.share;
+  const Tensor hidden = spread.Gather(ctx, arena, share, state.hidden);
+  const HiddenGradient dhidden(ctx, arena, student, share);
+  EnterHead(teacher);
+  EnterHead(student);
+  gradients.Enter(HeadUnit(student));
+  result.kl =
+      kernels::KlDivergence(ctx, spread.Gather(ctx, arena, share, teacher_hidden),
+                            teacher.tensors().head, hidden, student.tensors().head,
+                            Options(ctx, teacher, student, options.temperature,
+                                    options.kl_grad_scale),
+                            dhidden.terms, gradients.head);
   if (options.ce_grad_scale > 0) {
-    const Tensor dce = arena.New(ctx.activation(), {batch.size(), student.config().hidden_size});
-    result.ce =
-        kernels::CrossEntropy(ctx, state.hidden, student.tensors().head, state.tables.labels,
-                              {.logit_scale = student.logit_scale(),
-                               .grad_scale = options.ce_grad_scale,
-                               .chunk_tokens = ChunkTokens(ctx)},
-                              {}, dce, gradients.head);
-    kernels::Add(ctx, dce, dhidden);
+    const Tensor dce = arena.New(ctx.activation(), {share.tokens(), student.config().hidden_size});
+    result.ce = kernels::CrossEntropy(ctx, hidden, student.tensors().head, state.tables.labels,
+                                      Options(ctx, student, options.ce_grad_scale), {}, dce,
+                                      gradients.head);
+    kernels::Add(ctx, dce, dhidden.terms);
   }
-  student.Backward(ctx, arena, batch, options.student, state, dhidden, gradients);
-  return result;
+  LeaveHead(student, gradients);
+  dhidden.Sum(ctx, arena, student, share);
+  student.Backward(ctx, arena, batch, options.student, state, dhidden.part, gradients);
+  return Counted(student, result);
 }
 
 kernels::KlDivergenceResult EvaluateKl(const Context& ctx, Arena& arena, const Model& teacher,
@@ -78,10 +178,7 @@ kernels::KlDivergenceResult EvaluateKl(const Context& ctx, Arena& arena, const M
   const ArenaScope scope(arena);
   const Tensor teacher_hidden = teacher.ForwardOnly(ctx, arena, batch, options);
   const Tensor student_hidden = student.ForwardOnly(ctx, arena, batch, options);
-  return kernels::KlDivergence(
-      ctx, teacher_hidden, teacher.tensors().head, student_hidden, student.tensors().head,
-      {.teacher_logit_scale = teacher.logit_scale(), .student_logit_scale = student.logit_scale()},
-      {}, {});
+  return HeadKl(ctx, arena, teacher, teacher_hidden, student, student_hidden, batch);
 }
 
 }  // namespace sala::model

@@ -1,4 +1,7 @@
 // One pass of the model with a loss, forward and backward together, for the recipes.
+//
+// With several ranks on the same samples a result is this rank's part: added over the ranks
+// (Mesh::sample_group) the parts are the result of the batch.
 #pragma once
 
 #include "kernels/cross_entropy/cross_entropy.h"
@@ -12,7 +15,16 @@ kernels::CrossEntropyResult CrossEntropyStep(const Context& ctx, Arena& arena, c
                                              const Batch& batch, const RunOptions& options,
                                              float grad_scale, const ModelTensors& gradients);
 
-// The loss without gradients; token_loss, if not empty, is f32 [T].
+// The losses on given hidden states [part, H] of the batch (Model::ForwardOnly), without gradients.
+kernels::CrossEntropyResult HeadCrossEntropy(const Context& ctx, Arena& arena, const Model& model,
+                                             const Batch& batch, const Tensor& hidden,
+                                             const Tensor& token_loss = {});
+kernels::KlDivergenceResult HeadKl(const Context& ctx, Arena& arena, const Model& teacher,
+                                   const Tensor& teacher_hidden, const Model& student,
+                                   const Tensor& student_hidden, const Batch& batch);
+
+// The loss without gradients; token_loss, if not empty, is f32 [T] of this
+// rank's range of the tokens.
 kernels::CrossEntropyResult EvaluateCrossEntropy(const Context& ctx, Arena& arena,
                                                  const Model& model, const Batch& batch,
                                                  const RunOptions& options,

@@ -13,6 +13,7 @@
 #include "kernels/tensor_ops/tensor_ops.h"
 #include "model/mixer.h"
 #include "model/projection.h"
+#include "model/row_parallel.h"
 
 namespace sala::model {
 namespace {
@@ -78,6 +79,7 @@ ModelTensors BindTensors(const ModelConfig& config, ParameterStore& store,
   const Binder get(store, wanted);
   ModelTensors tensors;
   tensors.embedding = get("model.embed_tokens.weight");
+  tensors.hooks = store.hooks();
   tensors.norm = get("model.norm.weight");
   tensors.head = config.tie_word_embeddings ? tensors.embedding : get("lm_head.weight");
   for (int64_t l = 0; l < config.num_hidden_layers; ++l) {
@@ -94,7 +96,7 @@ ModelTensors BindTensors(const ModelConfig& config, ParameterStore& store,
   return tensors;
 }
 
-ConstTensor ToDevice(const Context& ctx, Arena& arena, const std::vector<int32_t>& values) {
+ConstTensor ToDevice(const Context& ctx, Arena& arena, std::span<const int32_t> values) {
   const auto n = static_cast<int64_t>(values.size());
   if (!ctx.cuda()) return {values.data(), {n}};
   const Tensor copy = arena.New(DType::kI32, {n});
@@ -116,7 +118,8 @@ Batch SingleDocument(const std::vector<int32_t>& tokens) {
   return batch;
 }
 
-Model::Model(ModelConfig config, ParameterStore& store) : config_(std::move(config)) {
+Model::Model(ModelConfig config, ParameterStore& store, const Spread& spread)
+    : config_(std::move(config)), spread_(spread) {
   tensors_ = BindTensors(config_, store);
 }
 
@@ -127,80 +130,151 @@ Model Model::WithMixer(int64_t layer, MixerType type, const MixerTensors& mixer)
   return changed;
 }
 
-BatchTables Model::MakeTables(const Context& ctx, Arena& arena, const Batch& batch,
-                              const RunOptions& options) const {
+namespace {
+
+// Sets what depends on where documents begin and end.
+void CutDocuments(const ModelConfig& config, const std::vector<kernels::DocumentRange>& documents,
+                  const RunOptions& options, BatchTables* tables) {
+  const TokenShare& share = tables->share;
+  tables->cu_seqlens = {0};
+  for (const kernels::DocumentRange& document : documents) {
+    const int64_t first = std::max(document.begin, share.begin);
+    const int64_t last = std::min(document.end, share.end);
+    if (first >= last) continue;
+    tables->cu_seqlens.push_back(static_cast<int32_t>(last - share.begin));
+    tables->carried_in |= document.begin < share.begin;
+    tables->carried_out |= document.end > share.end;
+    const bool sparse = options.sparse_attention && document.length() >= config.sparse.dense_len;
+    (sparse ? tables->sparse_documents : tables->dense_documents).push_back(document);
+  }
+  for (size_t r = 0; r + 1 < share.cp_borders.size(); ++r) {
+    const int64_t begin = share.cp_borders[r];
+    const int64_t end = share.cp_borders[r + 1];
+    const bool starts_here = std::any_of(
+        documents.begin(), documents.end(), [begin, end](const kernels::DocumentRange& document) {
+          return begin <= document.begin && document.begin < end;
+        });
+    tables->survives.push_back(starts_here ? 0 : 1);
+  }
+}
+
+}  // namespace
+
+BatchTables MakeBatchTables(const Context& ctx, Arena& arena, const ModelConfig& config,
+                            const Spread& spread, const Batch& batch, const RunOptions& options) {
   SALA_CHECK(!batch.cu_seqlens.empty() && batch.cu_seqlens.back() == batch.size())
       << "cu_seqlens must end at the last token";
   BatchTables tables;
-  tables.tokens = ToDevice(ctx, arena, batch.tokens);
-  tables.labels = ToDevice(ctx, arena, batch.labels);
-  tables.positions = ToDevice(ctx, arena, batch.positions);
-  const auto table = [&](int64_t head_dim, Tensor* cos, Tensor* sin) {
-    *cos = arena.New(DType::kF32, {batch.size(), head_dim / 2});
-    *sin = arena.New(DType::kF32, {batch.size(), head_dim / 2});
-    kernels::RopeTable(ctx, tables.positions, head_dim, static_cast<float>(config_.rope_theta),
-                       *cos, *sin);
+  tables.share = spread.Share(batch.size());
+  CutDocuments(config, kernels::Documents(batch.cu_seqlens), options, &tables);
+  const auto mine = [&](const std::vector<int32_t>& values) {
+    return ToDevice(ctx, arena,
+                    std::span(values).subspan(static_cast<size_t>(tables.share.begin),
+                                              static_cast<size_t>(tables.share.tokens())));
   };
-  if (config_.attn_use_rope) table(config_.head_dim, &tables.attention_cos, &tables.attention_sin);
-  if (config_.lightning_use_rope && config_.has_lightning()) {
-    table(config_.lightning_head_dim, &tables.lightning_cos, &tables.lightning_sin);
-  }
-  for (const kernels::DocumentRange& document : kernels::Documents(batch.cu_seqlens)) {
-    const bool sparse = options.sparse_attention && document.length() >= config_.sparse.dense_len;
-    (sparse ? tables.sparse_documents : tables.dense_documents).push_back(document);
-  }
+  tables.tokens = mine(batch.tokens);
+  tables.labels = mine(batch.labels);
+  tables.positions = mine(batch.positions);
+  const auto table = [&](int64_t head_dim, Tensor* cos, Tensor* sin) {
+    *cos = arena.New(DType::kF32, {tables.share.tokens(), head_dim / 2});
+    *sin = arena.New(DType::kF32, {tables.share.tokens(), head_dim / 2});
+    kernels::RopeTable(ctx, tables.positions, head_dim, static_cast<float>(config.rope_theta), *cos,
+                       *sin);
+  };
+  if (config.attn_use_rope && config.has_softmax())
+    table(config.head_dim, &tables.attention_cos, &tables.attention_sin);
+  if (config.lightning_use_rope && config.has_lightning())
+    table(config.lightning_head_dim, &tables.lightning_cos, &tables.lightning_sin);
   return tables;
 }
 
+Tensor Model::Embed(const Context& ctx, Arena& arena, const BatchTables& tables) const {
+  tensors_.Enter(UnitOfEmbedding());
+  const auto scale = static_cast<float>(config_.scale_emb);
+  const TokenShare& share = tables.share;
+  const Tensor x = arena.New(ctx.activation(), {share.part(), config_.hidden_size});
+  if (spread_.tp_size() == 1) {
+    kernels::EmbeddingForward(ctx, tables.tokens, tensors_.embedding, scale, x);
+    return x;
+  }
+  const ArenaScope scope(arena);
+  const int64_t first_row = tensors_.embedding.dim(0) * spread_.tp_rank();
+  const Tensor rows = arena.New(ctx.activation(), {share.tokens(), config_.hidden_size});
+  kernels::EmbeddingForward(ctx, tables.tokens, tensors_.embedding, scale, rows, first_row);
+  Tensor terms = rows;
+  if (ctx.cuda()) {
+    terms = arena.New(DType::kF32, {share.tokens(), config_.hidden_size});
+    kernels::Cast(ctx, rows, terms);
+  }
+  spread_.Sum(ctx, arena, share, terms, x, Write::kOverwrite);
+  return x;
+}
+
 // out = x + r * mixer(norm(x)); out += r * mlp(norm(out)). `out` may not be the state's x.
-void Model::LayerForward(const Context& ctx, Arena& arena, const Batch& batch,
-                         const BatchTables& tables, const RunOptions& options, int64_t layer,
-                         LayerState& s, const Tensor& out) const {
+void Model::LayerForward(const Context& ctx, Arena& arena, const BatchTables& tables,
+                         const RunOptions& options, int64_t layer, LayerState& s,
+                         const Tensor& out) const {
+  tensors_.Enter(UnitOfLayer(layer));
   const LayerTensors& w = tensors_.layers[static_cast<size_t>(layer)];
   const auto eps = static_cast<float>(config_.rms_norm_eps);
   const auto r = static_cast<float>(config_.residual_scale());
-  const int64_t t = s.x.dim(0);
+  const int64_t part = s.x.dim(0);
 
   s.n1 = NewLike(arena, s.x);
-  s.rstd1 = arena.New(DType::kF32, {t});
+  s.rstd1 = arena.New(DType::kF32, {part});
   kernels::RmsNormForward(ctx, s.x, w.input_norm, eps, s.n1, s.rstd1);
   s.mid = NewLike(arena, s.x);
   kernels::Cast(ctx, s.x, s.mid);
-  s.mixer = MixerForward(ctx, arena, config_, config_.mixer(layer), w.mixer, batch, tables, options,
-                         s.n1, {.y = s.mid, .alpha = r, .write = Write::kAccumulate});
+  s.mixer = MixerForward(ctx, arena, config_, spread_, config_.mixer(layer), w.mixer, tables,
+                         options, spread_.Gather(ctx, arena, tables.share, s.n1),
+                         {.y = s.mid, .alpha = r, .write = Write::kAccumulate});
 
   s.n2 = NewLike(arena, s.x);
-  s.rstd2 = arena.New(DType::kF32, {t});
+  s.rstd2 = arena.New(DType::kF32, {part});
   kernels::RmsNormForward(ctx, s.mid, w.post_norm, eps, s.n2, s.rstd2);
-  MlpInner(ctx, arena, w, s.n2, s);
+  s.n2_all = spread_.Gather(ctx, arena, tables.share, s.n2);
+  MlpInner(ctx, arena, w, s.n2_all, s);
   kernels::Cast(ctx, s.mid, out);
-  kernels::GemmNT(ctx, s.h, w.down_proj, out, {.alpha = r, .write = Write::kAccumulate});
+  RowParallel(ctx, arena, spread_, tables.share, s.h, w.down_proj, r, out, Write::kAccumulate);
 }
 
-// dx [T, H] holds the gradient of the layer's output on entry and of its input on return.
-void Model::LayerBackward(const Context& ctx, Arena& arena, const Batch& batch,
-                          const BatchTables& tables, int64_t layer, const LayerState& s,
-                          const LayerTensors& gradients, const Tensor& dx) const {
+// dx [part, H] holds the gradient of the layer's output on entry and of its input on return.
+void Model::LayerBackward(const Context& ctx, Arena& arena, const BatchTables& tables,
+                          int64_t layer, const LayerState& s, const LayerTensors& gradients,
+                          const Tensor& dx) const {
   const LayerTensors& w = tensors_.layers[static_cast<size_t>(layer)];
   const auto r = static_cast<float>(config_.residual_scale());
   const ArenaScope scope(arena);
-
-  const Tensor dh = NewLike(arena, s.h);
-  kernels::GemmNN(ctx, dx, w.down_proj, dh, {.alpha = r});
-  if (!gradients.down_proj.empty()) {
-    kernels::GemmTN(ctx, dx, s.h, gradients.down_proj, {.alpha = r, .write = Write::kAccumulate});
-  }
-  const Projection inputs = MlpInputs(w);
-  const Tensor dgate_up = NewLike(arena, s.gate_up);
-  kernels::SwiGluBackward(ctx, dh, s.gate, s.up, inputs.Piece(dgate_up, 0),
-                          inputs.Piece(dgate_up, 1));
+  // Each tensor rank has a term of the gradient of what it was given.
+  const bool summed = spread_.tp_size() > 1;
   const Tensor dn = NewLike(arena, s.x);
-  inputs.Backward(ctx, dgate_up, s.n2, dn, {gradients.gate_proj, gradients.up_proj});
+  const Tensor dn_terms =
+      summed ? arena.New(DType::kF32, {tables.share.tokens(), config_.hidden_size}) : dn;
+  const auto sum_terms = [&] {
+    if (summed) spread_.Sum(ctx, arena, tables.share, dn_terms, dn, Write::kOverwrite);
+  };
+
+  {
+    const ArenaScope mlp_scope(arena);
+    const Tensor dy = spread_.Gather(ctx, arena, tables.share, dx);
+    const Tensor dh = NewLike(arena, s.h);
+    kernels::GemmNN(ctx, dy, w.down_proj, dh, {.alpha = r});
+    if (!gradients.down_proj.empty()) {
+      kernels::GemmTN(ctx, dy, s.h, gradients.down_proj, {.alpha = r, .write = Write::kAccumulate});
+    }
+    const Projection inputs = MlpInputs(w);
+    const Tensor dgate_up = NewLike(arena, s.gate_up);
+    kernels::SwiGluBackward(ctx, dh, s.gate, s.up, inputs.Piece(dgate_up, 0),
+                            inputs.Piece(dgate_up, 1));
+    inputs.Backward(ctx, dgate_up, s.n2_all, dn_terms, {gradients.gate_proj, gradients.up_proj});
+    sum_terms();
+  }
   kernels::RmsNormBackward(ctx, dn, s.mid, w.post_norm, s.rstd2, dx, Write::kAccumulate,
                            gradients.post_norm);
 
-  MixerBackward(ctx, arena, config_, config_.mixer(layer), w.mixer, batch, tables, s.mixer, r, dx,
-                dn, gradients.mixer);
+  MixerBackward(ctx, arena, config_, spread_, config_.mixer(layer), w.mixer, tables, s.mixer, r,
+                spread_.Gather(ctx, arena, tables.share, dx), dn_terms, gradients.mixer);
+  sum_terms();
   kernels::RmsNormBackward(ctx, dn, s.x, w.input_norm, s.rstd1, dx, Write::kAccumulate,
                            gradients.input_norm);
 }
@@ -208,29 +282,27 @@ void Model::LayerBackward(const Context& ctx, Arena& arena, const Batch& batch,
 ForwardState Model::Forward(const Context& ctx, Arena& arena, const Batch& batch,
                             const RunOptions& options) const {
   ForwardState state;
-  const int64_t t = batch.size();
-  state.tables = MakeTables(ctx, arena, batch, options);
-  Tensor x = arena.New(ctx.activation(), {t, config_.hidden_size});
-  kernels::EmbeddingForward(ctx, state.tables.tokens, tensors_.embedding,
-                            static_cast<float>(config_.scale_emb), x);
+  state.tables = MakeBatchTables(ctx, arena, config_, spread_, batch, options);
+  Tensor x = Embed(ctx, arena, state.tables);
   for (int64_t l = 0; l < config_.num_hidden_layers; ++l) {
     Tensor out = NewLike(arena, x);
     LayerState layer;
     layer.x = x;
     if (options.recompute) {
       const ArenaScope scope(arena);
-      LayerForward(ctx, arena, batch, state.tables, options, l, layer, out);
+      LayerForward(ctx, arena, state.tables, options, l, layer, out);
       layer = LayerState{};
       layer.x = x;
     } else {
-      LayerForward(ctx, arena, batch, state.tables, options, l, layer, out);
+      LayerForward(ctx, arena, state.tables, options, l, layer, out);
     }
     state.layers.push_back(layer);
     x = out;
   }
   state.last = x;
-  state.rstd = arena.New(DType::kF32, {t});
+  state.rstd = arena.New(DType::kF32, {x.dim(0)});
   state.hidden = NewLike(arena, x);
+  tensors_.Enter(UnitOfNorm(config_.num_hidden_layers));
   kernels::RmsNormForward(ctx, x, tensors_.norm, static_cast<float>(config_.rms_norm_eps),
                           state.hidden, state.rstd);
   return state;
@@ -240,12 +312,18 @@ void Model::Backward(const Context& ctx, Arena& arena, const Batch& batch,
                      const RunOptions& options, const ForwardState& state,
                      const ConstTensor& dhidden, const ModelTensors& gradients) const {
   const ArenaScope scope(arena);
+  const int64_t layers = config_.num_hidden_layers;
   const Tensor dx = NewLike(arena, dhidden);
+  tensors_.Enter(UnitOfNorm(layers));
+  gradients.Enter(UnitOfNorm(layers));
   kernels::RmsNormBackward(ctx, dhidden, state.last, tensors_.norm, state.rstd, dx,
                            Write::kOverwrite, gradients.norm);
-  for (int64_t l = config_.num_hidden_layers - 1; l >= 0; --l) {
+  gradients.Leave(UnitOfNorm(layers));
+  for (int64_t l = layers - 1; l >= 0; --l) {
     const LayerTensors& layer_gradients = gradients.layers[static_cast<size_t>(l)];
     const LayerState& kept = state.layers[static_cast<size_t>(l)];
+    tensors_.Enter(UnitOfLayer(l));
+    gradients.Enter(UnitOfLayer(l));
     if (options.recompute) {
       // The same code on the same input: the recomputed activations, block choices included, have
       // the bits of the first run.
@@ -253,31 +331,35 @@ void Model::Backward(const Context& ctx, Arena& arena, const Batch& batch,
       LayerState again;
       again.x = kept.x;
       const Tensor out = NewLike(arena, kept.x);
-      LayerForward(ctx, arena, batch, state.tables, options, l, again, out);
-      LayerBackward(ctx, arena, batch, state.tables, l, again, layer_gradients, dx);
+      LayerForward(ctx, arena, state.tables, options, l, again, out);
+      LayerBackward(ctx, arena, state.tables, l, again, layer_gradients, dx);
     } else {
-      LayerBackward(ctx, arena, batch, state.tables, l, kept, layer_gradients, dx);
+      LayerBackward(ctx, arena, state.tables, l, kept, layer_gradients, dx);
     }
+    gradients.Leave(UnitOfLayer(l));
   }
+  gradients.Enter(UnitOfEmbedding());
   if (!gradients.embedding.empty()) {
-    kernels::EmbeddingBackward(ctx, state.tables.tokens, dx, static_cast<float>(config_.scale_emb),
-                               gradients.embedding);
+    const ArenaScope embedding_scope(arena);
+    kernels::EmbeddingBackward(ctx, state.tables.tokens,
+                               spread_.Gather(ctx, arena, state.tables.share, dx),
+                               static_cast<float>(config_.scale_emb), gradients.embedding,
+                               gradients.embedding.dim(0) * spread_.tp_rank());
   }
+  gradients.Leave(UnitOfEmbedding());
 }
 
 Tensor Model::ForwardOnly(const Context& ctx, Arena& arena, const Batch& batch,
                           const RunOptions& options, int64_t first_layer, Tensor x,
                           const LayerHook& hook,
                           const std::function<void(int64_t, const ConstTensor&)>& on_input) const {
-  const int64_t t = batch.size();
-  const Tensor hidden = arena.New(ctx.activation(), {t, config_.hidden_size});
+  const int64_t part = spread_.Share(batch.size()).part();
+  const Tensor hidden = arena.New(ctx.activation(), {part, config_.hidden_size});
   const ArenaScope scope(arena);
-  const BatchTables tables = MakeTables(ctx, arena, batch, options);
+  const BatchTables tables = MakeBatchTables(ctx, arena, config_, spread_, batch, options);
   if (x.empty()) {
     SALA_CHECK(first_layer == 0) << "starting at layer " << first_layer << " needs its input";
-    x = NewLike(arena, hidden);
-    kernels::EmbeddingForward(ctx, tables.tokens, tensors_.embedding,
-                              static_cast<float>(config_.scale_emb), x);
+    x = Embed(ctx, arena, tables);
   }
   const Tensor out = NewLike(arena, x);
   for (int64_t l = first_layer; l < config_.num_hidden_layers; ++l) {
@@ -285,17 +367,19 @@ Tensor Model::ForwardOnly(const Context& ctx, Arena& arena, const Batch& batch,
     const ArenaScope layer_scope(arena);
     LayerState layer;
     layer.x = x;
-    LayerForward(ctx, arena, batch, tables, options, l, layer, out);
+    LayerForward(ctx, arena, tables, options, l, layer, out);
     if (hook) {
       // The residual form above adds the mixer's output without keeping it; alignment wants it
       // alone.
       const Tensor y = NewLike(arena, x);
-      kernels::GemmNT(ctx, layer.mixer.u, tensors_.layers[static_cast<size_t>(l)].mixer.o_proj, y);
-      hook(l, layer.n1, y);
+      RowParallel(ctx, arena, spread_, tables.share, layer.mixer.u,
+                  tensors_.layers[static_cast<size_t>(l)].mixer.o_proj, 1.0F, y, Write::kOverwrite);
+      hook(l, layer.mixer.x, y);
     }
     kernels::Cast(ctx, out, x);
   }
-  const Tensor rstd = arena.New(DType::kF32, {t});
+  const Tensor rstd = arena.New(DType::kF32, {part});
+  tensors_.Enter(UnitOfNorm(config_.num_hidden_layers));
   kernels::RmsNormForward(ctx, x, tensors_.norm, static_cast<float>(config_.rms_norm_eps), hidden,
                           rstd);
   return hidden;
@@ -305,13 +389,13 @@ void Model::RunLayers(const Context& ctx, Arena& arena, const Batch& batch,
                       const RunOptions& options, int64_t first_layer, int64_t end_layer,
                       const Tensor& x) const {
   const ArenaScope scope(arena);
-  const BatchTables tables = MakeTables(ctx, arena, batch, options);
+  const BatchTables tables = MakeBatchTables(ctx, arena, config_, spread_, batch, options);
   const Tensor out = NewLike(arena, x);
   for (int64_t l = first_layer; l < end_layer; ++l) {
     const ArenaScope layer_scope(arena);
     LayerState layer;
     layer.x = x;
-    LayerForward(ctx, arena, batch, tables, options, l, layer, out);
+    LayerForward(ctx, arena, tables, options, l, layer, out);
     kernels::Cast(ctx, out, x);
   }
 }
@@ -331,7 +415,7 @@ std::vector<float> Model::Prefill(const Context& ctx, Arena& arena,
   SALA_CHECK(!tokens.empty()) << "a prompt needs at least one token";
   const Batch batch = SingleDocument(tokens);
   const ArenaScope scope(arena);
-  const BatchTables tables = MakeTables(ctx, arena, batch, options);
+  const BatchTables tables = MakeBatchTables(ctx, arena, config_, {}, batch, options);
   const auto eps = static_cast<float>(config_.rms_norm_eps);
   cache->length = batch.size();
   cache->layers.assign(static_cast<size_t>(config_.num_hidden_layers), LayerCache{});
@@ -344,8 +428,8 @@ std::vector<float> Model::Prefill(const Context& ctx, Arena& arena,
     const ArenaScope layer_scope(arena);
     kernels::RmsNormForward(ctx, x, tensors_.layers[static_cast<size_t>(l)].input_norm, eps, n,
                             rstd);
-    MixerForward(ctx, arena, config_, config_.mixer(l),
-                 tensors_.layers[static_cast<size_t>(l)].mixer, batch, tables, options, n,
+    MixerForward(ctx, arena, config_, {}, config_.mixer(l),
+                 tensors_.layers[static_cast<size_t>(l)].mixer, tables, options, n,
                  {.y = x,
                   .alpha = static_cast<float>(config_.residual_scale()),
                   .write = Write::kAccumulate},
@@ -376,7 +460,7 @@ std::vector<float> Model::Decode(const Context& ctx, Arena& arena, int32_t token
   batch.positions[0] = static_cast<int32_t>(cache->length);
   ++cache->length;
   const ArenaScope scope(arena);
-  const BatchTables tables = MakeTables(ctx, arena, batch, options);
+  const BatchTables tables = MakeBatchTables(ctx, arena, config_, {}, batch, options);
   const auto eps = static_cast<float>(config_.rms_norm_eps);
   const Tensor x = arena.New(DType::kF32, {1, config_.hidden_size});
   const Tensor n = NewLike(arena, x);

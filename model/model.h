@@ -12,18 +12,21 @@
 //
 // Gradients of parameters accumulate, gradients of activations overwrite, except the residual
 // stream's, which accumulates. Everything is computed on packed tokens [T, ...]; nothing crosses
-// the documents of the batch.
+// the documents of the batch. With several ranks on the same samples (model/spread.h) T is this
+// rank's range of the tokens and "part" the part of it whose residual stream the rank keeps.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "core/context.h"
 #include "kernels/common/documents.h"
 #include "model/config.h"
 #include "model/parameters.h"
+#include "model/spread.h"
 
 namespace sala::model {
 
@@ -47,6 +50,14 @@ struct ModelTensors {
   std::vector<LayerTensors> layers;
   Tensor norm;
   Tensor head;  // the embedding when tied
+  // Of the store they are views of (model/units.h): whoever uses a unit's tensors says so.
+  UnitHooks* hooks = nullptr;
+  void Enter(int64_t unit) const {
+    if (hooks != nullptr) hooks->Enter(unit);
+  }
+  void Leave(int64_t unit) const {
+    if (hooks != nullptr) hooks->Leave(unit);
+  }
 };
 
 // Views into a store laid out by ParameterSpecs(config). `wanted` (by tensor name) leaves views
@@ -73,7 +84,7 @@ struct Batch {
 
 // The values where the context's device reads them: themselves on a CPU, a copy in the arena on a
 // GPU.
-ConstTensor ToDevice(const Context& ctx, Arena& arena, const std::vector<int32_t>& values);
+ConstTensor ToDevice(const Context& ctx, Arena& arena, std::span<const int32_t> values);
 
 // One document without labels (generation, scoring).
 Batch SingleDocument(const std::vector<int32_t>& tokens);
@@ -86,28 +97,41 @@ struct RunOptions {
   double logit_scale_base = 0;  // HyPE's a (inference only); 0: off
 };
 
-// Tables every layer shares, made once per batch.
+// Tables every layer shares, made once per batch: of the tokens [share.begin, share.end) that this
+// rank computes, T of them.
 struct BatchTables {
+  TokenShare share;
   ConstTensor tokens, labels, positions;  // i32 [T]
   Tensor attention_cos, attention_sin;    // empty without rotary embedding
   Tensor lightning_cos, lightning_sin;
+  // Documents with tokens here, whole, in token numbers of the batch.
   std::vector<kernels::DocumentRange> dense_documents, sparse_documents;
+  // The pieces of documents that lie here, from 0; whether the first began before, the last goes on.
+  std::vector<int32_t> cu_seqlens;
+  bool carried_in = false, carried_out = false;
+  std::vector<char> survives;  // [cp], Spread::EnteringState
 };
+
+BatchTables MakeBatchTables(const Context& ctx, Arena& arena, const ModelConfig& config,
+                            const Spread& spread, const Batch& batch, const RunOptions& options);
 
 // What the forward pass of a mixer keeps for its backward pass; all in the arena.
 struct MixerState {
-  ConstTensor x;              // [T, H], the normalised input
+  ConstTensor x;              // [T, H], the normalised input, of all tokens of the range
   Tensor projected;           // [T, all outputs of q, k, v and gate]; the next are columns of it
   Tensor q_raw, k_raw, v, z;  // projections; z: gate logits
   Tensor q, k;                // after norm and rotation (the raw ones where there is neither)
+  Tensor all_k, all_v;        // softmax layers: of all tokens of the batch, [*, K D]
+  Tensor state_in;            // linear layers: what enters the first token; empty: nothing
   Tensor q_rstd, k_rstd;      // [T, N], [T, K]
   Tensor o, lse, blocks;      // attention output; lse and blocks in softmax layers
   Tensor o_rstd, u;           // output norm, what enters o_proj
 };
 
 struct LayerState {
-  Tensor x;                          // [T, H] the layer's input, always kept
+  Tensor x;                          // [part, H] the layer's input, always kept
   Tensor n1, rstd1, mid, n2, rstd2;  // empty when the layer is recomputed
+  Tensor n2_all;                     // n2 of all tokens of the range
   Tensor gate_up, gate, up, h;       // MLP; gate and up are columns of gate_up
   MixerState mixer;
 };
@@ -115,9 +139,9 @@ struct LayerState {
 struct ForwardState {
   std::vector<LayerState> layers;
   BatchTables tables;
-  Tensor last;    // [T, H] residual stream after the last layer
-  Tensor rstd;    // [T]
-  Tensor hidden;  // [T, H] after the final norm; what the head reads
+  Tensor last;    // [part, H] residual stream after the last layer
+  Tensor rstd;    // [part]
+  Tensor hidden;  // [part, H] after the final norm; what the head reads
 };
 
 // Keys, values and recurrent state of one sequence, for generation.
@@ -130,18 +154,18 @@ struct Cache {
   std::vector<LayerCache> layers;
 };
 
-// Called for each layer with the normalised input [T, H] and the mixer's output [T, H] before the
-// residual factor.
+// Called for each layer with the normalised input [T, H] of all tokens of the range and the mixer's
+// output [part, H] before the residual factor.
 using LayerHook =
     std::function<void(int64_t layer, const ConstTensor& normed, const ConstTensor& mixer_out)>;
 
 class Model {
  public:
-  Model(ModelConfig config, ParameterStore& store);
-  Model(ModelConfig config, ModelTensors tensors)
-      : config_(std::move(config)), tensors_(std::move(tensors)) {}
+  // The store is laid out by ParameterSpecs(config, spread.shard()).
+  Model(ModelConfig config, ParameterStore& store, const Spread& spread = {});
 
   const ModelConfig& config() const { return config_; }
+  const Spread& spread() const { return spread_; }
   const ModelTensors& tensors() const { return tensors_; }
   // 1 / m: what multiplies hidden . head^T.
   float logit_scale() const { return static_cast<float>(1.0 / config_.width_multiplier()); }
@@ -154,13 +178,13 @@ class Model {
   ForwardState Forward(const Context& ctx, Arena& arena, const Batch& batch,
                        const RunOptions& options) const;
 
-  // dhidden [T, H]: gradient of state.hidden. `gradients` has the views of BindTensors; empty views
+  // dhidden [part, H]: gradient of state.hidden. `gradients` has the views of BindTensors; empty views
   // are frozen.
   void Backward(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options,
                 const ForwardState& state, const ConstTensor& dhidden,
                 const ModelTensors& gradients) const;
 
-  // Forward without state, layer by layer from `first_layer` on the residual stream x [T, H] (in
+  // Forward without state, layer by layer from `first_layer` on the residual stream x [part, H] (in
   // place); an empty x and first_layer = 0 start from the embedding. Returns the hidden states
   // after the final norm. Memory of one layer at a time.
   Tensor ForwardOnly(
@@ -168,7 +192,7 @@ class Model {
       int64_t first_layer = 0, Tensor x = {}, const LayerHook& hook = nullptr,
       const std::function<void(int64_t layer, const ConstTensor& x)>& on_input = nullptr) const;
 
-  // Layers [first_layer, end_layer) on the residual stream x [T, H], in place.
+  // Layers [first_layer, end_layer) on the residual stream x [part, H], in place.
   void RunLayers(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options,
                  int64_t first_layer, int64_t end_layer, const Tensor& x) const;
 
@@ -180,18 +204,19 @@ class Model {
                             const RunOptions& options, Cache* cache) const;
 
  private:
-  BatchTables MakeTables(const Context& ctx, Arena& arena, const Batch& batch,
-                         const RunOptions& options) const;
-  void LayerForward(const Context& ctx, Arena& arena, const Batch& batch, const BatchTables& tables,
+  // The input of the first layer.
+  Tensor Embed(const Context& ctx, Arena& arena, const BatchTables& tables) const;
+  void LayerForward(const Context& ctx, Arena& arena, const BatchTables& tables,
                     const RunOptions& options, int64_t layer, LayerState& state,
                     const Tensor& out) const;
-  void LayerBackward(const Context& ctx, Arena& arena, const Batch& batch,
-                     const BatchTables& tables, int64_t layer, const LayerState& state,
-                     const LayerTensors& gradients, const Tensor& dx) const;
+  void LayerBackward(const Context& ctx, Arena& arena, const BatchTables& tables, int64_t layer,
+                     const LayerState& state, const LayerTensors& gradients,
+                     const Tensor& dx) const;
   void MlpForward(const Context& ctx, Arena& arena, int64_t layer, const Tensor& x) const;
   std::vector<float> Logits(const Context& ctx, Arena& arena, const ConstTensor& hidden_row) const;
 
   ModelConfig config_;
+  Spread spread_;
   ModelTensors tensors_;
 };
 

@@ -9,11 +9,14 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "core/buffer.h"
 #include "core/status.h"
 #include "core/tensor.h"
 
@@ -54,6 +57,14 @@ class Communicator {
   virtual Status AllGather(const ConstTensor& send, std::span<const int64_t> counts,
                            const Tensor& recv);
 
+  // `recv` of rank r becomes `send` of rank r - by, for every r where both exist: nothing wraps
+  // around, and a rank that nobody sends to keeps its recv. Float32 of equal size on all ranks,
+  // wherever it lies; 0 < |by| < size. May not overlap. Here: no other rank exists.
+  virtual Status Shift(const ConstTensor& send, const Tensor& recv, int by);
+
+  // Whether two threads may be in calls of two communicators at the same time.
+  virtual bool thread_safe() const { return false; }
+
   virtual Status Broadcast(std::span<char> bytes, int root) = 0;
 
   // Every rank's text, in rank order, on every rank.
@@ -68,6 +79,24 @@ class Communicator {
 Status AllGatherInPieces(Communicator& comm, std::span<const float> send,
                          std::span<const int64_t> counts, std::span<float> recv,
                          int64_t piece = int64_t{1} << 24);
+
+// values f32, flat, wherever they lie: becomes the sum over ranks, the same bits on every rank.
+// `work` keeps the memory it needs (a rank's share of the values) for the next call.
+Status AllReduceSum(Communicator& comm, const Tensor& values, Device* device, Buffer* work);
+
+// A failed exchange where there is no Status to return, in the middle of a layer. It ends the run
+// (launch/train.cc): what the other ranks are doing is not known.
+class CommError : public std::exception {
+ public:
+  explicit CommError(Status status) : status_(std::move(status)), text_(MessageOf(status_)) {}
+  const char* what() const noexcept override { return text_.c_str(); }
+  const Status& status() const { return status_; }
+
+ private:
+  Status status_;
+  std::string text_;
+};
+void OrThrow(const Status& status);
 
 // One rank that talks to itself.
 std::unique_ptr<Communicator> MakeSelfCommunicator();

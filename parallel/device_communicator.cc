@@ -42,6 +42,8 @@ class StagedCommunicator : public Communicator {
   Status AllGather(const ConstTensor& send, std::span<const int64_t> counts,
                    const Tensor& recv) override;
 
+  Status Shift(const ConstTensor& send, const Tensor& recv, int by) override;
+
   Status Broadcast(std::span<char> bytes, int root) override {
     return host_->Broadcast(bytes, root);
   }
@@ -103,6 +105,21 @@ Status StagedCommunicator::ReduceScatterSum(const ConstTensor& send,
 }
 
 // Only bits move, so bfloat16 travels as pairs in the place of floats.
+Status StagedCommunicator::Shift(const ConstTensor& send, const Tensor& recv, int by) {
+  if (send.device() == DeviceKind::kCpu) return host_->Shift(send, recv, by);
+  SALA_CHECK(send.dtype() == DType::kF32 && recv.dtype() == DType::kF32) << ShapeText(send);
+  const auto n = static_cast<size_t>(send.numel());
+  const bool receives = 0 <= rank() - by && rank() - by < size();
+  send_.resize(std::max(send_.size(), n));
+  recv_.resize(std::max(recv_.size(), n));
+  device_.Download(send_.data(), send.raw(), n * sizeof(float));
+  const auto flat = static_cast<int64_t>(n);
+  SALA_RETURN_IF_ERROR(
+      host_->Shift(ConstTensor(send_.data(), {flat}), Tensor(recv_.data(), {flat}), by));
+  if (receives) device_.Upload(recv.raw(), recv_.data(), n * sizeof(float));
+  return OkStatus();
+}
+
 Status StagedCommunicator::AllGather(const ConstTensor& send, std::span<const int64_t> counts,
                                      const Tensor& recv) {
   if (send.device() == DeviceKind::kCpu) return Communicator::AllGather(send, counts, recv);

@@ -13,7 +13,7 @@ void MeshConfig::Bind(ConfigBinder& b) {
   b.Field("dp", &dp, {.min = 0});
   b.Field("cp", &cp, {.min = 1});
   b.Field("tp", &tp, {.min = 1});
-  b.Field("zero_stage", &zero_stage, {.min = 0, .max = 1});
+  b.Field("zero_stage", &zero_stage, {.min = 0, .max = 3});
   b.Enum("transport", &transport,
          {{"auto", Transport::kAuto}, {"mpi", Transport::kMpi}, {"nccl", Transport::kNccl}});
 }
@@ -22,16 +22,24 @@ StatusOr<MeshConfig> ResolveMesh(int ranks, const MeshConfig& config) {
   const auto error = [](const std::string& text) {
     return MakeError(ExitCode::kConfig, "CFG-MESH", text);
   };
-  if (config.cp != 1 || config.tp != 1) {
-    return error("parallel.cp is " + std::to_string(config.cp) + " and parallel.tp is " +
-                 std::to_string(config.tp) + "; this version splits data only: set both to 1");
-  }
+  const int64_t inner = config.cp * config.tp;
   MeshConfig resolved = config;
-  if (resolved.dp == 0) resolved.dp = ranks;
-  if (resolved.dp != ranks) {
-    return error("parallel.dp is " + std::to_string(config.dp) + " but the job has " +
-                 std::to_string(ranks) + " ranks; start mpirun -np " + std::to_string(config.dp) +
-                 " or set parallel.dp to 0 (all ranks)");
+  if (resolved.dp == 0) {
+    if (inner > ranks || ranks % inner != 0) {
+      return error("parallel.cp " + std::to_string(config.cp) + " x parallel.tp " +
+                   std::to_string(config.tp) + " = " + std::to_string(inner) +
+                   " does not divide the job's " + std::to_string(ranks) +
+                   " ranks; start a multiple of " + std::to_string(inner) +
+                   " ranks, or change cp or tp");
+    }
+    resolved.dp = ranks / inner;
+  }
+  if (resolved.dp * inner != ranks) {
+    return error("parallel.dp " + std::to_string(config.dp) + " x cp " +
+                 std::to_string(config.cp) + " x tp " + std::to_string(config.tp) + " = " +
+                 std::to_string(config.dp * inner) + " but the job has " + std::to_string(ranks) +
+                 " ranks; start mpirun -np " + std::to_string(config.dp * inner) +
+                 " or set parallel.dp to 0 (all ranks that cp and tp leave)");
   }
   return resolved;
 }
@@ -48,39 +56,60 @@ StatusOr<bool> DevicesAreDistinct(Communicator& world, const Device& device) {
 
 }  // namespace
 
+// The ranks that call with the same colour, in rank order.
+StatusOr<std::unique_ptr<Communicator>> Mesh::Group(int64_t colour, const Context& ctx, bool nccl) {
+  SALA_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> group,
+                        world_.Split(static_cast<int>(colour)));
+  if (!ctx.cuda()) return group;
+  if (!nccl) return MakeStagedCommunicator(std::move(group), *ctx.gpu);
+  return MakeNcclCommunicator(std::move(group), ctx, ctx.gpu->options().deterministic);
+}
+
+Status Mesh::MakeGroups(const Context& ctx, bool nccl) {
+  const int64_t tp = world_.rank() % config_.tp;
+  const int64_t cp = world_.rank() / config_.tp % config_.cp;
+  const int64_t dp = world_.rank() / config_.tp / config_.cp;
+  SALA_ASSIGN_OR_RETURN(dp_group_, Group(cp * config_.tp + tp, ctx, nccl));
+  SALA_ASSIGN_OR_RETURN(cp_group_, Group(dp * config_.tp + tp, ctx, nccl));
+  SALA_ASSIGN_OR_RETURN(tp_group_, Group(dp * config_.cp + cp, ctx, nccl));
+  SALA_ASSIGN_OR_RETURN(param_group_, Group(tp, ctx, nccl));
+  SALA_ASSIGN_OR_RETURN(sample_group_, Group(dp, ctx, nccl));
+  const bool threaded = !ctx.cuda() && world_.thread_safe() && world_.size() > 1;
+  if (threaded) {
+    SALA_ASSIGN_OR_RETURN(background_param_, Group(tp, ctx, nccl));
+    SALA_ASSIGN_OR_RETURN(background_tp_, Group(dp * config_.cp + cp, ctx, nccl));
+  }
+  queue_ = std::make_unique<CommQueue>(threaded);
+  return OkStatus();
+}
+
 StatusOr<std::unique_ptr<Mesh>> Mesh::Create(Communicator& world, const MeshConfig& config,
                                              const Context& ctx) {
   SALA_ASSIGN_OR_RETURN(const MeshConfig resolved, ResolveMesh(world.size(), config));
   std::unique_ptr<Mesh> mesh(new Mesh(world, resolved));
-  SALA_ASSIGN_OR_RETURN(mesh->dp_group_, world.Split(0));
-  if (!ctx.cuda()) return mesh;
-  SALA_ASSIGN_OR_RETURN(const bool distinct, DevicesAreDistinct(world, *ctx.gpu));
-  const bool nccl = config.transport == Transport::kNccl ||
-                    (config.transport == Transport::kAuto && distinct && world.size() > 1);
-  if (nccl && !distinct && !ctx.gpu->info().emulated) {
-    return MakeError(ExitCode::kConfig, "CFG-MESH",
-                     "parallel.transport is nccl, but several ranks share a device; start one rank "
-                     "per device or use transport: mpi");
+  bool nccl = false;
+  if (ctx.cuda()) {
+    SALA_ASSIGN_OR_RETURN(const bool distinct, DevicesAreDistinct(world, *ctx.gpu));
+    nccl = config.transport == Transport::kNccl ||
+           (config.transport == Transport::kAuto && distinct && world.size() > 1);
+    if (nccl && !distinct && !ctx.gpu->info().emulated) {
+      return MakeError(ExitCode::kConfig, "CFG-MESH",
+                       "parallel.transport is nccl, but several ranks share a device; start one "
+                       "rank per device or use transport: mpi");
+    }
+    mesh->transport_ = nccl ? "NCCL" : "MPI";
   }
-  if (nccl) {
-    mesh->transport_ = "NCCL";
-    SALA_ASSIGN_OR_RETURN(mesh->dp_group_, MakeNcclCommunicator(std::move(mesh->dp_group_), ctx,
-                                                                ctx.gpu->options().deterministic));
-  } else {
-    mesh->dp_group_ = MakeStagedCommunicator(std::move(mesh->dp_group_), *ctx.gpu);
-  }
+  SALA_RETURN_IF_ERROR(mesh->MakeGroups(ctx, nccl));
   return mesh;
 }
 
-FlatPartition FlatPartition::Even(int64_t n, int ranks, int64_t alignment) {
-  FlatPartition partition;
-  const int64_t units = (n + alignment - 1) / alignment;
-  for (int64_t r = 0; r <= ranks; ++r)
-    partition.begin.push_back(std::min(n, units * r / ranks * alignment));
-  for (size_t r = 0; r + 1 < partition.begin.size(); ++r) {
-    partition.counts.push_back(partition.begin[r + 1] - partition.begin[r]);
+StatusOr<Communicator*> Mesh::TensorSubgroup(int n) {
+  std::unique_ptr<Communicator>& group = tensor_subgroups_[n];
+  if (!group) {
+    // Used beside the computation: split from the group that is used there.
+    SALA_ASSIGN_OR_RETURN(group, background_tp_group().Split(tp_rank() / n));
   }
-  return partition;
+  return group.get();
 }
 
 }  // namespace sala::parallel

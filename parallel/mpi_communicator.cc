@@ -76,6 +76,9 @@ std::vector<int> Displacements(const std::vector<int>& counts) {
   return offsets;
 }
 
+// Floats of a segment that are exchanged and added at once.
+constexpr int64_t kSumPiece = int64_t{1} << 18;
+
 class MpiCommunicator : public Communicator {
  public:
   using Communicator::AllGather;
@@ -83,6 +86,9 @@ class MpiCommunicator : public Communicator {
   MpiCommunicator(MPI_Comm comm, bool owned) : comm_(comm), owned_(owned) {
     MPI_Comm_rank(comm_, &rank_);
     MPI_Comm_size(comm_, &size_);
+    int provided = MPI_THREAD_SINGLE;
+    MPI_Query_thread(&provided);
+    thread_safe_ = provided == MPI_THREAD_MULTIPLE;
   }
   ~MpiCommunicator() override {
     if (owned_) MPI_Comm_free(&comm_);
@@ -129,14 +135,29 @@ class MpiCommunicator : public Communicator {
         << "receive size";
     SALA_ASSIGN_OR_RETURN(const std::vector<int> send_counts, IntCounts(counts));
     const std::vector<int> send_offsets = Displacements(send_counts);
-    const std::vector<int> recv_counts(static_cast<size_t>(size_), static_cast<int>(recv.size()));
-    const std::vector<int> recv_offsets = Displacements(recv_counts);
-    work_.resize(recv.size() * static_cast<size_t>(size_));
-    SALA_RETURN_IF_MPI_ERROR(MPI_Alltoallv(send.data(), send_counts.data(), send_offsets.data(),
-                                           MPI_FLOAT, work_.data(), recv_counts.data(),
-                                           recv_offsets.data(), MPI_FLOAT, comm_));
-    AddRows(work_.data(), size_, static_cast<int64_t>(recv.size()));
-    std::copy_n(work_.begin(), recv.size(), recv.begin());
+    // In pieces, so that work space stays small.
+    const int64_t most = *std::max_element(counts.begin(), counts.end());
+    work_.resize(static_cast<size_t>(std::min(most, kSumPiece) * size_));
+    for (int64_t done = 0; done < most; done += kSumPiece) {
+      const auto piece = [done](int n) {
+        return static_cast<int>(std::clamp<int64_t>(n - done, 0, kSumPiece));
+      };
+      std::vector<int> piece_counts;
+      std::vector<int> piece_offsets;
+      for (size_t r = 0; r < send_counts.size(); ++r) {
+        piece_counts.push_back(piece(send_counts[r]));
+        piece_offsets.push_back(send_offsets[r] + (piece_counts[r] > 0 ? static_cast<int>(done) : 0));
+      }
+      const int mine = piece_counts[static_cast<size_t>(rank_)];
+      const std::vector<int> recv_counts(static_cast<size_t>(size_), mine);
+      const std::vector<int> recv_offsets = Displacements(recv_counts);
+      SALA_RETURN_IF_MPI_ERROR(MPI_Alltoallv(send.data(), piece_counts.data(), piece_offsets.data(),
+                                             MPI_FLOAT, work_.data(), recv_counts.data(),
+                                             recv_offsets.data(), MPI_FLOAT, comm_));
+      if (mine == 0) continue;
+      AddRows(work_.data(), size_, mine);
+      std::copy_n(work_.begin(), mine, recv.begin() + done);
+    }
     return OkStatus();
   }
 
@@ -150,6 +171,18 @@ class MpiCommunicator : public Communicator {
         recv.data(), recv_counts.data(), recv_offsets.data(), MPI_FLOAT, comm_));
     return OkStatus();
   }
+
+  Status Shift(const ConstTensor& send, const Tensor& recv, int by) override {
+    SALA_CHECK(by != 0 && std::abs(by) < size_) << "a shift by " << by << " over " << size_;
+    const auto partner = [this](int r) { return 0 <= r && r < size_ ? r : MPI_PROC_NULL; };
+    const int n = static_cast<int>(send.numel());
+    SALA_RETURN_IF_MPI_ERROR(MPI_Sendrecv(send.Data<float>(), n, MPI_FLOAT, partner(rank_ + by), by,
+                                          recv.Data<float>(), n, MPI_FLOAT, partner(rank_ - by), by,
+                                          comm_, MPI_STATUS_IGNORE));
+    return OkStatus();
+  }
+
+  bool thread_safe() const override { return thread_safe_; }
 
   Status Broadcast(std::span<char> bytes, int root) override {
     constexpr size_t kPiece = size_t{1} << 30;
@@ -190,6 +223,7 @@ class MpiCommunicator : public Communicator {
   bool owned_;
   int rank_ = 0;
   int size_ = 1;
+  bool thread_safe_ = false;
   std::vector<float> work_;
 };
 
@@ -197,24 +231,46 @@ class MpiCommunicator : public Communicator {
 
 StatusOr<std::unique_ptr<MpiSession>> MpiSession::Start(int* argc, char*** argv) {
   int provided = 0;
-  if (const int code = MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided);
+  if (const int code = MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided);
       code != MPI_SUCCESS) {
     return MakeError(ExitCode::kDevice, "COMM-FAILED",
                      "MPI_Init_thread returned " + std::to_string(code));
   }
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
   std::unique_ptr<MpiSession> session(new MpiSession());
-  MPI_Comm_rank(MPI_COMM_WORLD, &session->rank_);
   MPI_Comm_size(MPI_COMM_WORLD, &session->size_);
   session->host_ = HostName();
+  SALA_RETURN_IF_ERROR(session->NumberRanks());
   return session;
 }
 
-MpiSession::~MpiSession() { MPI_Finalize(); }
+// Ranks of one host get neighbouring numbers, hosts in order of their lowest rank, so that groups
+// of neighbours (tensor parallelism) stay on a host however the launcher dealt the ranks out.
+Status MpiSession::NumberRanks() {
+  MpiCommunicator all(MPI_COMM_WORLD, false);
+  SALA_ASSIGN_OR_RETURN(const std::vector<std::string> hosts, all.AllGatherText(host_));
+  int key = 0;
+  for (auto it = hosts.begin(); it != hosts.end(); ++it) {
+    const auto mine = std::find(hosts.begin(), hosts.end(), host_);
+    const auto first = std::find(hosts.begin(), hosts.end(), *it);
+    const bool before = first < mine || (first == mine && it - hosts.begin() < all.rank());
+    if (before) ++key;
+  }
+  MPI_Comm world = MPI_COMM_NULL;
+  SALA_RETURN_IF_MPI_ERROR(MPI_Comm_split(MPI_COMM_WORLD, 0, key, &world));
+  world_ = std::make_unique<MpiCommunicator>(world, true);
+  rank_ = world_->rank();
+  return OkStatus();
+}
+
+MpiSession::~MpiSession() {
+  world_.reset();
+  MPI_Finalize();
+}
 
 StatusOr<std::unique_ptr<Communicator>> MpiSession::World() {
   if (size_ == 1) return MakeSelfCommunicator();
-  return std::unique_ptr<Communicator>(std::make_unique<MpiCommunicator>(MPI_COMM_WORLD, false));
+  return world_->Split(0);
 }
 
 void MpiSession::Abort(int exit_code) {

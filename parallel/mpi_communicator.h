@@ -8,8 +8,9 @@
 
 namespace sala::parallel {
 
-// Starts MPI (thread level FUNNELED: only the main thread calls it) and ends it on destruction.
-// Make one, first thing in main.
+// Starts MPI and ends it on destruction. Make one, first thing in main. It asks for the thread
+// level MULTIPLE, which lets exchanges run beside the computation (parallel/comm_queue.h); with
+// less only the main thread calls MPI.
 class MpiSession {
  public:
   static StatusOr<std::unique_ptr<MpiSession>> Start(int* argc, char*** argv);
@@ -17,7 +18,8 @@ class MpiSession {
   MpiSession& operator=(const MpiSession&) = delete;
   ~MpiSession();
 
-  // All ranks of the job; the self communicator where there is only one.
+  // All ranks of the job, those of a host next to each other; the self communicator where there is
+  // only one.
   StatusOr<std::unique_ptr<Communicator>> World();
   int rank() const { return rank_; }
   int size() const { return size_; }
@@ -28,9 +30,11 @@ class MpiSession {
 
  private:
   MpiSession() = default;
+  Status NumberRanks();
   int rank_ = 0;
   int size_ = 1;
   std::string host_;
+  std::unique_ptr<Communicator> world_;
 };
 
 // This machine's name, as it stands in messages.

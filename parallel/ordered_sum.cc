@@ -24,4 +24,10 @@ StatusOr<std::vector<double>> SumDealtItems(Communicator& comm, const std::vecto
   return sums;
 }
 
+StatusOr<std::vector<double>> SumDealtItems(const Mesh& mesh, std::vector<double> mine,
+                                            int64_t width) {
+  SALA_RETURN_IF_ERROR(mesh.sample_group().AllReduce(std::span<double>(mine), Reduce::kSum));
+  return SumDealtItems(mesh.dp_group(), mine, width);
+}
+
 }  // namespace sala::parallel

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "parallel/communicator.h"
+#include "parallel/mesh.h"
 
 namespace sala::parallel {
 
@@ -37,6 +38,11 @@ void AddRows(Number* rows, int64_t n, int64_t width) {
 // of `mine` [this rank's items, width]. Added in order of the items, so the sums have the same bits
 // for every number of ranks. Collective.
 StatusOr<std::vector<double>> SumDealtItems(Communicator& comm, const std::vector<double>& mine,
+                                            int64_t width);
+
+// The same with items dealt out over the dp ranks of a mesh, where the ranks that work on the same
+// item each have a term of its numbers.
+StatusOr<std::vector<double>> SumDealtItems(const Mesh& mesh, std::vector<double> mine,
                                             int64_t width);
 
 }  // namespace sala::parallel

@@ -3,6 +3,7 @@
 
 #include "core/check.h"
 #include "parallel/communicator.h"
+#include "parallel/partition.h"
 
 namespace sala::parallel {
 namespace {
@@ -35,6 +36,7 @@ class SelfCommunicator : public Communicator {
   StatusOr<std::vector<std::string>> AllGatherText(const std::string& text) override {
     return std::vector<std::string>{text};
   }
+  bool thread_safe() const override { return true; }
   StatusOr<std::unique_ptr<Communicator>> Split(int) override { return MakeSelfCommunicator(); }
 };
 
@@ -75,6 +77,26 @@ Status Communicator::ReduceScatterSum(const ConstTensor& send, std::span<const i
 Status Communicator::AllGather(const ConstTensor& send, std::span<const int64_t> counts,
                                const Tensor& recv) {
   return AllGather(HostSpan(send), counts, HostSpan(recv));
+}
+
+Status Communicator::Shift(const ConstTensor&, const Tensor&, int by) {
+  SALA_CHECK(size() == 1) << "a shift by " << by << " over " << size() << " ranks";
+  return OkStatus();
+}
+
+Status AllReduceSum(Communicator& comm, const Tensor& values, Device* device, Buffer* work) {
+  if (comm.size() == 1 || values.numel() == 0) return OkStatus();
+  const std::vector<int64_t> counts = FlatPartition::Even(values.numel(), comm.size(), 1).counts;
+  const int64_t mine = counts[static_cast<size_t>(comm.rank())];
+  const size_t bytes = static_cast<size_t>(counts[0] + 1) * sizeof(float);
+  if (work->bytes() < bytes) *work = Buffer(bytes, device);
+  const Tensor share(work->data(), DType::kF32, {mine}, values.device());
+  SALA_RETURN_IF_ERROR(comm.ReduceScatterSum(ConstTensor(values), counts, share));
+  return comm.AllGather(ConstTensor(share), counts, values);
+}
+
+void OrThrow(const Status& status) {
+  if (!status.ok()) throw CommError(status);
 }
 
 Status AllGatherInPieces(Communicator& comm, std::span<const float> send,

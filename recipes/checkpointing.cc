@@ -13,30 +13,38 @@
 namespace sala::recipes {
 namespace {
 
-// This rank's part of every parameter: its shard of the flat buffer, as the optimizer cuts it,
-// which on a GPU is the only part whose values are here.
+// This rank's part of every parameter of a whole store: a share of each unit, so that all ranks
+// write.
 std::vector<TensorSlice> ParameterSlices(const model::ParameterStore& params,
-                                         const Optimizer* optimizer, const parallel::Mesh& mesh) {
-  const auto partition = parallel::FlatPartition::Even(params.size(), mesh.dp_size());
-  const auto rank = static_cast<size_t>(mesh.dp_rank());
-  const int64_t shard_begin =
-      optimizer != nullptr ? optimizer->shard_begin() : partition.begin[rank];
-  const int64_t shard_end =
-      optimizer != nullptr ? optimizer->shard_end() : partition.begin[rank + 1];
+                                         const parallel::Mesh& mesh) {
+  const parallel::UnitPartition partition(params.unit_borders(), mesh.param_size());
   std::vector<TensorSlice> slices;
   for (const model::ParameterSpec& spec : params.specs()) {
-    const int64_t begin = std::max(shard_begin, spec.offset);
-    const int64_t end = std::min(shard_end, spec.offset + spec.numel);
-    if (begin >= end) continue;
+    const int64_t begin = std::max(partition.begin(spec.unit, mesh.param_rank()), spec.offset);
+    const int64_t end = std::min(partition.end(spec.unit, mesh.param_rank()),
+                                 spec.offset + spec.stored);
+    if (begin >= end || !spec.owner) continue;
     TensorSlice slice;
     slice.name = spec.name;
-    slice.shape = spec.shape;
+    slice.shape = spec.global_shape;
+    slice.box_offset = spec.box_offset;
+    slice.box_shape = spec.box_shape();
     slice.flat_begin = begin - spec.offset;
     slice.flat_end = end - spec.offset;
     slice.data = params.data() + begin;
     slices.push_back(slice);
   }
   return slices;
+}
+
+int64_t WholeParameters(const model::ParameterStore& params) {
+  int64_t sum = 0;
+  for (const model::ParameterSpec& spec : params.specs()) {
+    int64_t n = 1;
+    for (int64_t size : spec.global_shape) n *= size;
+    sum += n;
+  }
+  return sum;
 }
 
 CheckpointInfo MakeInfo(Session& session, const SaveRequest& request,
@@ -58,7 +66,7 @@ CheckpointInfo MakeInfo(Session& session, const SaveRequest& request,
                    {"pp", 1},
                    {"zero_stage", mesh.zero_stage}};
   info.model = {{"config_sha256", Sha256Hex(model_yaml)},
-                {"parameters", request.params->parameters()},
+                {"parameters", WholeParameters(*request.params)},
                 {"tensors", request.params->specs().size()},
                 {"mixer_types", request.model->mixer_types}};
   info.tokenizer_fingerprint = session.tokenizer().fingerprint();
@@ -80,7 +88,8 @@ StatusOr<std::pair<std::string, std::string>> ShareCommit(Session& session,
 StatusOr<std::string> TrySave(Session& session, const SaveRequest& request) {
   parallel::Communicator& world = session.world();
   const std::string model_yaml = EmitConfig(*request.model);
-  const int64_t bytes = request.params->size() * 4 * (request.optimizer == nullptr ? 1 : 3);
+  const int64_t bytes = request.params->size() * session.mesh().config().tp * 4 *
+                        (request.optimizer == nullptr ? 1 : 3);
 
   std::optional<CheckpointCommit> commit;
   Status begun = OkStatus();
@@ -93,9 +102,12 @@ StatusOr<std::string> TrySave(Session& session, const SaveRequest& request) {
   SALA_ASSIGN_OR_RETURN(const auto shared, ShareCommit(session, commit ? &*commit : nullptr));
   const auto& [directory, save_id] = shared;
 
-  std::vector<TensorSlice> slices =
-      ParameterSlices(*request.params, request.optimizer, session.mesh());
-  if (request.optimizer != nullptr) request.optimizer->AppendSlices(&slices);
+  std::vector<TensorSlice> slices;
+  if (request.optimizer != nullptr) {
+    request.optimizer->AppendSlices(&slices);
+  } else {
+    slices = ParameterSlices(*request.params, session.mesh());
+  }
   const auto written = WriteCheckpointSlices(directory, world.rank(), save_id, slices);
   Status status = parallel::AgreeOnStatus(world, written.status());
   std::string final_directory;
@@ -130,7 +142,7 @@ Status CompareTensors(const Checkpoint& checkpoint, const model::ParameterStore&
     if (stored == nullptr) {
       if (!allow_missing || !allow_missing(spec.name))
         problems.push_back(spec.name + " is missing");
-    } else if (stored->shape != spec.shape) {
+    } else if (stored->shape != spec.global_shape) {
       const auto text = [](const std::vector<int64_t>& shape) {
         std::string out = "[";
         for (size_t i = 0; i < shape.size(); ++i)
@@ -138,7 +150,7 @@ Status CompareTensors(const Checkpoint& checkpoint, const model::ParameterStore&
         return out + "]";
       };
       problems.push_back(spec.name + " has shape " + text(stored->shape) + ", expected " +
-                         text(spec.shape));
+                         text(spec.global_shape));
     }
   }
   for (const StoredTensor& stored : checkpoint.tensors()) {
@@ -220,30 +232,57 @@ Status LoadParameters(const Checkpoint& checkpoint, model::ParameterStore& param
   SALA_RETURN_IF_ERROR(CompareTensors(checkpoint, params, allow_missing));
   for (const model::ParameterSpec& spec : params.specs()) {
     if (checkpoint.Find(spec.name, TensorKind::kParam) == nullptr) continue;
-    SALA_RETURN_IF_ERROR(checkpoint.ReadF32(spec.name, TensorKind::kParam, 0, spec.numel,
-                                            params.data() + spec.offset));
+    Status status;
+    params.ForEachPart(spec, [&](int64_t begin, int64_t end) {
+      status = checkpoint.ReadBoxF32(
+          spec.name, TensorKind::kParam, spec.box_offset, spec.box_shape(), begin, end,
+          params.Flat(spec.offset + begin, spec.offset + end).Data<float>());
+    });
+    SALA_RETURN_IF_ERROR(status);
   }
   return OkStatus();
 }
 
-StatusOr<LoadedModel> LoadModel(const std::string& path) {
+StatusOr<LoadedModel> LoadModel(const std::string& path, const StoreLayout& layout) {
   LoadedModel loaded;
+  const auto make_store = [&]() -> StatusOr<model::ParameterStore> {
+    if (layout) return layout(loaded.config);
+    return model::ParameterStore(model::ParameterSpecs(loaded.config));
+  };
   if (PathExists(path + "/config.json") && !PathExists(path + "/manifest.json")) {
     SALA_ASSIGN_OR_RETURN(HfFolder folder, LoadHfFolder(path));
     loaded.config = std::move(folder.config);
     loaded.params = std::move(folder.params);
+    if (layout) {
+      SALA_ASSIGN_OR_RETURN(model::ParameterStore part, layout(loaded.config));
+      model::TakeParts(loaded.params, &part);
+      loaded.params = std::move(part);
+    }
     loaded.tokenizer_fingerprint = folder.tokenizer_fingerprint;
     loaded.origin = {{"path", path}, {"save_id", ""}};
     return loaded;
   }
   SALA_ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(path));
   SALA_ASSIGN_OR_RETURN(loaded.config, ModelConfigOf(checkpoint));
-  loaded.params = model::ParameterStore(model::ParameterSpecs(loaded.config));
+  SALA_ASSIGN_OR_RETURN(loaded.params, make_store());
   SALA_RETURN_IF_ERROR(LoadParameters(checkpoint, loaded.params));
   loaded.origin = {{"path", path}, {"save_id", checkpoint.info().save_id}};
   loaded.tokenizer_fingerprint = checkpoint.info().tokenizer_fingerprint;
   loaded.checkpoint.emplace(std::move(checkpoint));
   return loaded;
+}
+
+StoreLayout LayoutOn(const parallel::Mesh& mesh, bool whole) {
+  return [&mesh, whole](const model::ModelConfig& config) -> StatusOr<model::ParameterStore> {
+    if (const std::string problem = config.TensorParallelProblem(mesh.tp_size()); !problem.empty())
+      return MakeError(ExitCode::kConfig, "CFG-MESH", problem);
+    const model::TensorShard shard{mesh.tp_rank(), mesh.tp_size()};
+    std::vector<model::ParameterSpec> specs = model::ParameterSpecs(config, shard);
+    if (whole || mesh.zero_stage() < 3) return model::ParameterStore(std::move(specs));
+    const parallel::UnitPartition partition(model::UnitBorders(specs), mesh.param_size());
+    return model::ParameterStore(std::move(specs),
+                                 model::Placement::Shard(partition, mesh.param_rank()));
+  };
 }
 
 // Rank 0 looks, so that ranks on other hosts cannot see another state of a shared file system.

@@ -63,7 +63,15 @@ struct LoadedModel {
   nlohmann::json origin;                 // {path, save_id} for the parent field
   std::string tokenizer_fingerprint;     // that it was trained with; "": not known
 };
-StatusOr<LoadedModel> LoadModel(const std::string& path);
+// How a model's parameters are laid out in host memory; empty: whole. CFG-MESH (78) when the model
+// cannot be cut like that.
+using StoreLayout =
+    std::function<StatusOr<model::ParameterStore>(const model::ModelConfig& config)>;
+StatusOr<LoadedModel> LoadModel(const std::string& path, const StoreLayout& layout = nullptr);
+
+// This rank's part of the parameters: its tensor shard, with ZeRO-3 its pieces of that, unless
+// `whole`. The mesh must outlive the layout.
+StoreLayout LayoutOn(const parallel::Mesh& mesh, bool whole = false);
 
 // The stage-final checkpoint of the stage before `stage_index` in this run, or the newest one of
 // it: CKPT-NONE if there is none.

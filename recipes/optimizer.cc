@@ -21,10 +21,6 @@ bool InLinearMixer(const model::ModelConfig& model, const std::string& name) {
   return model.mixer(layer) == model::MixerType::kLightning;
 }
 
-// At most 1024 pieces, so that they are one short message and a shard is at most a thousandth of
-// the buffer larger than another; a multiple of the alignment of shards.
-int64_t NormPiece(int64_t n) { return std::max<int64_t>(1, (n + 16383) / 16384) * 16; }
-
 }  // namespace
 
 double LearningRateMultiplier(const OptimizerConfig& config, const model::ModelConfig& model,
@@ -57,33 +53,26 @@ double WeightDecay(const OptimizerConfig& config, const model::ParameterSpec& sp
 Optimizer::Optimizer(const Context& ctx, const OptimizerConfig& config,
                      const model::ModelConfig& model, model::ComputeParameters& params,
                      const std::function<bool(const model::ParameterSpec&)>& trainable,
-                     const parallel::Mesh& mesh, bool rank_independent)
-    : config_(config), params_(params), mesh_(mesh) {
-  const bool split = mesh.config().zero_stage >= 1;
-  const int64_t size = params.host().size();
-  if (rank_independent) {
-    const int64_t piece = NormPiece(size);
-    partition_ = parallel::FlatPartition::Even(size, mesh.dp_size(), piece);
-    for (int64_t begin = 0; begin < size; begin += piece) norm_borders_.push_back(begin);
-    norm_borders_.push_back(size);
-  } else {
-    partition_ = parallel::FlatPartition::Even(size, mesh.dp_size());
-    norm_borders_ = partition_.begin;
-  }
-  begin_ = split ? shard_begin() : 0;
-  end_ = split ? shard_end() : size;
+                     parallel::Mesh& mesh, GradientReducer& reducer)
+    : config_(config), params_(params), mesh_(mesh), reducer_(reducer) {
+  const parallel::UnitPartition& partition = reducer.partition();
   for (const model::ParameterSpec& spec : params.host().specs()) {
-    const int64_t begin = std::max(begin_, spec.offset);
-    const int64_t end = std::min(end_, spec.offset + spec.numel);
-    if (begin >= end || !trainable(spec)) continue;
+    const int64_t piece_begin = split() ? partition.begin(spec.unit, mesh.param_rank()) : 0;
+    const int64_t piece_end =
+        split() ? partition.end(spec.unit, mesh.param_rank()) : params.host().size();
+    const int64_t begin = std::max(piece_begin, spec.offset);
+    const int64_t end = std::min(piece_end, spec.offset + spec.numel);
+    if (begin >= end) continue;
     segments_.push_back({.spec = &spec,
                          .begin = begin,
                          .end = end,
+                         .trained = trainable(spec),
                          .lr_multiplier = LearningRateMultiplier(config, model, spec),
                          .weight_decay = WeightDecay(config, spec)});
   }
-  const size_t bytes = static_cast<size_t>(end_ - begin_) * sizeof(float);
-  grad_ = Buffer(bytes, ctx.gpu);
+  const int64_t elements =
+      split() ? partition.shard_size(mesh.param_rank()) : params.host().size();
+  const size_t bytes = static_cast<size_t>(elements) * sizeof(float);
   exp_avg_ = Buffer(bytes, ctx.gpu);
   exp_avg_sq_ = Buffer(bytes, ctx.gpu);
   if (ctx.cuda()) {
@@ -93,64 +82,97 @@ Optimizer::Optimizer(const Context& ctx, const OptimizerConfig& config,
 }
 
 Tensor Optimizer::Range(const Buffer& buffer, int64_t begin, int64_t end) const {
-  return Tensor(static_cast<float*>(buffer.data()) + (begin - begin_), DType::kF32, {end - begin},
+  int64_t place = begin;
+  if (split()) {
+    const parallel::UnitPartition& partition = reducer_.partition();
+    int64_t u = 0;
+    while (partition.unit_end(u) <= begin) ++u;
+    const int rank = mesh_.param_rank();
+    place = partition.shard_begin(u, rank) + begin - partition.begin(u, rank);
+  }
+  return Tensor(static_cast<float*>(buffer.data()) + place, DType::kF32, {end - begin},
                 buffer.device() == nullptr ? DeviceKind::kCpu : DeviceKind::kCuda);
 }
 
 void Optimizer::TakeParameters(const Context& ctx) {
-  if (!ctx.cuda()) return;
   params_.Refresh(ctx);
-  ctx.gpu->Upload(master_.data(), params_.host().data() + begin_, master_.bytes());
+  if (!ctx.cuda()) return;
+  for (const Segment& segment : segments_) {
+    const Tensor to = Range(master_, segment.begin, segment.end);
+    ctx.gpu->Upload(to.raw(), params_.host().Flat(segment.begin, segment.end).raw(),
+                    static_cast<size_t>(to.numel()) * sizeof(float));
+  }
 }
 
 void Optimizer::ReadShard(const Context& ctx) {
   if (!ctx.cuda()) return;
-  const auto n = static_cast<size_t>(end_ - begin_);
-  saved_avg_.resize(n);
-  saved_avg_sq_.resize(n);
+  saved_avg_.resize(exp_avg_.bytes() / sizeof(float));
+  saved_avg_sq_.resize(saved_avg_.size());
   ctx.gpu->Download(saved_avg_.data(), exp_avg_.data(), exp_avg_.bytes());
   ctx.gpu->Download(saved_avg_sq_.data(), exp_avg_sq_.data(), exp_avg_sq_.bytes());
-  ctx.gpu->Download(params_.host().data() + begin_, master_.data(), master_.bytes());
+  for (const Segment& segment : segments_) {
+    const Tensor from = Range(master_, segment.begin, segment.end);
+    ctx.gpu->Download(params_.host().Flat(segment.begin, segment.end).raw(), from.raw(),
+                      static_cast<size_t>(from.numel()) * sizeof(float));
+  }
 }
 
 Status Optimizer::ReadAll(const Context& ctx) {
-  if (!ctx.cuda()) return OkStatus();
-  model::ParameterStore& host = params_.host();
-  ctx.gpu->Download(host.data() + begin_, master_.data(), master_.bytes());
-  if (mesh_.config().zero_stage == 0) return OkStatus();
-  const auto count = static_cast<size_t>(shard_end() - shard_begin());
-  return parallel::AllGatherInPieces(mesh_.dp_group(), {host.data() + shard_begin(), count},
-                                     partition_.counts,
-                                     {host.data(), static_cast<size_t>(host.size())});
+  params_.Settle();
+  ReadShard(ctx);
+  if (!split() || mesh_.param_size() == 1) return OkStatus();
+  if (!ctx.cuda() && !params_.sharded()) return OkStatus();  // gathered already
+  const parallel::UnitPartition& partition = reducer_.partition();
+  for (int64_t u = 0; u < partition.units(); ++u) {
+    if (partition.unit_size(u) == 0) continue;
+    const int rank = mesh_.param_rank();
+    const Tensor all = params_.host().Flat(partition.unit_begin(u), partition.unit_end(u));
+    const Tensor mine = params_.host().Flat(partition.begin(u, rank), partition.end(u, rank));
+    const auto span = [](const Tensor& x) {
+      return std::span<float>(x.Data<float>(), static_cast<size_t>(x.numel()));
+    };
+    SALA_RETURN_IF_ERROR(parallel::AllGatherInPieces(mesh_.param_group(), span(mine),
+                                                     partition.counts(u), span(all)));
+  }
+  return OkStatus();
 }
 
-// Of the whole gradient, of which this rank has its shard: a sum for each piece, zero where another
-// rank has it, added in order of the pieces.
-StatusOr<double> Optimizer::SumOfSquares(const Context& ctx, const Tensor& shard) {
-  std::vector<double> pieces(norm_borders_.size() - 1, 0.0);
-  for (size_t p = 0; p < pieces.size(); ++p) {
-    const int64_t begin = norm_borders_[p];
-    const int64_t end = norm_borders_[p + 1];
-    if (begin < shard_begin() || end > shard_end() || begin == end) continue;
-    pieces[p] = kernels::SumOfSquares(ctx, shard.Rows(begin - shard_begin(), end - shard_begin()));
+// Of the whole gradient, of which this rank adds up its pieces, and of what several tensor ranks
+// hold only what it owns: a sum for each piece, zero where another rank has it.
+StatusOr<double> Optimizer::SumOfSquares(const Context& ctx) {
+  const parallel::UnitPartition& partition = reducer_.partition();
+  const int rank = mesh_.param_rank();
+  std::vector<double> pieces;
+  auto spec = params_.host().specs().begin();
+  const auto specs_end = params_.host().specs().end();
+  for (int64_t u = 0; u < partition.units(); ++u) {
+    const std::vector<int64_t>& borders = reducer_.norm_borders(u);
+    for (size_t p = 0; p + 1 < borders.size(); ++p) {
+      double& sum = pieces.emplace_back(0.0);
+      const int64_t begin = borders[p];
+      const int64_t end = borders[p + 1];
+      if (begin == end || begin < partition.begin(u, rank) || end > partition.end(u, rank))
+        continue;
+      if (mesh_.tp_size() == 1) {
+        sum = kernels::SumOfSquares(ctx, reducer_.Summed(begin, end));
+        continue;
+      }
+      while (spec != specs_end && spec->offset + spec->numel <= begin) ++spec;
+      for (auto s = spec; s != specs_end && s->offset < end; ++s) {
+        const int64_t from = std::max(begin, s->offset);
+        const int64_t to = std::min(end, s->offset + s->numel);
+        if (s->owner && from < to) sum += kernels::SumOfSquares(ctx, reducer_.Summed(from, to));
+      }
+    }
   }
-  SALA_RETURN_IF_ERROR(
-      mesh_.dp_group().AllReduce(std::span<double>(pieces), parallel::Reduce::kSum));
+  SALA_RETURN_IF_ERROR(mesh_.world().AllReduce(std::span<double>(pieces), parallel::Reduce::kSum));
   return std::accumulate(pieces.begin(), pieces.end(), 0.0);
 }
 
-StatusOr<UpdateResult> Optimizer::Update(const Context& ctx, model::ParameterStore& gradients,
-                                         double learning_rate, bool loss_finite) {
-  parallel::Communicator& group = mesh_.dp_group();
-  const bool split = mesh_.config().zero_stage >= 1;
-  const Tensor shard = Range(grad_, shard_begin(), shard_end());
-  SALA_RETURN_IF_ERROR(
-      group.ReduceScatterSum(ConstTensor(gradients.Flat()), partition_.counts, shard));
-  SALA_ASSIGN_OR_RETURN(const double sum_of_squares, SumOfSquares(ctx, shard));
-  if (!split) {
-    SALA_RETURN_IF_ERROR(
-        group.AllGather(ConstTensor(shard), partition_.counts, Range(grad_, begin_, end_)));
-  }
+StatusOr<UpdateResult> Optimizer::Update(const Context& ctx, double learning_rate,
+                                         bool loss_finite) {
+  SALA_RETURN_IF_ERROR(reducer_.Finish());
+  SALA_ASSIGN_OR_RETURN(const double sum_of_squares, SumOfSquares(ctx));
 
   UpdateResult result;
   result.grad_norm = std::sqrt(sum_of_squares);
@@ -170,40 +192,51 @@ StatusOr<UpdateResult> Optimizer::Update(const Context& ctx, model::ParameterSto
                                 .eps = config_.eps,
                                 .step = updates_,
                                 .grad_scale = grad_scale};
-  model::ParameterStore& computed = params_.store();
-  for (const Segment& segment : segments_) {
-    options.learning_rate = learning_rate * segment.lr_multiplier;
-    options.weight_decay = segment.weight_decay;
-    const auto [begin, end] = std::pair(segment.begin, segment.end);
-    const Tensor compute = computed.Flat(begin, end);
-    kernels::AdamWStep(ctx, ctx.cuda() ? Range(master_, begin, end) : compute,
-                       Range(grad_, begin, end), Range(exp_avg_, begin, end),
-                       Range(exp_avg_sq_, begin, end), options, ctx.cuda() ? compute : Tensor());
+  auto segment = segments_.begin();
+  for (int64_t u = 0; u < reducer_.partition().units(); ++u) {
+    for (; segment != segments_.end() && segment->spec->unit == u; ++segment) {
+      if (!segment->trained) continue;
+      options.learning_rate = learning_rate * segment->lr_multiplier;
+      options.weight_decay = segment->weight_decay;
+      const auto [begin, end] = std::pair(segment->begin, segment->end);
+      const Tensor compute = params_.Own(begin, end);
+      kernels::AdamWStep(ctx, ctx.cuda() ? Range(master_, begin, end) : compute,
+                         reducer_.Summed(begin, end), Range(exp_avg_, begin, end),
+                         Range(exp_avg_sq_, begin, end), options, ctx.cuda() ? compute : Tensor());
+    }
+    if (split() && mesh_.param_size() > 1) params_.Share(u, reducer_.partition());
   }
-  if (split) {
-    SALA_RETURN_IF_ERROR(group.AllGather(ConstTensor(computed.Flat(shard_begin(), shard_end())),
-                                         partition_.counts, computed.Flat()));
-  }
+  if (params_.sharded()) params_.Share(0, reducer_.partition());
   return result;
 }
 
 void Optimizer::AppendSlices(std::vector<TensorSlice>* slices) const {
-  if (mesh_.config().zero_stage == 0 && mesh_.dp_rank() != 0)
-    return;  // copies: the lowest rank writes
+  if (!split() && mesh_.param_rank() != 0) return;  // copies: the lowest rank writes
   const bool on_device = master_.bytes() > 0;
   const float* avg = on_device ? saved_avg_.data() : static_cast<float*>(exp_avg_.data());
   const float* avg_sq = on_device ? saved_avg_sq_.data() : static_cast<float*>(exp_avg_sq_.data());
+  const auto* first = static_cast<float*>(exp_avg_.data());
   for (const Segment& segment : segments_) {
+    const model::ParameterSpec& spec = *segment.spec;
     TensorSlice slice;
-    slice.name = segment.spec->name;
-    slice.shape = segment.spec->shape;
-    slice.flat_begin = segment.begin - segment.spec->offset;
-    slice.flat_end = segment.end - segment.spec->offset;
+    slice.name = spec.name;
+    slice.shape = spec.global_shape;
+    slice.box_offset = spec.box_offset;
+    slice.box_shape = spec.box_shape();
+    slice.flat_begin = segment.begin - spec.offset;
+    slice.flat_end = std::min(segment.end - spec.offset, spec.stored);
+    if (!spec.owner || slice.flat_begin >= slice.flat_end) continue;
+    slice.kind = TensorKind::kParam;
+    slice.data = params_.host().Flat(segment.begin, segment.end).raw();
+    slices->push_back(slice);
+    if (!segment.trained) continue;
+    const auto place =
+        Range(exp_avg_, segment.begin, segment.end).Data<float>() - first;
     slice.kind = TensorKind::kExpAvg;
-    slice.data = avg + (segment.begin - begin_);
+    slice.data = avg + place;
     slices->push_back(slice);
     slice.kind = TensorKind::kExpAvgSq;
-    slice.data = avg_sq + (segment.begin - begin_);
+    slice.data = avg_sq + place;
     slices->push_back(slice);
   }
 }
@@ -211,12 +244,15 @@ void Optimizer::AppendSlices(std::vector<TensorSlice>* slices) const {
 Status Optimizer::Load(const Context& ctx, const Checkpoint& checkpoint) {
   std::vector<float> values;
   for (const Segment& segment : segments_) {
-    const int64_t begin = segment.begin - segment.spec->offset;
-    const int64_t end = segment.end - segment.spec->offset;
+    const model::ParameterSpec& spec = *segment.spec;
+    const int64_t begin = segment.begin - spec.offset;
+    const int64_t end = std::min(segment.end - spec.offset, spec.stored);
+    if (!segment.trained || begin >= end) continue;
     values.resize(static_cast<size_t>(end - begin));
     for (const auto& [kind, buffer] : {std::pair(TensorKind::kExpAvg, &exp_avg_),
                                        std::pair(TensorKind::kExpAvgSq, &exp_avg_sq_)}) {
-      SALA_RETURN_IF_ERROR(checkpoint.ReadF32(segment.spec->name, kind, begin, end, values.data()));
+      SALA_RETURN_IF_ERROR(checkpoint.ReadBoxF32(spec.name, kind, spec.box_offset,
+                                                 spec.box_shape(), begin, end, values.data()));
       void* to = Range(*buffer, segment.begin, segment.end).raw();
       const size_t bytes = values.size() * sizeof(float);
       if (ctx.cuda()) {

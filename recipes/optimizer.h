@@ -1,5 +1,5 @@
-// AdamW over the flat parameter buffer, its state split over the data-parallel ranks (ZeRO-1), with
-// muP multipliers, clipping by the global norm and the rule for non-finite gradients.
+// AdamW over the flat parameter buffer, its state split over the ranks that hold the same parameters
+// (ZeRO-1 and up), with muP multipliers, clipping by the global norm and the rule for non-finite gradients.
 //
 // On a CPU the float32 parameters are their own masters. On a GPU the masters are float32 on the
 // device, in the optimizer; the model computes with their bfloat16 roundings. The parameter store
@@ -16,6 +16,7 @@
 #include "model/parameters.h"
 #include "parallel/mesh.h"
 #include "recipes/config.h"
+#include "recipes/gradient_reducer.h"
 
 namespace sala::recipes {
 
@@ -27,23 +28,23 @@ struct UpdateResult {
 
 class Optimizer {
  public:
-  // `trainable` decides per tensor; frozen tensors keep their bits. The parameters must outlive the
-  // optimizer. `rank_independent`: the global norm is added from pieces whose borders do not depend
-  // on the number of ranks.
+  // `trainable` decides per tensor; frozen tensors keep their bits. Parameters, mesh and reducer
+  // must outlive the optimizer.
   Optimizer(const Context& ctx, const OptimizerConfig& config, const model::ModelConfig& model,
             model::ComputeParameters& params,
-            const std::function<bool(const model::ParameterSpec&)>& trainable,
-            const parallel::Mesh& mesh, bool rank_independent = false);
+            const std::function<bool(const model::ParameterSpec&)>& trainable, parallel::Mesh& mesh,
+            GradientReducer& reducer);
 
-  // Sums `gradients` (same layout as the store, destroyed) over the ranks, clips, updates this
-  // rank's part, gathers the parameters. `loss_finite` must be the same on all ranks.
-  StatusOr<UpdateResult> Update(const Context& ctx, model::ParameterStore& gradients,
-                                double learning_rate, bool loss_finite);
+  // From the step's gradient, which the reducer sums here: clips, updates this rank's part, and
+  // has the parameters gathered beside what follows (ComputeParameters::Settle). `loss_finite` must
+  // be the same on all ranks.
+  StatusOr<UpdateResult> Update(const Context& ctx, double learning_rate, bool loss_finite);
 
   int64_t updates() const { return updates_; }
   void set_updates(int64_t updates) { updates_ = updates; }
 
-  // Slices of the moments this rank owns (kinds exp_avg, exp_avg_sq), named after the parameters.
+  // Slices of the parameters and moments this rank owns (kinds param, exp_avg, exp_avg_sq), named
+  // after the parameters.
   void AppendSlices(std::vector<TensorSlice>* slices) const;
   Status Load(const Context& ctx, const Checkpoint& checkpoint);
 
@@ -51,36 +52,34 @@ class Optimizer {
   void TakeParameters(const Context& ctx);
   // The host's store gets this rank's shard of the masters, and the slices above the moments.
   void ReadShard(const Context& ctx);
-  // The host's store gets all masters, on every rank. Collective.
+  // The host's store, which must be whole, gets all masters, on every rank. Collective.
   Status ReadAll(const Context& ctx);
 
-  // This rank's shard of the flat buffer, whether or not the state is split.
-  int64_t shard_begin() const { return partition_.begin[rank()]; }
-  int64_t shard_end() const { return partition_.begin[rank() + 1]; }
+  size_t bytes() const {
+    return exp_avg_.bytes() + exp_avg_sq_.bytes() + master_.bytes();
+  }
 
  private:
-  size_t rank() const { return static_cast<size_t>(mesh_.dp_rank()); }
-  // Elements [begin, end) of the flat buffer in one of the buffers below.
+  bool split() const { return mesh_.zero_stage() >= 1; }
+  // Elements [begin, end) of the flat buffer, inside a piece this rank has, in a buffer below.
   Tensor Range(const Buffer& buffer, int64_t begin, int64_t end) const;
-  StatusOr<double> SumOfSquares(const Context& ctx, const Tensor& shard);
+  StatusOr<double> SumOfSquares(const Context& ctx);
 
-  // The part of one tensor that lies in this rank's range and is updated.
+  // The part of one tensor that lies in one of this rank's pieces.
   struct Segment {
     const model::ParameterSpec* spec;
     int64_t begin, end;  // in the flat buffer
+    bool trained;
     double lr_multiplier, weight_decay;
   };
 
   OptimizerConfig config_;
   model::ComputeParameters& params_;
-  const parallel::Mesh& mesh_;
-  parallel::FlatPartition partition_;
-  std::vector<int64_t> norm_borders_;  // of the pieces of the norm; a shard is some of them
-  int64_t begin_ = 0;
-  int64_t end_ = 0;
-  std::vector<Segment> segments_;
-  // f32 [end_ - begin_], on the context's device; masters on a GPU only.
-  Buffer grad_, exp_avg_, exp_avg_sq_, master_;
+  parallel::Mesh& mesh_;
+  GradientReducer& reducer_;
+  std::vector<Segment> segments_;  // in order
+  // f32, this rank's pieces one behind the other, on the context's device; masters on a GPU only.
+  Buffer exp_avg_, exp_avg_sq_, master_;
   std::vector<float> saved_avg_, saved_avg_sq_;  // of a GPU, for AppendSlices
   int64_t updates_ = 0;
 };

@@ -15,11 +15,11 @@ namespace {
 
 class PretrainTask : public StepTask {
  public:
-  PretrainTask(const Context& ctx, LoadedModel loaded, const StageConfig& stage,
-               const data::ValidationSet& validation)
+  PretrainTask(const Context& ctx, parallel::Mesh& mesh, LoadedModel loaded,
+               const StageConfig& stage, const data::ValidationSet& validation)
       : loaded_(std::move(loaded)),
-        parameters_(ctx, loaded_.params),
-        model_(loaded_.config, parameters_.store()),
+        parameters_(ctx, loaded_.params, &mesh),
+        model_(loaded_.config, parameters_.store(), model::Spread(mesh)),
         options_{.sparse_attention = stage.sparse_attention, .recompute = stage.recompute},
         validation_(validation) {}
 
@@ -68,12 +68,13 @@ class PretrainTask : public StepTask {
 };
 
 StatusOr<LoadedModel> StartingModel(Session& session, const StageInput& input) {
+  const StoreLayout layout = LayoutOn(session.mesh());
   if (input.resume != nullptr) {
-    SALA_ASSIGN_OR_RETURN(LoadedModel resumed, LoadModel(input.resume->directory()));
+    SALA_ASSIGN_OR_RETURN(LoadedModel resumed, LoadModel(input.resume->directory(), layout));
     resumed.origin = input.resume->info().parent;
     return resumed;
   }
-  if (!input.init_path.empty()) return LoadModel(input.init_path);
+  if (!input.init_path.empty()) return LoadModel(input.init_path, layout);
   LoadedModel fresh;
   fresh.config = *input.config->model;
   const data::Tokenizer& tokenizer = session.tokenizer();
@@ -85,7 +86,7 @@ StatusOr<LoadedModel> StartingModel(Session& session, const StageInput& input) {
   from_tokenizer(&fresh.config.eos_token_id, tokenizer.eos_id());
   from_tokenizer(&fresh.config.pad_token_id, tokenizer.pad_id());
   SALA_RETURN_IF_ERROR(fresh.config.Resolve());
-  fresh.params = model::ParameterStore(model::ParameterSpecs(fresh.config));
+  SALA_ASSIGN_OR_RETURN(fresh.params, layout(fresh.config));
   model::InitialiseParameters(fresh.config, input.config->seed, fresh.params);
   return fresh;
 }
@@ -104,7 +105,8 @@ Status RequireChatData(const data::SampleStream& stream) {
 }  // namespace
 
 Status CheckModel(Session& session, const LoadedModel& loaded) {
-  if (const std::string problem = loaded.config.CudaProblem();
+  const model::TensorShard shard{session.mesh().tp_rank(), session.mesh().tp_size()};
+  if (const std::string problem = loaded.config.Local(shard).CudaProblem();
       session.ctx().cuda() && !problem.empty()) {
     return MakeError(ExitCode::kConfig, "CFG-MODEL", problem + "; use run.device: cpu");
   }
@@ -144,7 +146,7 @@ StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Mod
   }
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), status));
   SALA_ASSIGN_OR_RETURN(const std::vector<double> sums,
-                        parallel::SumDealtItems(session.mesh().dp_group(), mine, 3));
+                        parallel::SumDealtItems(session.mesh(), mine, 3));
   ValidationResult result;
   result.targets = static_cast<int64_t>(sums[1]);
   result.loss = sums[0] / std::max(1.0, sums[1]);
@@ -153,7 +155,9 @@ StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Mod
 }
 
 Status CheckPretrainInputs(Session& session, const StageConfig& stage) {
-  SALA_RETURN_IF_ERROR(CheckShares(stage.batch, session.world().size()));
+  SALA_ASSIGN_OR_RETURN(const parallel::MeshConfig mesh,
+                        parallel::ResolveMesh(session.world().size(), stage.parallel));
+  SALA_RETURN_IF_ERROR(CheckShares(stage.batch, mesh));
   SALA_ASSIGN_OR_RETURN(const auto stream,
                         data::SampleStream::Open(stage.data, stage.name, stage.batch.seq_len_tokens,
                                                  session.tokenizer()));
@@ -216,7 +220,7 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
                    << " tokens" << (stage.sparse_attention ? ", sparse attention on" : "");
   }
 
-  PretrainTask task(session.ctx(), std::move(loaded).value(), stage, **held_out);
+  PretrainTask task(session.ctx(), session.mesh(), std::move(loaded).value(), stage, **held_out);
   SALA_ASSIGN_OR_RETURN(
       const StepLoopSummary done,
       RunStepLoop(session, loop, task, *stream, input.resume, carry ? &*carry : nullptr));

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <deque>
+#include <exception>
 #include <limits>
 
 #include "core/clock.h"
@@ -119,11 +120,12 @@ class StepLoop {
         config_(config),
         task_(task),
         stream_(stream),
-        gradients_(task.params().specs(), DType::kF32, session.ctx().gpu),
+        reducer_(session.ctx(), task.params(), session.mesh(), config.batch.rank_independent_sums),
+        gradients_(reducer_.store()),
         optimizer_(
             session.ctx(), config.optimizer, task.config(), task.parameters(),
             [&task](const model::ParameterSpec& spec) { return task.Trainable(spec); },
-            session.mesh(), config.batch.rank_independent_sums),
+            session.mesh(), reducer_),
         display_(config.label, config.batch.steps, session.is_root()) {}
 
   StatusOr<StepLoopSummary> Run(const Checkpoint* resume, const Checkpoint* carry);
@@ -150,7 +152,8 @@ class StepLoop {
   const StepLoopConfig& config_;
   StepTask& task_;
   data::SampleStream& stream_;
-  model::ParameterStore gradients_;
+  GradientReducer reducer_;
+  model::ParameterStore& gradients_;
   std::deque<model::ParameterStore> right_;  // by level of the tree of SumMicroBatches
   Optimizer optimizer_;
   ProgressDisplay display_;
@@ -161,7 +164,7 @@ class StepLoop {
 };
 
 Status StepLoop::Start(const Checkpoint* resume, const Checkpoint* carry) {
-  SALA_RETURN_IF_ERROR(CheckShares(config_.batch, session_.mesh().dp_size()));
+  SALA_RETURN_IF_ERROR(CheckShares(config_.batch, session_.mesh().config()));
   if (config_.batch.rank_independent_sums && session_.ctx().cuda() &&
       !session_.config().run.deterministic) {
     return MakeError(ExitCode::kConfig, "CFG-CONFLICT",
@@ -299,10 +302,11 @@ StatusOr<StepData> StepLoop::LoadStep() {
 Status StepLoop::AddMicroBatch(const StepData& data, int64_t index,
                                model::ParameterStore& gradients, std::span<double> sums) {
   const int64_t per_batch = config_.batch.micro_batch_sequences;
-  const auto begin = data.mine.begin() + index * per_batch;
+  const auto samples = static_cast<int64_t>(data.mine.size());
+  const auto begin = data.mine.begin() + std::min(samples, index * per_batch);
   const auto left = static_cast<int64_t>(data.mine.end() - begin);
+  // Also where nothing but padding is left: all ranks exchange the same.
   const model::Batch batch = MakeBatch({begin, begin + std::min(per_batch, left)});
-  if (batch.size() == 0) return OkStatus();
   return task_.MicroBatch(session_.ctx(), session_.arena(), batch, data.counts, gradients, sums);
 }
 
@@ -328,18 +332,24 @@ Status StepLoop::SumMicroBatches(const StepData& data, int64_t first, int64_t co
 
 StatusOr<Values> StepLoop::RunMicroBatches(const StepData& data, double* loss) {
   const int64_t per_batch = config_.batch.micro_batch_sequences;
-  const int64_t count = (static_cast<int64_t>(data.mine.size()) + per_batch - 1) / per_batch;
+  auto mine = static_cast<int64_t>(data.mine.size());
+  // Where ranks exchange within a micro-batch, those with fewer samples go along with an empty one.
+  const int64_t dp = session_.mesh().dp_size();
+  if (session_.mesh().zero_stage() >= 2)
+    mine = (config_.batch.global_batch_sequences() + dp - 1) / dp;
+  const int64_t count = std::max<int64_t>(1, (mine + per_batch - 1) / per_batch);
   std::vector<double> sums(task_.SumNames().size(), 0.0);
+  reducer_.BeginStep();
   if (config_.batch.rank_independent_sums) {
     SALA_RETURN_IF_ERROR(SumMicroBatches(data, 0, count, 0, gradients_, sums));
   } else {
-    gradients_.Zero();
     for (int64_t i = 0; i < count; ++i) {
+      reducer_.BeginMicroBatch(i + 1 == count);
       SALA_RETURN_IF_ERROR(AddMicroBatch(data, i, gradients_, sums));
     }
   }
   SALA_RETURN_IF_ERROR(
-      session_.mesh().dp_group().AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
+      session_.world().AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
   Values values = task_.Values(sums, data.counts);
   *loss = values.front().second;
   return values;
@@ -361,7 +371,7 @@ Status StepLoop::Step() {
   SALA_ASSIGN_OR_RETURN(const Values values, RunMicroBatches(data, &loss));
   const double lr = LearningRate(config_.schedule, progress_.step, config_.batch.steps);
   SALA_ASSIGN_OR_RETURN(const UpdateResult update,
-                        optimizer_.Update(session_.ctx(), gradients_, lr, std::isfinite(loss)));
+                        optimizer_.Update(session_.ctx(), lr, std::isfinite(loss)));
 
   ++progress_.step;
   ++session_.global_step;
@@ -483,6 +493,7 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
     // After the last step the pipeline stops, once the stage's result is noted.
     if (request_ == Request::kStop && !last) return Stopped(session_, config_.position.stage);
   }
+  task_.parameters().Settle();
   display_.Finish();
   ReportMemory();
   // Another phase of the stage goes on from the store; another stage from the checkpoint.
@@ -508,11 +519,32 @@ StepLoopSummary SummaryOf(const Checkpoint& checkpoint) {
 StatusOr<StepLoopSummary> RunStepLoop(Session& session, const StepLoopConfig& config,
                                       StepTask& task, data::SampleStream& stream,
                                       const Checkpoint* resume, const Checkpoint* carry) {
-  return StepLoop(session, config, task, stream).Run(resume, carry);
+  StepLoop loop(session, config, task, stream);
+  // Where exchanges are under way the way out may end in CommQueue::Drain, which knows no reason.
+  const auto explain = [&session](const std::string& why) {
+    if (!session.mesh().queue().idle()) SALA_LOG(Error) << why;
+  };
+  try {
+    auto summary = loop.Run(resume, carry);
+    if (!summary.ok()) explain(MessageOf(summary.status()));
+    return summary;
+  } catch (const std::exception& error) {
+    explain(error.what());
+    throw;
+  }
 }
 
-Status CheckShares(const BatchConfig& batch, int ranks) {
+Status CheckShares(const BatchConfig& batch, const parallel::MeshConfig& mesh) {
   if (!batch.rank_independent_sums) return OkStatus();
+  if (mesh.cp > 1 || mesh.tp > 1 || mesh.zero_stage > 1) {
+    return MakeError(ExitCode::kConfig, "CFG-MESH",
+                     "batch.rank_independent_sums is on with parallel.cp " +
+                         std::to_string(mesh.cp) + ", tp " + std::to_string(mesh.tp) +
+                         " and zero_stage " + std::to_string(mesh.zero_stage) +
+                         "; sums are independent of the number of ranks with cp 1, tp 1 and "
+                         "zero_stage 0 or 1 only: change these or turn it off");
+  }
+  const int64_t ranks = mesh.dp;
   const bool power_of_two = (ranks & (ranks - 1)) == 0;
   if (power_of_two && batch.micro_batches() % ranks == 0) return OkStatus();
   return MakeError(ExitCode::kConfig, "CFG-MESH",

@@ -34,7 +34,7 @@ class StepTask {
   // Adds the gradients of this micro-batch to `gradients` (laid out as params(), float32 on the
   // context's device), already divided
   // by `counts`, and to `sums` one number per name of SumNames(). Sums are added over micro-batches
-  // and ranks.
+  // and all ranks, of those on the same samples too: each adds its part.
   virtual Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
                             const StepCounts& counts, model::ParameterStore& gradients,
                             std::span<double> sums) = 0;
@@ -85,9 +85,9 @@ StepLoopSummary SummaryOf(const Checkpoint& checkpoint);
 // STOPPED (exit 75), after the status file says so.
 Status Stopped(Session& session, const std::string& stage);
 
-// CFG-MESH (78) when the micro-batches of a step cannot be shared out over this many ranks as
-// `rank_independent_sums` asks.
-Status CheckShares(const BatchConfig& batch, int ranks);
+// CFG-MESH (78) when the micro-batches of a step cannot be shared out over this mesh (dp resolved)
+// as `rank_independent_sums` asks.
+Status CheckShares(const BatchConfig& batch, const parallel::MeshConfig& mesh);
 
 // Samples as one packed micro-batch, padding dropped.
 model::Batch MakeBatch(const std::vector<data::PackedSample>& samples);

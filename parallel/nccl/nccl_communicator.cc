@@ -77,6 +77,7 @@ class NcclCommunicator : public Communicator {
                           const Tensor& recv) override;
   Status AllGather(const ConstTensor& send, std::span<const int64_t> counts,
                    const Tensor& recv) override;
+  Status Shift(const ConstTensor& send, const Tensor& recv, int by) override;
   StatusOr<std::unique_ptr<Communicator>> Split(int colour) override;
 
  private:
@@ -244,6 +245,25 @@ Status NcclCommunicator::AllGather(const ConstTensor& send, std::span<const int6
   }
   SALA_RETURN_IF_ERROR(Check(ncclGroupEnd(), "ncclBroadcast"));
   return End("ncclBroadcast");
+}
+
+Status NcclCommunicator::Shift(const ConstTensor& send, const Tensor& recv, int by) {
+  if (send.device() == DeviceKind::kCpu) return host_->Shift(send, recv, by);
+  SALA_RETURN_IF_ERROR(Usable("Shift"));
+  const auto n = static_cast<size_t>(send.numel());
+  const auto exists = [this](int r) { return 0 <= r && r < size(); };
+  Begin();
+  SALA_RETURN_IF_ERROR(Check(ncclGroupStart(), "ncclGroupStart"));
+  if (exists(rank() + by)) {
+    SALA_RETURN_IF_ERROR(
+        Check(ncclSend(send.raw(), n, ncclFloat, rank() + by, comm_, stream_), "ncclSend"));
+  }
+  if (exists(rank() - by)) {
+    SALA_RETURN_IF_ERROR(
+        Check(ncclRecv(recv.raw(), n, ncclFloat, rank() - by, comm_, stream_), "ncclRecv"));
+  }
+  SALA_RETURN_IF_ERROR(Check(ncclGroupEnd(), "ncclSend and ncclRecv"));
+  return End("ncclSend and ncclRecv");
 }
 
 StatusOr<std::unique_ptr<Communicator>> NcclCommunicator::Split(int colour) {

@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "kernels/mse/mse.h"
-#include "kernels/qk_norm_rope/qk_norm_rope.h"
 #include "model/mixer.h"
 #include "parallel/ordered_sum.h"
 #include "recipes/halo/transfer.h"
@@ -23,21 +22,6 @@ std::vector<MixerTensors> BindAll(const model::ModelConfig& config, model::Param
     all.push_back(model::BindMixer(config, layer, MixerType::kLightning, store));
   }
   return all;
-}
-
-// Rotary tables of the linear mixers; the teacher, having none, does not make them.
-model::BatchTables LinearTables(const Context& ctx, Arena& arena, const model::ModelConfig& config,
-                                const model::Batch& batch) {
-  model::BatchTables tables;
-  tables.positions = model::ToDevice(ctx, arena, batch.positions);
-  if (!config.lightning_use_rope) return tables;
-  const int64_t half = config.lightning_head_dim / 2;
-  tables.lightning_cos = arena.New(DType::kF32, {batch.size(), half});
-  tables.lightning_sin = arena.New(DType::kF32, {batch.size(), half});
-  kernels::RopeTable(ctx, tables.positions, config.lightning_head_dim,
-                     static_cast<float>(config.rope_theta), tables.lightning_cos,
-                     tables.lightning_sin);
-  return tables;
 }
 
 // Sum over tokens of the Euclidean norm of y - target; dy = scale * (y - target) / norm, zero where
@@ -66,11 +50,13 @@ double NormLoss(const ConstTensor& y, const ConstTensor& target, double scale, c
 
 }  // namespace
 
-AlignTask::AlignTask(const Context& ctx, const model::Model& teacher, model::ParameterStore& mixers,
-                     AlignLoss loss, const data::ValidationSet* held_out)
-    : teacher_(teacher),
+AlignTask::AlignTask(const Context& ctx, parallel::Mesh& mesh, const model::Model& teacher,
+                     model::ParameterStore& mixers, AlignLoss loss,
+                     const data::ValidationSet* held_out)
+    : mesh_(mesh),
+      teacher_(teacher),
       config_(AllLinear(teacher.config())),
-      mixers_(ctx, mixers),
+      mixers_(ctx, mixers, &mesh),
       weights_(BindAll(config_, mixers_.store())),
       loss_(loss),
       held_out_(held_out) {}
@@ -90,23 +76,31 @@ void AlignTask::LayerLoss(const Context& ctx, const ConstTensor& y, const ConstT
 }
 
 void AlignTask::Pass(const Context& ctx, Arena& arena, const model::Batch& batch, double tokens,
-                     const std::vector<MixerTensors>& gradients, std::span<double> sums) const {
+                     const std::vector<MixerTensors>& gradients, model::UnitHooks* gradient_hooks,
+                     std::span<double> sums) const {
   const ArenaScope scope(arena);
-  const model::BatchTables tables = LinearTables(ctx, arena, config_, batch);
+  const model::Spread& spread = teacher_.spread();
   const model::RunOptions options;  // dense attention: conversion runs far below the sparse lengths
+  const model::BatchTables tables =
+      model::MakeBatchTables(ctx, arena, config_, spread, batch, options);
   const auto on_layer = [&](int64_t layer, const ConstTensor& normed, const ConstTensor& target) {
     const ArenaScope layer_scope(arena);
     const auto l = static_cast<size_t>(layer);
-    const Tensor y = arena.New(ctx.activation(), {batch.size(), config_.hidden_size});
+    mixers_.Enter(model::UnitOfLayer(layer));
+    const Tensor y = arena.New(ctx.activation(), {tables.share.part(), config_.hidden_size});
     const model::MixerState state =
-        model::MixerForward(ctx, arena, config_, MixerType::kLightning, weights_[l], batch, tables,
+        model::MixerForward(ctx, arena, config_, spread, MixerType::kLightning, weights_[l], tables,
                             options, normed, {.y = y});
     Tensor dy;
-    if (!gradients.empty()) dy = arena.New(ctx.activation(), {batch.size(), config_.hidden_size});
+    if (!gradients.empty())
+      dy = arena.New(ctx.activation(), {tables.share.part(), config_.hidden_size});
     LayerLoss(ctx, y, target, tokens, dy, sums.subspan(l * kLayerSums, kLayerSums));
     if (gradients.empty()) return;
-    model::MixerBackward(ctx, arena, config_, MixerType::kLightning, weights_[l], batch, tables,
-                         state, 1.0F, dy, {}, gradients[l]);
+    if (gradient_hooks != nullptr) gradient_hooks->Enter(model::UnitOfLayer(layer));
+    model::MixerBackward(ctx, arena, config_, spread, MixerType::kLightning, weights_[l], tables,
+                         state, 1.0F, spread.Gather(ctx, arena, tables.share, dy), {},
+                         gradients[l]);
+    if (gradient_hooks != nullptr) gradient_hooks->Leave(model::UnitOfLayer(layer));
   };
   teacher_.ForwardOnly(ctx, arena, batch, options, 0, {}, on_layer);
 }
@@ -114,7 +108,8 @@ void AlignTask::Pass(const Context& ctx, Arena& arena, const model::Batch& batch
 Status AlignTask::MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
                              const StepCounts& counts, model::ParameterStore& gradients,
                              std::span<double> sums) {
-  Pass(ctx, arena, batch, static_cast<double>(counts.tokens), BindAll(config_, gradients), sums);
+  Pass(ctx, arena, batch, static_cast<double>(counts.tokens), BindAll(config_, gradients),
+       gradients.hooks(), sums);
   return OkStatus();
 }
 
@@ -158,17 +153,18 @@ std::vector<std::pair<std::string, double>> AlignTask::Values(std::span<const do
 }
 
 StatusOr<std::vector<std::pair<std::string, double>>> AlignTask::Evaluate(
-    const Context& ctx, Arena& arena, const std::vector<model::Batch>& batches,
-    parallel::Communicator& comm) {
+    const Context& ctx, Arena& arena, const std::vector<model::Batch>& batches) {
   const int64_t width = config_.num_hidden_layers * kLayerSums + 1;
   std::vector<double> mine(batches.size() * static_cast<size_t>(width), 0.0);
   for (size_t i = 0; i < batches.size(); ++i) {
     const std::span<double> sums =
         std::span(mine).subspan(i * static_cast<size_t>(width), static_cast<size_t>(width));
-    Pass(ctx, arena, batches[i], 1.0, {}, sums.first(sums.size() - 1));
-    sums.back() = static_cast<double>(batches[i].size());
+    Pass(ctx, arena, batches[i], 1.0, {}, nullptr, sums.first(sums.size() - 1));
+    const bool first = mesh_.sample_group().rank() == 0;  // said once for those on the same samples
+    sums.back() = first ? static_cast<double>(batches[i].size()) : 0.0;
   }
-  SALA_ASSIGN_OR_RETURN(const std::vector<double> sums, parallel::SumDealtItems(comm, mine, width));
+  SALA_ASSIGN_OR_RETURN(const std::vector<double> sums,
+                        parallel::SumDealtItems(mesh_, mine, width));
   return Values(std::span<const double>(sums).first(sums.size() - 1),
                 {.tokens = static_cast<int64_t>(sums.back())});
 }
@@ -181,8 +177,7 @@ StatusOr<std::vector<std::pair<std::string, double>>> AlignTask::Validate(Sessio
     SALA_ASSIGN_OR_RETURN(data::PackedSample sample, held_out_->Get(i));
     mine.push_back(MakeBatch({std::move(sample)}));
   }
-  SALA_ASSIGN_OR_RETURN(auto values,
-                        Evaluate(session.ctx(), session.arena(), mine, session.mesh().dp_group()));
+  SALA_ASSIGN_OR_RETURN(auto values, Evaluate(session.ctx(), session.arena(), mine));
   last_errors_.clear();
   for (size_t i = 2; i < values.size(); ++i) last_errors_.push_back(values[i].second);
   if (first_errors_.empty()) first_errors_ = last_errors_;

@@ -19,8 +19,8 @@ class AlignTask : public StepTask {
  public:
   // `mixers` is laid out by AllMixerSpecs and trained; the teacher is only read. `held_out` may be
   // null or empty. All must outlive the task. AlignLoss::kL2Norm on a CPU only.
-  AlignTask(const Context& ctx, const model::Model& teacher, model::ParameterStore& mixers,
-            AlignLoss loss, const data::ValidationSet* held_out);
+  AlignTask(const Context& ctx, parallel::Mesh& mesh, const model::Model& teacher,
+            model::ParameterStore& mixers, AlignLoss loss, const data::ValidationSet* held_out);
 
   const model::ModelConfig& config() const override { return config_; }
   model::ComputeParameters& parameters() override { return mixers_; }
@@ -36,11 +36,10 @@ class AlignTask : public StepTask {
                                                      const StepCounts& counts) const override;
   StatusOr<std::vector<std::pair<std::string, double>>> Validate(Session& session) override;
 
-  // Values() of all held-out batches given, without gradients; collective over `comm`, to
-  // whose ranks the batches are dealt: batch i lies on rank i mod P.
+  // Values() of all held-out batches given, without gradients; collective over the mesh, to
+  // whose dp ranks the batches are dealt: batch i lies on rank i mod DP.
   StatusOr<std::vector<std::pair<std::string, double>>> Evaluate(
-      const Context& ctx, Arena& arena, const std::vector<model::Batch>& batches,
-      parallel::Communicator& comm);
+      const Context& ctx, Arena& arena, const std::vector<model::Batch>& batches);
 
   // Relative error per layer of the first and the last Validate; empty before.
   const std::vector<double>& first_errors() const { return first_errors_; }
@@ -50,14 +49,16 @@ class AlignTask : public StepTask {
   // One pass over the teacher's layers. `gradients` empty: losses only. The gradient is that of the
   // loss of a batch of `tokens` tokens.
   void Pass(const Context& ctx, Arena& arena, const model::Batch& batch, double tokens,
-            const std::vector<model::MixerTensors>& gradients, std::span<double> sums) const;
+            const std::vector<model::MixerTensors>& gradients, model::UnitHooks* gradient_hooks,
+            std::span<double> sums) const;
   // Adds the layer's sums and, unless dy is empty, writes the gradient of y.
   void LayerLoss(const Context& ctx, const ConstTensor& y, const ConstTensor& target, double tokens,
                  const Tensor& dy, std::span<double> layer_sums) const;
 
+  parallel::Mesh& mesh_;
   const model::Model& teacher_;
   model::ModelConfig config_;
-  model::ComputeParameters mixers_;
+  mutable model::ComputeParameters mixers_;  // what is gathered when is no part of a task's state
   std::vector<model::MixerTensors> weights_;
   AlignLoss loss_;
   const data::ValidationSet* held_out_;

@@ -30,7 +30,8 @@ std::string MixerPrefix(int64_t layer) {
 }  // namespace
 
 Hybrid AssembleHybrid(const model::ModelConfig& teacher_config, const ParameterStore& teacher,
-                      const ParameterStore& mixers, const std::vector<int64_t>& softmax_layers) {
+                      const ParameterStore& mixers, const std::vector<int64_t>& softmax_layers,
+                      const model::TensorShard& shard) {
   Hybrid hybrid;
   hybrid.config = teacher_config;
   for (int64_t layer = 0; layer < teacher_config.num_hidden_layers; ++layer) {
@@ -39,7 +40,7 @@ Hybrid AssembleHybrid(const model::ModelConfig& teacher_config, const ParameterS
     hybrid.config.mixer_types[static_cast<size_t>(layer)] =
         NameOf(softmax ? MixerType::kSoftmax : MixerType::kLightning);
   }
-  hybrid.params = ParameterStore(model::ParameterSpecs(hybrid.config));
+  hybrid.params = ParameterStore(model::ParameterSpecs(hybrid.config, shard));
   for (int64_t layer = 0; layer < teacher_config.num_hidden_layers; ++layer) {
     const MixerType type = hybrid.config.mixer(layer);
     for (const ParameterSpec& spec : model::MixerSpecs(hybrid.config, layer, type)) {
@@ -60,14 +61,14 @@ Hybrid EnterHype(Hybrid hybrid, const HypeOptions& options) {
   Hybrid gated;
   gated.config = hybrid.config;
   gated.config.attn_use_output_gate = true;
-  gated.params = ParameterStore(model::ParameterSpecs(gated.config));
+  gated.params = ParameterStore(model::ParameterSpecs(gated.config, options.shard));
   for (const ParameterSpec& spec : hybrid.params.specs())
     CopyTensor(hybrid.params, spec, gated.params);
   for (int64_t layer = 0; layer < gated.config.num_hidden_layers; ++layer) {
     if (gated.config.mixer(layer) != MixerType::kSoftmax) continue;
     const std::string gate = MixerPrefix(layer) + "o_gate.weight";
     if (options.gate_init == GateInit::kSmallNormal) {
-      model::InitialiseNormal(options.seed, gate, kGateDeviation, gated.params.Get(gate));
+      model::InitialiseNormal(options.seed, kGateDeviation, gated.params, gate);
       continue;
     }
     const Tensor o_proj = gated.params.Get(MixerPrefix(layer) + "o_proj.weight");

@@ -17,16 +17,18 @@ struct Hybrid {
 };
 
 // `softmax_layers` keep the teacher's attention as it is, the others get their linear mixer;
-// everything else is the teacher's.
+// everything else is the teacher's. All stores are this tensor rank's part, whole in memory.
 Hybrid AssembleHybrid(const model::ModelConfig& teacher_config,
                       const model::ParameterStore& teacher, const model::ParameterStore& mixers,
-                      const std::vector<int64_t>& softmax_layers);
+                      const std::vector<int64_t>& softmax_layers,
+                      const model::TensorShard& shard = {});
 
 struct HypeOptions {
   bool remove_rope = false;
   bool add_gate = false;
   GateInit gate_init = GateInit::kSmallNormal;
   int64_t seed = 0;
+  model::TensorShard shard = {};
 };
 
 // kSmallNormal draws the gates N(0, 0.02^2), which about halves the layer's output (the published

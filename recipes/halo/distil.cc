@@ -26,12 +26,6 @@ enum ReportSum : size_t {
   kReportSums
 };
 
-kernels::CrossEntropyResult LossOf(const Context& ctx, const model::Model& model,
-                                   const Tensor& hidden, const ConstTensor& labels) {
-  return kernels::CrossEntropy(ctx, hidden, model.tensors().head, labels,
-                               {.logit_scale = model.logit_scale()}, {}, {}, {});
-}
-
 }  // namespace
 
 bool IsTrainable(HaloTrainable trainable, const model::ModelConfig& student,
@@ -47,32 +41,30 @@ bool IsTrainable(HaloTrainable trainable, const model::ModelConfig& student,
 StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const model::Model& teacher,
                                      const model::Model& student,
                                      const std::vector<model::Batch>& batches,
-                                     parallel::Communicator& comm) {
+                                     const parallel::Mesh& mesh) {
   std::vector<double> mine;
   const model::RunOptions options;
   for (const model::Batch& batch : batches) {
     const ArenaScope scope(arena);
     const Tensor teacher_hidden = teacher.ForwardOnly(ctx, arena, batch, options);
     const Tensor student_hidden = student.ForwardOnly(ctx, arena, batch, options);
-    const kernels::KlDivergenceResult kl = kernels::KlDivergence(
-        ctx, teacher_hidden, teacher.tensors().head, student_hidden, student.tensors().head,
-        {.teacher_logit_scale = teacher.logit_scale(),
-         .student_logit_scale = student.logit_scale()},
-        {}, {});
-    const ConstTensor labels = model::ToDevice(ctx, arena, batch.labels);
-    const kernels::CrossEntropyResult student_loss = LossOf(ctx, student, student_hidden, labels);
+    const kernels::KlDivergenceResult kl =
+        model::HeadKl(ctx, arena, teacher, teacher_hidden, student, student_hidden, batch);
+    const kernels::CrossEntropyResult student_loss =
+        model::HeadCrossEntropy(ctx, arena, student, batch, student_hidden);
     std::array<double, kReportSums> sums{};
     sums[kReportKl] = kl.loss_sum;
     sums[kReportEntropy] = kl.teacher_entropy;
     sums[kReportAgree] = static_cast<double>(kl.agree);
     sums[kReportTokens] = static_cast<double>(kl.tokens);
     sums[kStudentLoss] = student_loss.loss_sum;
-    sums[kTeacherLoss] = LossOf(ctx, teacher, teacher_hidden, labels).loss_sum;
+    sums[kTeacherLoss] = 
+        model::HeadCrossEntropy(ctx, arena, teacher, batch, teacher_hidden).loss_sum;
     sums[kTargets] = static_cast<double>(student_loss.targets);
     mine.insert(mine.end(), sums.begin(), sums.end());
   }
   SALA_ASSIGN_OR_RETURN(const std::vector<double> sums,
-                        parallel::SumDealtItems(comm, mine, kReportSums));
+                        parallel::SumDealtItems(mesh, mine, kReportSums));
   const double tokens = std::max(1.0, sums[kReportTokens]);
   const double targets = std::max(1.0, sums[kTargets]);
   return DistilReport{.tokens = static_cast<int64_t>(sums[kReportTokens]),
@@ -93,17 +85,17 @@ StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& se
   return batches;
 }
 
-StudentTask::StudentTask(const Context& ctx, const model::Model& teacher, Hybrid& student,
-                         const std::vector<model::Batch>& held_out)
+StudentTask::StudentTask(const Context& ctx, parallel::Mesh& mesh, const model::Model& teacher,
+                         Hybrid& student, const std::vector<model::Batch>& held_out)
     : teacher_(teacher),
       student_(student),
-      parameters_(ctx, student.params),
-      model_(student.config, parameters_.store()),
+      parameters_(ctx, student.params, &mesh),
+      model_(student.config, parameters_.store(), model::Spread(mesh)),
       held_out_(held_out) {}
 
 StatusOr<DistilReport> StudentTask::Compare(Session& session) const {
   return CompareModels(session.ctx(), session.arena(), teacher_, model_, held_out_,
-                       session.mesh().dp_group());
+                       session.mesh());
 }
 
 Status DistilTask::MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,

@@ -33,11 +33,11 @@ struct DistilReport {
   double teacher_entropy = 0;  // nats per token
 };
 
-// Collective over `comm`, to whose ranks the batches are dealt: batch i lies on rank i mod P.
+// Collective over the mesh, to whose dp ranks the batches are dealt: batch i lies on rank i mod DP.
 StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const model::Model& teacher,
                                      const model::Model& student,
                                      const std::vector<model::Batch>& batches,
-                                     parallel::Communicator& comm);
+                                     const parallel::Mesh& mesh);
 
 // This rank's batches of a held-out set, dealt likewise.
 StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& set,
@@ -51,8 +51,8 @@ class StudentTask : public StepTask {
 
  protected:
   // All references must outlive the task; held_out may be empty.
-  StudentTask(const Context& ctx, const model::Model& teacher, Hybrid& student,
-              const std::vector<model::Batch>& held_out);
+  StudentTask(const Context& ctx, parallel::Mesh& mesh, const model::Model& teacher,
+              Hybrid& student, const std::vector<model::Batch>& held_out);
 
   StatusOr<DistilReport> Compare(Session& session) const;
   const model::Model& teacher() const { return teacher_; }
@@ -70,9 +70,10 @@ class StudentTask : public StepTask {
 // frozen tensors keep their bits.
 class DistilTask : public StudentTask {
  public:
-  DistilTask(const Context& ctx, const model::Model& teacher, Hybrid& student,
-             const DistilOptions& options, const std::vector<model::Batch>& held_out)
-      : StudentTask(ctx, teacher, student, held_out), options_(options) {}
+  DistilTask(const Context& ctx, parallel::Mesh& mesh, const model::Model& teacher,
+             Hybrid& student, const DistilOptions& options,
+             const std::vector<model::Batch>& held_out)
+      : StudentTask(ctx, mesh, teacher, student, held_out), options_(options) {}
 
   bool Trainable(const model::ParameterSpec& spec) const override {
     return IsTrainable(options_.trainable, config(), spec);
@@ -93,9 +94,9 @@ class DistilTask : public StudentTask {
 // Next-token cross entropy of all parameters; Validate gives the student's loss first, then the KL.
 class FinetuneTask : public StudentTask {
  public:
-  FinetuneTask(const Context& ctx, const model::Model& teacher, Hybrid& student, bool recompute,
-               const std::vector<model::Batch>& held_out)
-      : StudentTask(ctx, teacher, student, held_out), recompute_(recompute) {}
+  FinetuneTask(const Context& ctx, parallel::Mesh& mesh, const model::Model& teacher,
+               Hybrid& student, bool recompute, const std::vector<model::Batch>& held_out)
+      : StudentTask(ctx, mesh, teacher, student, held_out), recompute_(recompute) {}
 
   Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
                     const StepCounts& counts, model::ParameterStore& gradients,

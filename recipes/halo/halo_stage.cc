@@ -47,11 +47,6 @@ double NumberOf(const json& object, const char* key) {
   return it != object.end() && it->is_number() ? it->get<double>() : std::nan("");
 }
 
-uint64_t HashOf(const model::ParameterStore& store) {
-  return Xxh3({reinterpret_cast<const char*>(store.data()),
-               static_cast<size_t>(store.size()) * sizeof(float)});
-}
-
 bool AllFinite(const ModelScore& score) {
   return std::isfinite(score.recall) && std::isfinite(score.text) && std::isfinite(score.kl);
 }
@@ -75,6 +70,7 @@ class HaloStage {
   Status Align();
   Status Choose();
   StatusOr<std::vector<int64_t>> ScoredOrder();
+  StatusOr<json> HashOf(const model::ParameterStore& store);
   Status LoadScores(const std::string& settings, size_t items, ScoreTable* table);
   Status WriteScores(const std::string& settings, const ScoreTable& table);
   StatusOr<json> ReportScores(const ScoreItems& items, const ScoreTable& table);
@@ -88,6 +84,7 @@ class HaloStage {
   Status FitScale();
 
   bool is_root() const { return session_.is_root(); }
+  model::Spread spread() const { return model::Spread(session_.mesh()); }
   std::string file(const char* name) const { return session_.path(std::string("halo/") + name); }
   Status WriteJson(const char* name, const json& content);
   StatusOr<std::unique_ptr<data::ValidationSet>> HeldOut(int64_t seq_len) const;
@@ -117,7 +114,8 @@ class HaloStage {
 
 // All ranks read and compute the same; what only one finds ends all.
 Status HaloStage::LoadTeacher() {
-  SALA_ASSIGN_OR_RETURN(teacher_, LoadModel(input_.init_path));
+  SALA_ASSIGN_OR_RETURN(teacher_,
+                        LoadModel(input_.init_path, LayoutOn(session_.mesh(), /*whole=*/true)));
   SALA_RETURN_IF_ERROR(CheckModel(session_, teacher_));
   SALA_ASSIGN_OR_RETURN(plan_, PlanHalo(stage_, teacher_.config));
   return OkStatus();
@@ -139,13 +137,14 @@ Status HaloStage::Prepare() {
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), LoadTeacher()));
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(
       session_.world(), is_root() ? MakeDirectories(session_.path("halo")) : OkStatus()));
-  teacher_parameters_.emplace(session_.ctx(), teacher_.params);
-  teacher_model_.emplace(teacher_.config, teacher_parameters_->store());
+  teacher_parameters_.emplace(session_.ctx(), teacher_.params, &session_.mesh());
+  teacher_model_.emplace(teacher_.config, teacher_parameters_->store(), spread());
   state_["teacher"] = teacher_.origin;
   state_["selector"] = NameOf(halo_.selector);
   SALA_RETURN_IF_ERROR(RestoreState());
   mixers_ = TransferMixers(teacher_.config, teacher_.params,
-                           {.seed = stage_.seed, .from_teacher = halo_.align_from_teacher});
+                           {.seed = stage_.seed, .from_teacher = halo_.align_from_teacher},
+                           spread().shard());
   auto held_out = HeldOut(halo_.distil.batch.seq_len_tokens);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), held_out.status()));
   auto batches = HeldOutBatches(**held_out, session_.mesh());
@@ -226,7 +225,8 @@ StatusOr<StepLoopSummary> HaloStage::RunPhase(const std::string& phase,
 Status HaloStage::Align() {
   auto held_out = HeldOut(halo_.align.batch.seq_len_tokens);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), held_out.status()));
-  AlignTask task(session_.ctx(), *teacher_model_, mixers_, halo_.align_loss, held_out->get());
+  AlignTask task(session_.ctx(), session_.mesh(), *teacher_model_, mixers_, halo_.align_loss,
+                 held_out->get());
   SALA_RETURN_IF_ERROR(RunPhase("align", halo_.align, task).status());
   // A resumed phase has not measured the start.
   const bool both = task.first_errors() != task.last_errors();
@@ -273,6 +273,15 @@ Status HaloStage::WriteScores(const std::string& settings, const ScoreTable& tab
   return MakeError(ExitCode::kRequeue, "STOPPED",
                    "stopped on request while scoring layers; what is scored is kept in " +
                        file("scores.json") + ", start the same command again to go on");
+}
+
+// Of the values on all tensor ranks; of the same model cut otherwise it is another one.
+StatusOr<json> HaloStage::HashOf(const model::ParameterStore& store) {
+  const uint64_t mine = Xxh3({reinterpret_cast<const char*>(store.data()),
+                              static_cast<size_t>(store.size()) * sizeof(float)});
+  SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all,
+                        session_.mesh().tp_group().AllGatherText(std::to_string(mine)));
+  return json(all);
 }
 
 // The table on the log, and as JSON for selection.json and the checkpoints.
@@ -323,15 +332,17 @@ StatusOr<std::vector<int64_t>> HaloStage::ScoredOrder() {
   auto made = MakeScoreItems(stage_, session_.tokenizer());
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), made.status()));
   const ScoreItems& items = *made;
-  const std::string settings = Sha256Hex(json({{"teacher", HashOf(teacher_.params)},
-                                               {"mixers", HashOf(mixers_)},
+  SALA_ASSIGN_OR_RETURN(const json teacher_hash, HashOf(teacher_.params));
+  SALA_ASSIGN_OR_RETURN(const json mixers_hash, HashOf(mixers_));
+  const std::string settings = Sha256Hex(json({{"teacher", teacher_hash},
+                                               {"mixers", mixers_hash},
                                                {"items", items.Fingerprint()}})
                                              .dump());
   ScoreTable table;
   SALA_RETURN_IF_ERROR(LoadScores(settings, items.size(), &table));
   model::ComputeParameters mixers(session_.ctx(), mixers_);
-  Scorer scorer(session_.ctx(), session_.arena(), session_.mesh().dp_group(), *teacher_model_,
-                mixers.store(), items);
+  Scorer scorer(session_.ctx(), session_.arena(), session_.mesh(), *teacher_model_, mixers.store(),
+                items);
   if (is_root()) {
     SALA_LOG(Info) << "score: " << items.text.size() << " pieces of held-out text and "
                    << items.recall.size() << " recall prompts";
@@ -386,24 +397,25 @@ void HaloStage::Enter(bool remove_rope, bool add_gate) {
   student_ = EnterHype(std::move(student_), {.remove_rope = remove_rope,
                                              .add_gate = add_gate,
                                              .gate_init = halo_.softmax_gate_init,
-                                             .seed = stage_.seed});
+                                             .seed = stage_.seed,
+                                             .shard = spread().shard()});
 }
 
 void HaloStage::Assemble() {
-  student_ = AssembleHybrid(teacher_.config, teacher_.params, mixers_, chosen_);
+  student_ = AssembleHybrid(teacher_.config, teacher_.params, mixers_, chosen_, spread().shard());
   mixers_ = model::ParameterStore();
   Enter(halo_.nope_at == HaloMoment::kDistil, halo_.softmax_gate_at == HaloMoment::kDistil);
 }
 
 StatusOr<DistilReport> HaloStage::Compare() {
-  model::ComputeParameters parameters(session_.ctx(), student_.params);
-  const model::Model model(student_.config, parameters.store());
+  model::ComputeParameters parameters(session_.ctx(), student_.params, &session_.mesh());
+  const model::Model model(student_.config, parameters.store(), spread());
   return CompareModels(session_.ctx(), session_.arena(), *teacher_model_, model, held_out_,
-                       session_.mesh().dp_group());
+                       session_.mesh());
 }
 
 Status HaloStage::Distil() {
-  DistilTask task(session_.ctx(), *teacher_model_, student_,
+  DistilTask task(session_.ctx(), session_.mesh(), *teacher_model_, student_,
                   {.trainable = halo_.trainable,
                    .temperature = halo_.temperature,
                    .ce_weight = halo_.ce_weight,
@@ -419,7 +431,8 @@ Status HaloStage::Distil() {
 }
 
 Status HaloStage::Finetune() {
-  FinetuneTask task(session_.ctx(), *teacher_model_, student_, stage_.recompute, held_out_);
+  FinetuneTask task(session_.ctx(), session_.mesh(), *teacher_model_, student_, stage_.recompute,
+                    held_out_);
   return RunPhase("finetune", *halo_.finetune, task).status();
 }
 
@@ -428,11 +441,11 @@ Status HaloStage::FitScale() {
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), set.status()));
   auto batches = HeldOutBatches(**set, session_.mesh());
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), batches.status()));
-  const model::Model model(student_.config, student_.params);
+  const model::Model model(student_.config, student_.params, spread());
   SALA_ASSIGN_OR_RETURN(const LogitScaleFit fit,
                         FitLogitScale(session_.ctx(), session_.arena(), model,
                                       LongDocuments(*batches, halo_.logit_scale_length_tokens / 2),
-                                      halo_.logit_scale_grid, session_.mesh().dp_group()));
+                                      halo_.logit_scale_grid, session_.mesh()));
   state_["logit_scale"] = fit.ToJson();
   if (is_root() && fit.targets == 0) {
     SALA_LOG(Warn) << "logit scale: no held-out document has "
@@ -516,7 +529,9 @@ Status CheckHaloInputs(Session& session, const StageConfig& stage) {
       {"align", &stage.halo->align}, {"distil", &stage.halo->distil}};
   if (stage.halo->finetune) phases.emplace_back("finetune", &*stage.halo->finetune);
   for (const auto& [phase, config] : phases) {
-    SALA_RETURN_IF_ERROR(CheckShares(config->batch, session.world().size()));
+    SALA_ASSIGN_OR_RETURN(const parallel::MeshConfig mesh,
+                          parallel::ResolveMesh(session.world().size(), stage.parallel));
+    SALA_RETURN_IF_ERROR(CheckShares(config->batch, mesh));
     SALA_ASSIGN_OR_RETURN(
         const auto stream,
         data::SampleStream::Open(stage.data, stage.name + "/" + phase, config->batch.seq_len_tokens,

@@ -40,7 +40,7 @@ std::vector<model::Batch> LongDocuments(const std::vector<model::Batch>& batches
 StatusOr<LogitScaleFit> FitLogitScale(const Context& ctx, Arena& arena, const model::Model& model,
                                       const std::vector<model::Batch>& batches,
                                       const std::vector<double>& grid,
-                                      parallel::Communicator& comm) {
+                                      const parallel::Mesh& mesh) {
   LogitScaleFit fit;
   fit.candidates = {0.0};
   fit.candidates.insert(fit.candidates.end(), grid.begin(), grid.end());
@@ -53,7 +53,7 @@ StatusOr<LogitScaleFit> FitLogitScale(const Context& ctx, Arena& arena, const mo
       mine[2 * i] = result.loss_sum;
       mine[2 * i + 1] = static_cast<double>(result.targets);
     }
-    SALA_ASSIGN_OR_RETURN(const std::vector<double> sums, parallel::SumDealtItems(comm, mine, 2));
+    SALA_ASSIGN_OR_RETURN(const std::vector<double> sums, parallel::SumDealtItems(mesh, mine, 2));
     fit.targets = static_cast<int64_t>(sums[1]);
     fit.losses.push_back(sums[0] / std::max(1.0, sums[1]));
   }

@@ -7,7 +7,7 @@
 #include "core/context.h"
 #include "model/model.h"
 #include "nlohmann/json.hpp"
-#include "parallel/communicator.h"
+#include "parallel/mesh.h"
 
 namespace sala::recipes {
 
@@ -26,11 +26,11 @@ std::vector<model::Batch> LongDocuments(const std::vector<model::Batch>& batches
                                         int64_t least_tokens);
 
 // Mean loss over all targets of `batches` for no scale and for each a of the grid; the lowest wins,
-// ties to the earlier. Collective over `comm`, to whose ranks the batches are dealt: batch i lies
-// on rank i mod P. The weights are only read.
+// ties to the earlier. Collective over the mesh, to whose dp ranks the batches are dealt: batch i
+// lies on rank i mod DP. The weights are only read.
 StatusOr<LogitScaleFit> FitLogitScale(const Context& ctx, Arena& arena, const model::Model& model,
                                       const std::vector<model::Batch>& batches,
                                       const std::vector<double>& grid,
-                                      parallel::Communicator& comm);
+                                      const parallel::Mesh& mesh);
 
 }  // namespace sala::recipes

@@ -164,11 +164,11 @@ Status DivergedMixer(const std::string& layers) {
                        "halo.align.schedule.peak_lr");
 }
 
-Scorer::Scorer(const Context& ctx, Arena& arena, parallel::Communicator& comm,
+Scorer::Scorer(const Context& ctx, Arena& arena, const parallel::Mesh& mesh,
                const model::Model& teacher, model::ParameterStore& mixers, const ScoreItems& items)
-    : ctx_(ctx), arena_(arena), comm_(comm), teacher_(teacher), mixers_(mixers), items_(items) {
-  for (size_t i = static_cast<size_t>(comm.rank()); i < items.size();
-       i += static_cast<size_t>(comm.size())) {
+    : ctx_(ctx), arena_(arena), mesh_(mesh), teacher_(teacher), mixers_(mixers), items_(items) {
+  for (size_t i = static_cast<size_t>(mesh.dp_rank()); i < items.size();
+       i += static_cast<size_t>(mesh.dp_size())) {
     mine_.push_back({.item = i, .stream = {}, .teacher_hidden = {}});
   }
 }
@@ -203,7 +203,7 @@ ItemValues Scorer::Empty() const {
 
 Status Scorer::Share(ItemValues* values) const {
   for (std::vector<double>* numbers : {&values->loss_sum, &values->correct, &values->kl_sum}) {
-    SALA_RETURN_IF_ERROR(comm_.AllReduce(std::span<double>(*numbers), parallel::Reduce::kSum));
+    SALA_RETURN_IF_ERROR(mesh_.world().AllReduce(std::span<double>(*numbers), parallel::Reduce::kSum));
   }
   return OkStatus();
 }
@@ -216,19 +216,13 @@ void Scorer::Measure(const model::Model& model, const Mine& mine, const Tensor& 
                      ItemValues* values) const {
   const model::Batch& batch = items_[mine.item];
   const ArenaScope scope(arena_);
-  const auto ce = kernels::CrossEntropy(ctx_, hidden, model.tensors().head,
-                                        model::ToDevice(ctx_, arena_, batch.labels),
-                                        {.logit_scale = model.logit_scale()}, {}, {}, {});
+  const auto ce = model::HeadCrossEntropy(ctx_, arena_, model, batch, hidden);
   values->loss_sum[mine.item] = ce.loss_sum;
   values->correct[mine.item] = static_cast<double>(ce.correct);
   if (&model == &teacher_) return;
-  const Tensor teacher_hidden = Take(mine.teacher_hidden);
-  const float scale = teacher_.logit_scale();
-  values->kl_sum[mine.item] =
-      kernels::KlDivergence(ctx_, teacher_hidden, teacher_.tensors().head, hidden,
-                            model.tensors().head,
-                            {.teacher_logit_scale = scale, .student_logit_scale = scale}, {}, {})
-          .loss_sum;
+  values->kl_sum[mine.item] = model::HeadKl(ctx_, arena_, teacher_, Take(mine.teacher_hidden), model,
+                                            hidden, batch)
+                                  .loss_sum;
 }
 
 StatusOr<ItemValues> Scorer::RunTeacher() {

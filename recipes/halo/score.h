@@ -19,7 +19,7 @@
 #include "core/context.h"
 #include "model/model.h"
 #include "nlohmann/json.hpp"
-#include "parallel/communicator.h"
+#include "parallel/mesh.h"
 #include "recipes/halo/select.h"
 
 namespace sala::recipes {
@@ -88,7 +88,7 @@ class Scorer {
  public:
   // Everything must outlive the scorer. `mixers` is laid out by AllMixerSpecs and lies where the
   // context computes.
-  Scorer(const Context& ctx, Arena& arena, parallel::Communicator& comm,
+  Scorer(const Context& ctx, Arena& arena, const parallel::Mesh& mesh,
          const model::Model& teacher, model::ParameterStore& mixers, const ScoreItems& items);
 
   // Fills table.teacher and the layers that it does not have yet; `done` is called after each
@@ -122,7 +122,7 @@ class Scorer {
 
   const Context& ctx_;
   Arena& arena_;
-  parallel::Communicator& comm_;
+  const parallel::Mesh& mesh_;
   const model::Model& teacher_;
   model::ParameterStore& mixers_;
   const ScoreItems& items_;

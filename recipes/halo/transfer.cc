@@ -22,13 +22,15 @@ void Copy(const ConstTensor& from, const Tensor& to) {
   std::memcpy(to.raw(), from.raw(), static_cast<size_t>(from.numel()) * sizeof(float));
 }
 
-// from [K * D, H] -> to [N * D, H]: head i of `to` is head floor(i / (N / K)) of `from`.
-void ExpandHeads(const ConstTensor& from, const ModelConfig& config, const Tensor& to) {
-  const int64_t group = config.num_attention_heads / config.num_key_value_heads;
-  const int64_t rows = config.head_dim;
-  for (int64_t head = 0; head < config.num_attention_heads; ++head) {
+// from [K * D, H] -> to [N * D, H], the heads of this tensor rank: head i of `to` is head
+// floor(i / (N / K)) of `from`.
+void ExpandHeads(const ConstTensor& from, int64_t head_dim, const Tensor& to) {
+  const int64_t heads = to.dim(0) / head_dim;
+  const int64_t group = heads / (from.dim(0) / head_dim);
+  for (int64_t head = 0; head < heads; ++head) {
     const int64_t source = head / group;
-    Copy(from.Rows(source * rows, (source + 1) * rows), to.Rows(head * rows, (head + 1) * rows));
+    Copy(from.Rows(source * head_dim, (source + 1) * head_dim),
+         to.Rows(head * head_dim, (head + 1) * head_dim));
   }
 }
 
@@ -39,21 +41,17 @@ PhiloxStream StreamOf(int64_t seed, const ParameterSpec& spec) {
 }
 
 void InitialiseNormal(int64_t seed, const ParameterSpec& spec, double deviation,
-                      const Tensor& tensor) {
+                      ParameterStore& store) {
   PhiloxStream rng = StreamOf(seed, spec);
-  auto* data = tensor.Data<float>();
-  for (int64_t i = 0; i < spec.numel; ++i)
-    data[i] = static_cast<float>(deviation * rng.NextNormal());
+  model::FillTensor(store, spec, [&] { return deviation * rng.NextNormal(); });
 }
 
 // What common frameworks give a linear layer by default; the published code leaves the gate to it
 // (halo.md 3).
-void InitialiseGate(int64_t seed, const ParameterSpec& spec, const Tensor& gate) {
+void InitialiseGate(int64_t seed, const ParameterSpec& spec, ParameterStore& store) {
   PhiloxStream rng = StreamOf(seed, spec);
   const double bound = 1.0 / std::sqrt(static_cast<double>(spec.shape[1]));
-  auto* data = gate.Data<float>();
-  for (int64_t i = 0; i < spec.numel; ++i)
-    data[i] = static_cast<float>(bound * (2 * rng.NextDouble() - 1));
+  model::FillTensor(store, spec, [&] { return bound * (2 * rng.NextDouble() - 1); });
 }
 
 bool EndsWith(const std::string& text, const std::string& end) {
@@ -91,10 +89,11 @@ ModelConfig AllLinear(const ModelConfig& teacher) {
   return config;
 }
 
-std::vector<ParameterSpec> AllMixerSpecs(const ModelConfig& config) {
+std::vector<ParameterSpec> AllMixerSpecs(const ModelConfig& config,
+                                         const model::TensorShard& shard) {
   std::vector<ParameterSpec> specs;
   for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
-    for (ParameterSpec& spec : model::MixerSpecs(config, layer, MixerType::kLightning))
+    for (ParameterSpec& spec : model::MixerSpecs(config, layer, MixerType::kLightning, shard))
       specs.push_back(std::move(spec));
   }
   model::LayOut(specs);
@@ -102,21 +101,21 @@ std::vector<ParameterSpec> AllMixerSpecs(const ModelConfig& config) {
 }
 
 ParameterStore TransferMixers(const ModelConfig& teacher_config, const ParameterStore& teacher,
-                              const TransferOptions& options) {
-  ParameterStore mixers(AllMixerSpecs(teacher_config));
+                              const TransferOptions& options, const model::TensorShard& shard) {
+  ParameterStore mixers(AllMixerSpecs(teacher_config, shard));
   const double deviation =
       teacher_config.initializer_range / std::sqrt(teacher_config.width_multiplier());
   for (const ParameterSpec& spec : mixers.specs()) {
     const Tensor tensor = mixers.Get(spec.name);
     const bool gain = spec.kind == model::ParameterKind::kVector;
     if (EndsWith(spec.name, "z_proj.weight")) {
-      InitialiseGate(options.seed, spec, tensor);
+      InitialiseGate(options.seed, spec, mixers);
     } else if (gain && !(options.from_teacher && teacher.Has(spec.name))) {
       std::fill_n(tensor.Data<float>(), spec.numel, 1.0F);
     } else if (!options.from_teacher) {
-      InitialiseNormal(options.seed, spec, deviation, tensor);
+      InitialiseNormal(options.seed, spec, deviation, mixers);
     } else if (EndsWith(spec.name, "k_proj.weight") || EndsWith(spec.name, "v_proj.weight")) {
-      ExpandHeads(teacher.Get(spec.name), teacher_config, tensor);
+      ExpandHeads(teacher.Get(spec.name), teacher_config.head_dim, tensor);
     } else {
       Copy(teacher.Get(spec.name), tensor);
     }

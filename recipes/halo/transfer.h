@@ -23,7 +23,8 @@ Status CheckTeacher(const model::ModelConfig& teacher, bool from_teacher);
 model::ModelConfig AllLinear(const model::ModelConfig& teacher);
 
 // Tensors of the Lightning mixers of all layers, laid out.
-std::vector<model::ParameterSpec> AllMixerSpecs(const model::ModelConfig& config);
+std::vector<model::ParameterSpec> AllMixerSpecs(const model::ModelConfig& config,
+                                                const model::TensorShard& shard = {});
 
 struct TransferOptions {
   int64_t seed = 0;
@@ -32,9 +33,11 @@ struct TransferOptions {
 
 // q, o copied; head i of k, v from the teacher's head floor(i / (heads / kv_heads)); q/k gains
 // copied where the teacher has them, else ones; output norm ones; gate uniform in +-1/sqrt(hidden).
-// Random numbers depend on (seed, tensor name) only.
+// Random numbers depend on (seed, tensor name) only. `teacher` is this tensor rank's part, whole in
+// memory, and so is the result.
 model::ParameterStore TransferMixers(const model::ModelConfig& teacher_config,
                                      const model::ParameterStore& teacher,
-                                     const TransferOptions& options);
+                                     const TransferOptions& options,
+                                     const model::TensorShard& shard = {});
 
 }  // namespace sala::recipes

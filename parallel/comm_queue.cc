@@ -1,0 +1,109 @@
+#include "parallel/comm_queue.h"
+
+#include <unistd.h>
+
+#include <chrono>
+#include <exception>
+#include <utility>
+
+#include "core/clock.h"
+#include "core/log.h"
+
+namespace sala::parallel {
+namespace {
+
+constexpr std::chrono::seconds kPatience{5};
+
+}  // namespace
+
+CommQueue::CommQueue(bool threaded) : threaded_(threaded) {
+  if (threaded) thread_ = std::thread([this] { Run(); });
+}
+
+CommQueue::~CommQueue() {
+  if (!threaded_) return;
+  Drain();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ending_ = true;
+    submitted_.notify_all();
+  }
+  thread_.join();
+}
+
+void CommQueue::Drain() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (completed_.wait_for(lock, kPatience, [this] { return done_ == last_; })) return;
+  SALA_LOG(Error) << "COMM-FAILED: an exchange beside the computation does not complete: this rank "
+                     "or another one has failed; see the lines above and the other ranks' logs";
+  _exit(static_cast<int>(ExitCode::kDevice));
+}
+
+bool CommQueue::idle() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return done_ == last_;
+}
+
+CommQueue::Ticket CommQueue::Submit(std::function<Status()> operation) {
+  if (!threaded_) {
+    if (status_.ok()) status_ = RunOne(operation);
+    done_ = ++last_;
+    return last_;
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  waiting_.push_back(std::move(operation));
+  submitted_.notify_all();
+  return ++last_;
+}
+
+Status CommQueue::Wait(Ticket ticket) {
+  const double started = ClockSeconds();
+  std::unique_lock<std::mutex> lock(mutex_);
+  completed_.wait(lock, [this, ticket] { return done_ >= ticket; });
+  seconds_waited_ += ClockSeconds() - started;
+  return status_;
+}
+
+Status CommQueue::WaitAll() { return Wait(last_); }
+
+double CommQueue::seconds_run() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return seconds_run_;
+}
+
+// An exception (of a device) has no caller to go to on this thread.
+Status CommQueue::RunOne(const std::function<Status()>& operation) {
+  const double started = ClockSeconds();
+  Status status;
+  if (threaded_) {
+    try {
+      status = operation();
+    } catch (const std::exception& error) {
+      status = MakeError(ExitCode::kDevice, "COMM-FAILED", error.what());
+    }
+  } else {
+    status = operation();
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  seconds_run_ += ClockSeconds() - started;
+  return status;
+}
+
+void CommQueue::Run() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (true) {
+    submitted_.wait(lock, [this] { return ending_ || !waiting_.empty(); });
+    if (waiting_.empty()) return;
+    const std::function<Status()> operation = std::move(waiting_.front());
+    waiting_.pop_front();
+    const bool failed = !status_.ok();
+    lock.unlock();
+    const Status status = failed ? OkStatus() : RunOne(operation);
+    lock.lock();
+    if (!status.ok()) status_ = status;
+    ++done_;
+    completed_.notify_all();
+  }
+}
+
+}  // namespace sala::parallel

@@ -1,0 +1,165 @@
+#include "recipes/gradient_reducer.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "core/check.h"
+#include "kernels/tensor_ops/tensor_ops.h"
+
+namespace sala::recipes {
+namespace {
+
+// At most 256 pieces a unit, so that all are one short message and a shard is hardly larger than
+// another; a multiple of the alignment of shards.
+int64_t NormPiece(int64_t n) { return std::max<int64_t>(1, (n + 4095) / 4096) * 16; }
+
+parallel::UnitPartition MakePartition(const model::ParameterStore& layout, int ranks,
+                                      bool rank_independent) {
+  const std::vector<int64_t>& borders = layout.unit_borders();
+  std::vector<int64_t> alignments;
+  for (size_t u = 0; rank_independent && u + 1 < borders.size(); ++u)
+    alignments.push_back(NormPiece(borders[u + 1] - borders[u]));
+  return {borders, ranks, alignments};
+}
+
+}  // namespace
+
+GradientReducer::GradientReducer(const Context& ctx, const model::ParameterStore& layout,
+                                 parallel::Mesh& mesh, bool rank_independent)
+    : ctx_(ctx),
+      mesh_(mesh),
+      by_hand_(rank_independent),
+      partition_(MakePartition(layout, mesh.param_size(), rank_independent)) {
+  SALA_CHECK(!rank_independent || mesh.zero_stage() <= 1) << "ZeRO stage " << mesh.zero_stage();
+  const model::Placement whole = sliced() ? model::Placement::Slots() : model::Placement();
+  store_ = model::ParameterStore(layout.specs(), DType::kF32, ctx.gpu, whole);
+  if (sliced() || !alone()) {
+    shard_ = model::ParameterStore(layout.specs(), DType::kF32, ctx.gpu,
+                                   model::Placement::Shard(partition_, mesh.param_rank()));
+  }
+  for (int64_t u = 0; u < partition_.units(); ++u) {
+    std::vector<int64_t>& borders = norm_borders_.emplace_back();
+    const int64_t end = partition_.unit_end(u);
+    if (rank_independent) {
+      const int64_t piece = NormPiece(partition_.unit_size(u));
+      for (int64_t at = partition_.unit_begin(u); at < end; at += piece) borders.push_back(at);
+    } else {
+      for (int r = 0; r < mesh.param_size(); ++r) borders.push_back(partition_.begin(u, r));
+    }
+    borders.push_back(end);
+  }
+  copies_.resize(static_cast<size_t>(partition_.units()));
+  for (const model::ParameterSpec& spec : store_.specs()) {
+    if (spec.copies == 1) continue;
+    std::vector<Copies>& unit = copies_[static_cast<size_t>(spec.unit)];
+    parallel::Communicator* group = &mesh.background_tp_group();
+    if (spec.copies < mesh.tp_size()) {
+      auto part = mesh.TensorSubgroup(static_cast<int>(spec.copies));
+      parallel::OrThrow(part.status());
+      group = *part;
+    }
+    // Gaps between tensors are zero on all ranks.
+    const bool next = !unit.empty() && unit.back().group == group &&
+                      spec.offset - unit.back().end < 16 && spec.offset >= unit.back().end;
+    if (next) {
+      unit.back().end = spec.offset + spec.numel;
+    } else {
+      unit.push_back({spec.offset, spec.offset + spec.numel, group});
+    }
+  }
+  pending_.assign(static_cast<size_t>(partition_.units()), 0);
+  in_slot_.assign(model::kSlots, -1);
+  pool_ = std::make_unique<ThreadPool>(1);
+  store_.set_hooks(this);
+}
+
+GradientReducer::~GradientReducer() { mesh_.queue().Drain(); }
+
+void GradientReducer::BeginStep() {
+  std::fill(pending_.begin(), pending_.end(), 0);
+  std::fill(in_slot_.begin(), in_slot_.end(), -1);
+  last_ = false;
+  if (sliced()) {
+    shard_.Zero();
+  } else {
+    store_.Zero();
+  }
+}
+
+void GradientReducer::BeginMicroBatch(bool last) { last_ = last; }
+
+void GradientReducer::Enter(int64_t unit) {
+  if (!sliced()) return;
+  const auto layers = partition_.units() - 3;
+  int64_t& held = in_slot_[static_cast<size_t>(model::SlotOf(unit, layers))];
+  if (held == unit && pending_[static_cast<size_t>(unit)] == 0) return;  // goes on: a tied head
+  if (held >= 0)
+    parallel::OrThrow(mesh_.queue().Wait(pending_[static_cast<size_t>(held)]));
+  held = unit;
+  pending_[static_cast<size_t>(unit)] = 0;
+  const Tensor all = store_.Flat(partition_.unit_begin(unit), partition_.unit_end(unit));
+  if (ctx_.cuda()) {
+    ctx_.gpu->Zero(all.raw(), static_cast<size_t>(all.numel()) * sizeof(float));
+  } else {
+    std::fill_n(all.Data<float>(), all.numel(), 0.0F);
+  }
+}
+
+void GradientReducer::Leave(int64_t unit) {
+  if (sliced() || (last_ && !by_hand_)) Submit(unit);
+}
+
+void GradientReducer::Submit(int64_t unit) {
+  if (partition_.unit_size(unit) == 0) return;
+  pending_[static_cast<size_t>(unit)] =
+      mesh_.queue().Submit([this, unit] { return Reduce(unit); });
+}
+
+Status GradientReducer::SumCopies(int64_t unit) {
+  for (const Copies& copies : copies_[static_cast<size_t>(unit)]) {
+    SALA_RETURN_IF_ERROR(parallel::AllReduceSum(
+        *copies.group, store_.Flat(copies.begin, copies.end), ctx_.gpu, &work_));
+  }
+  return OkStatus();
+}
+
+Status GradientReducer::Reduce(int64_t unit) {
+  SALA_RETURN_IF_ERROR(SumCopies(unit));
+  parallel::Communicator& group = mesh_.background_param_group();
+  const Tensor all = store_.Flat(partition_.unit_begin(unit), partition_.unit_end(unit));
+  const int rank = mesh_.param_rank();
+  const int64_t begin = partition_.begin(unit, rank);
+  const int64_t end = partition_.end(unit, rank);
+  if (!sliced()) {
+    if (alone()) return OkStatus();
+    const Tensor mine = shard_.Flat(begin, end);
+    SALA_RETURN_IF_ERROR(group.ReduceScatterSum(ConstTensor(all), partition_.counts(unit), mine));
+    if (mesh_.zero_stage() >= 1) return OkStatus();
+    return group.AllGather(ConstTensor(mine), partition_.counts(unit), all);
+  }
+  Tensor term = all;
+  if (!alone()) {
+    const size_t bytes = static_cast<size_t>(end - begin) * sizeof(float);
+    if (term_.bytes() < bytes) term_ = Buffer(bytes, ctx_.gpu);
+    term = Tensor(term_.data(), DType::kF32, {end - begin}, all.device());
+    SALA_RETURN_IF_ERROR(group.ReduceScatterSum(ConstTensor(all), partition_.counts(unit), term));
+  }
+  Context beside = ctx_;
+  beside.pool = pool_.get();
+  kernels::Add(beside, term, shard_.Flat(begin, end));
+  return OkStatus();
+}
+
+Status GradientReducer::Finish() {
+  for (int64_t u = partition_.units() - 1; u >= 0; --u) {
+    if (!sliced() && pending_[static_cast<size_t>(u)] == 0) Submit(u);
+  }
+  return mesh_.queue().WaitAll();
+}
+
+Tensor GradientReducer::Summed(int64_t begin, int64_t end) {
+  const bool in_store = !sliced() && (alone() || mesh_.zero_stage() == 0);
+  return in_store ? store_.Flat(begin, end) : shard_.Flat(begin, end);
+}
+
+}  // namespace sala::recipes
