@@ -36,6 +36,8 @@
   X(KlDivergence)            \
   X(LightningBackward)       \
   X(LightningForward)        \
+  X(LightningStateGradient)  \
+  X(LightningStates)         \
   X(MeanSquaredError)        \
   X(OutputGateBackward)      \
   X(OutputGateForward)       \

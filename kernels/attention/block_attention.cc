@@ -43,25 +43,40 @@ void CheckProblem(const Context& ctx, const BlockAttention& problem) {
   CheckHeads(problem.v, problem.k.dim(0), heads, problem.q.dim(2));
 }
 
-int64_t BlocksOf(const DocumentRange& document, int64_t block) {
-  return (document.length() + block - 1) / block;
+// That, and the parts of a call over packed documents.
+void CheckPacked(const Context& ctx, const BlockAttention& problem) {
+  CheckProblem(ctx, problem);
+  CheckDocuments(problem.documents, problem.k.dim(0));
+  CheckQueries(problem.first_query, problem.q.dim(0), problem.k.dim(0));
 }
 
-// Each block of K or V transposed to [D, block], so that products with few rows can read it where
-// it lies. Columns past the end of the document are never read.
+// The queries of a document, counted from its first token.
+DocumentRange QueriesOf(const BlockAttention& problem, const DocumentRange& document) {
+  return PartOf(document, problem.first_query, problem.q.dim(0));
+}
+
+// The blocks that a document's queries can see: none without queries.
+int64_t BlocksOf(const BlockAttention& problem, const DocumentRange& document) {
+  const DocumentRange queries = QueriesOf(problem, document);
+  return queries.length() == 0 ? 0 : (queries.end + problem.block_size - 1) / problem.block_size;
+}
+
+// Each block of K or V that is seen, transposed to [D, block], so that products with few rows can
+// read it where it lies. Columns past the end of the document are never read.
 class TransposedBlocks {
  public:
-  TransposedBlocks(const Context& ctx, const ConstTensor& x,
-                   std::span<const DocumentRange> documents, int64_t block)
-      : heads_(x.dim(1)), size_(block * x.dim(2)) {
+  TransposedBlocks(const Context& ctx, const BlockAttention& problem, const ConstTensor& x)
+      : heads_(x.dim(1)), size_(problem.block_size * x.dim(2)) {
     struct Item {
       int64_t document;
       int64_t block;
     };
+    const std::span<const DocumentRange> documents = problem.documents;
+    const int64_t block = problem.block_size;
     std::vector<Item> items;
     for (size_t s = 0; s < documents.size(); ++s) {
       first_.push_back(static_cast<int64_t>(items.size()));
-      for (int64_t b = 0; b < BlocksOf(documents[s], block); ++b) {
+      for (int64_t b = 0; b < BlocksOf(problem, documents[s]); ++b) {
         items.push_back({static_cast<int64_t>(s), b});
       }
     }
@@ -138,25 +153,28 @@ std::vector<Work> NewWork(const Context& ctx, const Sizes& z, int64_t blocks, bo
 int64_t MostBlocks(const BlockAttention& problem) {
   int64_t most = 1;
   for (const DocumentRange& document : problem.documents) {
-    most = std::max(most, BlocksOf(document, problem.block_size));
+    most = std::max(most, BlocksOf(problem, document));
   }
   return most;
 }
 
-// Rows of the tile's heads between a [T, N, D] tensor and a contiguous [rows, D] buffer.
-void Gather(const ConstTensor& x, const QueryTile& tile, const Sizes& z, float* to) {
-  const int64_t width = z.group * z.d;
+// The row of a tile's first token in q, out, lse and their kin.
+int64_t FirstRow(const BlockAttention& problem, const QueryTile& tile) {
+  return tile.document.begin + tile.begin - problem.first_query;
+}
+
+// Rows of the tile's heads, `width` elements a token, between a tensor of queries whose row of the
+// tile's first token is `row` and a contiguous buffer.
+void Gather(const ConstTensor& x, int64_t row, const QueryTile& tile, int64_t width, float* to) {
   for (int64_t i = 0; i < tile.count; ++i) {
-    const float* from = x.Row<float>(tile.document.begin + tile.begin + i) + tile.head * width;
-    std::copy_n(from, width, to + i * width);
+    std::copy_n(x.Row<float>(row + i) + tile.head * width, width, to + i * width);
   }
 }
 
-void Scatter(const float* from, const QueryTile& tile, const Sizes& z, const Tensor& x) {
-  const int64_t width = z.group * z.d;
+void Scatter(const float* from, int64_t row, const QueryTile& tile, int64_t width,
+             const Tensor& x) {
   for (int64_t i = 0; i < tile.count; ++i) {
-    std::copy_n(from + i * width, width,
-                x.Row<float>(tile.document.begin + tile.begin + i) + tile.head * width);
+    std::copy_n(from + i * width, width, x.Row<float>(row + i) + tile.head * width);
   }
 }
 
@@ -277,14 +295,15 @@ int64_t TileTokens(int64_t block_size, int64_t group) {
   return std::min({block_size, kMaxTileTokens, static_cast<int64_t>(std::bit_floor(tokens))});
 }
 
-void ForEachTile(int64_t n, int64_t block_size, int64_t group,
+void ForEachTile(const DocumentRange& part, int64_t block_size, int64_t group,
                  const std::function<void(int64_t begin, int64_t count)>& tile) {
   const int64_t tokens = TileTokens(block_size, group);
-  for (int64_t block = 0; block < n; block += block_size) {
-    const int64_t end = std::min(n, block + block_size);
-    for (int64_t begin = block; begin < end; begin += tokens) {
-      tile(begin, std::min(tokens, end - begin));
-    }
+  for (int64_t begin = part.begin; begin < part.end;) {
+    const int64_t in_block = begin % block_size;
+    const int64_t left = std::min(tokens - in_block % tokens, block_size - in_block);
+    const int64_t count = std::min(left, part.end - begin);
+    tile(begin, count);
+    begin += count;
   }
 }
 
@@ -315,14 +334,18 @@ void CheckDocuments(std::span<const DocumentRange> documents, int64_t tokens) {
   }
 }
 
+void CheckQueries(int64_t first_query, int64_t queries, int64_t tokens) {
+  SALA_CHECK(0 <= first_query && first_query + queries <= tokens)
+      << queries << " queries from token " << first_query << " on, of " << tokens << " tokens";
+}
+
 void BlockAttentionForward(const Context& ctx, const BlockAttention& problem, const Tensor& out,
                            const Tensor& lse) {
-  CheckProblem(ctx, problem);
-  CheckDocuments(problem.documents, problem.q.dim(0));
+  CheckPacked(ctx, problem);
   const Sizes z(problem);
   CheckHeads(out, problem.q.dim(0), problem.q.dim(1), z.d);
   const ArenaScope scope(*ctx.scratch);
-  const TransposedBlocks kt(ctx, problem.k, problem.documents, z.block);
+  const TransposedBlocks kt(ctx, problem, problem.k);
   const std::vector<Work> work = NewWork(ctx, z, MostBlocks(problem), /*backward=*/false);
 
   struct Item {
@@ -333,39 +356,36 @@ void BlockAttentionForward(const Context& ctx, const BlockAttention& problem, co
   for (size_t s = 0; s < problem.documents.size(); ++s) {
     const DocumentRange& document = problem.documents[s];
     for (int64_t head = 0; head < z.heads; ++head) {
-      ForEachTile(document.length(), z.block, z.group, [&](int64_t begin, int64_t count) {
-        items.push_back({static_cast<int64_t>(s), {document, head, begin, count}});
-      });
+      ForEachTile(QueriesOf(problem, document), z.block, z.group,
+                  [&](int64_t begin, int64_t count) {
+                    items.push_back({static_cast<int64_t>(s), {document, head, begin, count}});
+                  });
     }
   }
   ForEachItem(ctx, static_cast<int64_t>(items.size()), [&](int64_t worker, int64_t i) {
     const Item& item = items[static_cast<size_t>(i)];
     const Work& mine = work[static_cast<size_t>(worker)];
-    Gather(problem.q, item.tile, z, mine.q);
+    const int64_t row = FirstRow(problem, item.tile);
+    Gather(problem.q, row, item.tile, z.group * z.d, mine.q);
     ForwardTile(problem, z, item.tile, mine,
                 [&](int64_t block) { return kt.At(item.document, item.tile.head, block); });
-    Scatter(mine.o, item.tile, z, out);
-    for (int64_t t = 0; t < item.tile.count; ++t) {
-      std::copy_n(mine.max + t * z.group, z.group,
-                  lse.Row<float>(item.tile.document.begin + item.tile.begin + t) +
-                      item.tile.head * z.group);
-    }
+    Scatter(mine.o, row, item.tile, z.group * z.d, out);
+    Scatter(mine.max, row, item.tile, z.group, lse);
   });
 }
 
 void BlockAttentionBackward(const Context& ctx, const BlockAttention& problem,
                             const ConstTensor& out, const ConstTensor& lse, const ConstTensor& dout,
                             const Tensor& dq, const Tensor& dk, const Tensor& dv) {
-  CheckProblem(ctx, problem);
-  CheckDocuments(problem.documents, problem.q.dim(0));
+  CheckPacked(ctx, problem);
   const Sizes z(problem);
   for (const ConstTensor& x : {out, dout, ConstTensor(dq)}) {
     CheckHeads(x, problem.q.dim(0), problem.q.dim(1), z.d);
   }
   for (const Tensor& x : {dk, dv}) CheckHeads(x, problem.k.dim(0), z.heads, z.d);
   const ArenaScope scope(*ctx.scratch);
-  const TransposedBlocks kt(ctx, problem.k, problem.documents, z.block);
-  const TransposedBlocks vt(ctx, problem.v, problem.documents, z.block);
+  const TransposedBlocks kt(ctx, problem, problem.k);
+  const TransposedBlocks vt(ctx, problem, problem.v);
   const std::vector<Work> work = NewWork(ctx, z, MostBlocks(problem), /*backward=*/true);
 
   const int64_t pairs = static_cast<int64_t>(problem.documents.size()) * z.heads;
@@ -376,18 +396,18 @@ void BlockAttentionBackward(const Context& ctx, const BlockAttention& problem,
     const Work& mine = work[static_cast<size_t>(worker)];
     ZeroRows(dk, document, head, z.d);
     ZeroRows(dv, document, head, z.d);
-    ForEachTile(document.length(), z.block, z.group, [&](int64_t begin, int64_t count) {
+    const DocumentRange queries = QueriesOf(problem, document);
+    ForEachTile(queries, z.block, z.group, [&](int64_t begin, int64_t count) {
       const QueryTile tile = {document, head, begin, count};
-      Gather(out, tile, z, mine.o);
-      Gather(dout, tile, z, mine.dout);
-      Gather(problem.q, tile, z, mine.q);
+      const int64_t row = FirstRow(problem, tile);
+      const int64_t width = z.group * z.d;
+      Gather(out, row, tile, width, mine.o);
+      Gather(dout, row, tile, width, mine.dout);
+      Gather(problem.q, row, tile, width, mine.q);
       RowDots(count * z.group, z.d, mine.dout, mine.o, mine.sum);
-      for (int64_t t = 0; t < count; ++t) {
-        std::copy_n(lse.Row<float>(document.begin + begin + t) + head * z.group, z.group,
-                    mine.max + t * z.group);
-      }
+      Gather(lse, row, tile, z.group, mine.max);
       BackwardTile(problem, z, tile, mine, kt, vt, s, dk, dv);
-      Scatter(mine.o, tile, z, dq);
+      Scatter(mine.o, row, tile, width, dq);
     });
   });
 }

@@ -37,13 +37,14 @@ constexpr int64_t kMaxTileTokens = 64;  // one bit each
 using BlockMembers = std::function<void(const QueryTile& tile, std::span<uint64_t> members)>;
 
 struct BlockAttention {
-  ConstTensor q;  // f32 [T, N, D]
+  ConstTensor q;  // f32 [Tq, N, D]
   ConstTensor k;  // f32 [T, K, D]
   ConstTensor v;  // f32 [T, K, D]
   std::span<const DocumentRange> documents;
   float scale = 1.0F;
   int64_t block_size = 64;
-  BlockMembers members;  // empty: every block
+  BlockMembers members;     // empty: every block
+  int64_t first_query = 0;  // the token of q's row 0
 };
 
 // Shapes and results as AttentionForward, AttentionBackward, AttentionDecode. Work space: k and v
@@ -54,12 +55,13 @@ void BlockAttentionForward(const Context& ctx, const BlockAttention& problem, co
 void BlockAttentionBackward(const Context& ctx, const BlockAttention& problem,
                             const ConstTensor& out, const ConstTensor& lse, const ConstTensor& dout,
                             const Tensor& dq, const Tensor& dk, const Tensor& dv);
-// problem.q [1, N, D] is the token at position n - 1 of k, v [n, K, D]; `documents` is not used.
-// out [N, D].
+// problem.q [1, N, D] is the token at position n - 1 of k, v [n, K, D], first_query n - 1;
+// `documents` is not used. out [N, D].
 void BlockAttentionDecode(const Context& ctx, const BlockAttention& problem, const Tensor& out);
 
-// How the tokens [0, n) of a document are cut into tiles: calls tile(begin, count).
-void ForEachTile(int64_t n, int64_t block_size, int64_t group,
+// How the tokens `part` of a document, counted from its first one, are cut into tiles: calls
+// tile(begin, count). The tiles are those of the whole document, or what `part` leaves of them.
+void ForEachTile(const DocumentRange& part, int64_t block_size, int64_t group,
                  const std::function<void(int64_t begin, int64_t count)>& tile);
 int64_t TileTokens(int64_t block_size, int64_t group);
 
@@ -70,5 +72,7 @@ void ForEachItem(const Context& ctx, int64_t n,
 // Aborts unless x is f32 [T, heads, D] with heads and channels contiguous.
 void CheckHeads(const ConstTensor& x, int64_t tokens, int64_t heads, int64_t d);
 void CheckDocuments(std::span<const DocumentRange> documents, int64_t tokens);
+// Aborts unless `queries` tokens from first_query on are among `tokens` tokens.
+void CheckQueries(int64_t first_query, int64_t queries, int64_t tokens);
 
 }  // namespace sala::kernels

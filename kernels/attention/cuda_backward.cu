@@ -75,9 +75,11 @@ struct HostKeyWork {
   int32_t slots = 0;
 };
 
-HostKeyWork DenseKeyWork(std::span<const DocumentRange> documents, const Problem& problem) {
+HostKeyWork DenseKeyWork(std::span<const DocumentRange> documents, const Problem& problem,
+                         int64_t first_query, int64_t count) {
   HostKeyWork work;
   for (const DocumentRange& document : documents) {
+    const DocumentRange queries = PartOf(document, first_query, count);
     const int64_t blocks = CeilDiv(document.length(), kDenseKeys) * problem.kv_heads;
     const int64_t most_pieces = std::max<int64_t>(1, kPiecesOfDocument / blocks);
     const int64_t piece = std::max({int64_t{1}, int64_t{kRowsOfPiece / problem.group},
@@ -89,14 +91,16 @@ HostKeyWork DenseKeyWork(std::span<const DocumentRange> documents, const Problem
         tile.n = static_cast<int32_t>(document.length());
         tile.key = static_cast<int32_t>(key);
         tile.head = head;
-        tile.run = tile.n - tile.key;
-        const auto pieces = static_cast<int32_t>(CeilDiv(tile.run, piece));
+        tile.run = static_cast<int32_t>(std::max<int64_t>(0, queries.end - key));
+        const int64_t begin = std::clamp<int64_t>(queries.begin - key, 0, tile.run);
+        const auto pieces =
+            static_cast<int32_t>(std::max<int64_t>(1, CeilDiv(tile.run - begin, piece)));
         if (pieces > 1) {
           work.sums.push_back({tile.document, tile.n, tile.key, head, work.slots, pieces, 0});
         }
-        for (int64_t first = 0; first < tile.run; first += piece) {
-          tile.first = static_cast<int32_t>(first);
-          tile.last = static_cast<int32_t>(std::min<int64_t>(first + piece, tile.run));
+        for (int32_t i = 0; i < pieces; ++i) {
+          tile.first = static_cast<int32_t>(begin + i * piece);
+          tile.last = static_cast<int32_t>(std::min<int64_t>(tile.first + piece, tile.run));
           tile.slot = pieces > 1 ? work.slots++ : -1;
           work.tiles.push_back(tile);
         }
@@ -111,51 +115,60 @@ HostKeyWork DenseKeyWork(std::span<const DocumentRange> documents, const Problem
 
 }  // namespace
 
-void tile::LaunchDelta(const Op& op, const Problem& problem, int64_t d, const ConstTensor& out,
-                       const ConstTensor& dout, const TokenTile* tiles, int64_t count, int tokens,
-                       float* delta) {
+tile::QueryGradients tile::QueryGradientsOf(const Context& ctx, const Op& op, const ConstTensor& q,
+                                            const ConstTensor& out, const ConstTensor& lse,
+                                            const ConstTensor& dout, int64_t first_query) {
+  const int64_t tokens = q.dim(0);
+  const int64_t heads = q.dim(1);
+  for (const ConstTensor& x : {out, dout}) CheckDeviceHeads(x, tokens, heads, q.dim(2));
+  CheckStatistics(lse, tokens, heads);
+  auto* delta = ctx.scratch->New(DType::kF32, {tokens, heads}).Data<float>();
+  return {InputOf(op, out, first_query), InputOf(op, dout, first_query),
+          DataFromToken<float>(op, lse, first_query), lse.stride(0),
+          FromToken(delta, first_query, heads)};
+}
+
+void tile::LaunchDelta(const Op& op, const Problem& problem, int64_t d, const QueryGradients& x,
+                       const TokenTile* tiles, int64_t count, int tokens) {
   ForHeadSize(d, [&](auto size) {
-    op.Launch(DeltaKernel<decltype(size)::value>, dim3(Blocks(count)), dim3(kThreads), 0,
-              InputOf(op, out), InputOf(op, dout), problem.heads, tiles, tokens, delta);
+    op.Launch(DeltaKernel<decltype(size)::value>, dim3(Blocks(count)), dim3(kThreads), 0, x.out,
+              x.dout, problem.heads, tiles, tokens, x.delta);
   });
 }
 
 void cuda::AttentionBackward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                              const ConstTensor& v, const ConstTensor& out, const ConstTensor& lse,
                              const ConstTensor& dout, std::span<const DocumentRange> documents,
-                             float scale, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+                             float scale, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                             int64_t first_query) {
   const Op op(ctx, "AttentionBackward", q);
-  const Problem problem = ProblemOf(op, q, k, v, scale);
-  const int64_t tokens = q.dim(0);
-  CheckDocuments(documents, tokens);
-  for (const ConstTensor& x : {out, dout, ConstTensor(dq)}) {
-    CheckDeviceHeads(x, tokens, q.dim(1), q.dim(2));
-  }
-  for (const Tensor& x : {dk, dv}) CheckDeviceHeads(x, tokens, k.dim(1), q.dim(2));
-  CheckStatistics(lse, tokens, q.dim(1));
+  const Problem problem = ProblemOf(op, q, k, v, scale, first_query);
+  CheckDocuments(documents, k.dim(0));
+  CheckDeviceHeads(dq, q.dim(0), q.dim(1), q.dim(2));
+  for (const Tensor& x : {dk, dv}) CheckDeviceHeads(x, k.dim(0), k.dim(1), q.dim(2));
   const ArenaScope scope(*ctx.scratch);
-  auto* delta = ctx.scratch->New(DType::kF32, {tokens, q.dim(1)}).Data<float>();
-  const std::vector<TokenTile> tiles = DenseTiles(documents);
+  const QueryGradients x = QueryGradientsOf(ctx, op, q, out, lse, dout, first_query);
+  const std::vector<TokenTile> tiles = DenseTiles(documents, first_query, q.dim(0));
   const auto count = static_cast<int64_t>(tiles.size());
   const TokenTile* device_tiles = UploadScratch(ctx, tiles.data(), count);
-  LaunchDelta(op, problem, q.dim(2), out, dout, device_tiles, count, kDenseQueries, delta);
+  LaunchDelta(op, problem, q.dim(2), x, device_tiles, count, kDenseQueries);
   ForHeadSize(q.dim(2), [&](auto size) {
     constexpr int D = decltype(size)::value;
     constexpr int64_t kStage = KeyRing<D, kDenseKeys>::kStage;
     const int stages = RingStages(op, SharedBytes<Bf16>(kStage), 0);
     op.Launch(AttentionQueryGradientKernel<D>, dim3(Blocks(count * problem.heads)), dim3(kThreads),
-              SharedBytes<Bf16>(stages * kStage), problem, InputOf(op, dout), op.Data<float>(lse),
-              lse.stride(0), delta, OutputOf(op, dq), device_tiles, stages);
+              SharedBytes<Bf16>(stages * kStage), problem, x.dout, x.lse, x.lse_stride, x.delta,
+              OutputOf(op, dq, first_query), device_tiles, stages);
   });
 
-  const HostKeyWork host = DenseKeyWork(documents, problem);
+  const HostKeyWork host = DenseKeyWork(documents, problem, first_query, q.dim(0));
   KeyWork work;
   work.most_tiles = static_cast<int64_t>(host.tiles.size());
   work.most_sums = static_cast<int64_t>(host.sums.size());
   work.slots = host.slots;
   work.tiles = UploadScratch(ctx, host.tiles.data(), work.most_tiles);
   work.sums = UploadScratch(ctx, host.sums.data(), work.most_sums);
-  LaunchKeyGradient(ctx, op, problem, q.dim(2), dout, lse, delta, work, dk, dv);
+  LaunchKeyGradient(ctx, op, problem, q.dim(2), x, work, dk, dv);
 }
 
 }  // namespace sala::kernels

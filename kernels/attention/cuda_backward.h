@@ -3,9 +3,10 @@
 // every sum in a fixed order.
 //
 // A block of keys is attended by a sequence of tokens: the run that starts with the block's own
-// tokens, then a list (sparse: the later tokens that chose the block). A KeyTile is a piece
-// [first, last) of that sequence; a block of one piece is written straight to dk and dv, the pieces
-// of longer ones leave float32 sums in slots, which a KeySum adds in order.
+// tokens, then a list (sparse: the later tokens that chose the block). Where queries are a range of
+// the tokens, the sequence leaves out those before and behind it. A KeyTile is a piece [first,
+// last) of it; a block of one piece is written straight to dk and dv (zeros for an empty one), the
+// pieces of longer ones leave float32 sums in slots, which a KeySum adds in order.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +25,25 @@ __host__ __device__ inline int DenseKeyTiles(const TokenTile& tile) {
   return (end + kDenseKeys - 1) / kDenseKeys;
 }
 
-// Tiles of kDenseQueries tokens, those with the most keys first.
-std::vector<TokenTile> DenseTiles(std::span<const DocumentRange> documents);
+// Calls tile(TokenTile) for the queries of a document in tiles of `most` tokens that begin at
+// multiples of `unit`; queries that begin between two of these come first, up to the next one. What
+// a row sees in its warp or block then never depends on where the queries begin.
+template <typename Tile>
+void ForEachTokenTile(const DocumentRange& document, const DocumentRange& queries, int64_t unit,
+                      int64_t most, const Tile& tile) {
+  for (int64_t first = queries.begin; first < queries.end;) {
+    const bool between = first % unit != 0;
+    const int64_t next = between ? CeilDiv(first, unit) * unit : first + most;
+    const int64_t n = between ? std::min(next, queries.end) : queries.end;
+    tile(TokenTile{document.begin, static_cast<int32_t>(n), static_cast<int32_t>(first)});
+    first = next;
+  }
+}
+
+// The queries [first_query, first_query + count) in tiles of kDenseQueries tokens, those with the
+// most keys first.
+std::vector<TokenTile> DenseTiles(std::span<const DocumentRange> documents, int64_t first_query,
+                                  int64_t count);
 
 // A number of blocks for a grid.
 inline unsigned Blocks(int64_t count) {
@@ -39,8 +57,8 @@ struct KeyTile {
   int32_t n = 0;         // tokens of the document
   int32_t key = 0;       // first key of the block
   int32_t head = 0;      // key/value head
-  int32_t run = 0;       // tokens key .. key + run - 1, before the list
-  int32_t first = 0;     // the piece of the sequence
+  int32_t run = 0;       // tokens .. key + run - 1, before the list
+  int32_t first = 0;     // the piece of the sequence, counted from token `key`
   int32_t last = 0;
   int32_t slot = -1;  // where its sums go; -1: to dk and dv
   int32_t unused = 0;
@@ -69,15 +87,25 @@ struct KeyWork {
   int block_size = kDenseKeys;
 };
 
-// delta[t, h] = sum over c of do[t, h, c] o[t, h, c], float32 [T, N], for `tokens` tokens of each
-// tile.
-void LaunchDelta(const Op& op, const Problem& problem, int64_t d, const ConstTensor& out,
-                 const ConstTensor& dout, const TokenTile* tiles, int64_t count, int tokens,
-                 float* delta);
+// What the steps of a backward pass read of the queries, counted from token 0 as FromToken does.
+struct QueryGradients {
+  Input out, dout;
+  const float* lse = nullptr;
+  int64_t lse_stride = 0;
+  float* delta = nullptr;  // [T, N]
+};
+// Checks the shapes; takes Tq * N floats of scratch for delta.
+QueryGradients QueryGradientsOf(const Context& ctx, const Op& op, const ConstTensor& q,
+                                const ConstTensor& out, const ConstTensor& lse,
+                                const ConstTensor& dout, int64_t first_query);
 
-// dk and dv. Takes block_size * D * 8 bytes of scratch for each slot.
+// delta[t, h] = sum over c of do[t, h, c] o[t, h, c], for `tokens` tokens of each tile.
+void LaunchDelta(const Op& op, const Problem& problem, int64_t d, const QueryGradients& x,
+                 const TokenTile* tiles, int64_t count, int tokens);
+
+// dk and dv, bf16 or f32. Takes block_size * D * 8 bytes of scratch for each slot.
 void LaunchKeyGradient(const Context& ctx, const Op& op, const Problem& problem, int64_t d,
-                       const ConstTensor& dout, const ConstTensor& lse, const float* delta,
-                       const KeyWork& work, const Tensor& dk, const Tensor& dv);
+                       const QueryGradients& x, const KeyWork& work, const Tensor& dk,
+                       const Tensor& dv);
 
 }  // namespace sala::kernels::tile

@@ -17,6 +17,25 @@ using namespace tile;  // NOLINT(google-build-using-namespace)
 constexpr int kStepRows = 64;
 constexpr int kMostStages = 3;  // with D = 128 they fill the 99 KiB of the smaller devices
 
+// dk or dv of all tokens, bf16 or f32.
+struct KeyOutput {
+  void* data = nullptr;
+  int64_t stride = 0;
+  bool wide = false;  // f32
+};
+KeyOutput KeyOutputOf(const Op& op, const Tensor& x) {
+  const bool wide = x.dtype() == DType::kF32;
+  return {wide ? static_cast<void*>(op.Data<float>(x)) : op.Data<Bf16>(x), x.stride(0), wide};
+}
+__device__ __forceinline__ void StoreKeyPair(const KeyOutput& x, int64_t offset, float low,
+                                             float high) {
+  if (x.wide) {
+    *reinterpret_cast<float2*>(static_cast<float*>(x.data) + offset) = {low, high};
+  } else {
+    StorePair(static_cast<Bf16*>(x.data) + offset, low, high);
+  }
+}
+
 // A row of a step: token in the document, -1 past the end of the piece; head in the group.
 struct RowName {
   int32_t token;
@@ -90,7 +109,7 @@ class RowRing {
 template <int D, int kKeys>
 __global__ void __launch_bounds__(kThreads, 1)
     KeyGradientKernel(Problem p, Input dout, const float* lse, int64_t lse_stride,
-                      const float* delta, KeyWork work, Output dk, Output dv, float* slots,
+                      const float* delta, KeyWork work, KeyOutput dk, KeyOutput dv, float* slots,
                       int stages) {
   constexpr int kKeyGroups = kKeys / kRows;
   constexpr int kRowGroups = kWarps / kKeyGroups;
@@ -249,12 +268,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t token = tile.document + key;
     const int64_t channel = Lane() % 4 * 2;
     if (tile.slot < 0) {
-      Bf16* dk_row = dk.data + token * dk.stride + int64_t{tile.head} * D + channel;
-      Bf16* dv_row = dv.data + token * dv.stride + int64_t{tile.head} * D + channel;
+      const int64_t dk_row = token * dk.stride + int64_t{tile.head} * D + channel;
+      const int64_t dv_row = token * dv.stride + int64_t{tile.head} * D + channel;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
-        StorePair(dk_row + 8 * j, dk_sum[j][2 * h] * p.scale, dk_sum[j][2 * h + 1] * p.scale);
-        StorePair(dv_row + 8 * j, dv_sum[j][2 * h], dv_sum[j][2 * h + 1]);
+        StoreKeyPair(dk, dk_row + 8 * j, dk_sum[j][2 * h] * p.scale,
+                     dk_sum[j][2 * h + 1] * p.scale);
+        StoreKeyPair(dv, dv_row + 8 * j, dv_sum[j][2 * h], dv_sum[j][2 * h + 1]);
       }
     } else {
       const int64_t row = lane_row + 8 * h;
@@ -272,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // Adds the pieces of a block in order. Memory bound.
 __global__ void __launch_bounds__(kThreads)
-    KeySumKernel(KeyWork work, int d, float scale, const float* slots, Output dk, Output dv) {
+    KeySumKernel(KeyWork work, int d, float scale, const float* slots, KeyOutput dk, KeyOutput dv) {
   if (work.counts != nullptr && static_cast<int>(blockIdx.x) >= work.counts[1]) return;
   const KeySum sum = work.sums[blockIdx.x];
   const int keys = min(work.block_size, sum.n - sum.key);
@@ -287,19 +307,19 @@ __global__ void __launch_bounds__(kThreads)
       total.x += piece.x;
       total.y += piece.y;
     }
-    const Output& x = is_dv ? dv : dk;
+    const KeyOutput& x = is_dv ? dv : dk;
     const float factor = is_dv ? 1.0F : scale;
-    StorePair(x.data + (sum.document + sum.key + element / d) * x.stride + int64_t{sum.head} * d +
-                  element % d,
-              total.x * factor, total.y * factor);
+    StoreKeyPair(
+        x, (sum.document + sum.key + element / d) * x.stride + int64_t{sum.head} * d + element % d,
+        total.x * factor, total.y * factor);
   }
 }
 
 }  // namespace
 
 void tile::LaunchKeyGradient(const Context& ctx, const Op& op, const Problem& problem, int64_t d,
-                             const ConstTensor& dout, const ConstTensor& lse, const float* delta,
-                             const KeyWork& work, const Tensor& dk, const Tensor& dv) {
+                             const QueryGradients& x, const KeyWork& work, const Tensor& dk,
+                             const Tensor& dv) {
   auto* slots =
       ctx.scratch->New(DType::kF32, {std::max<int64_t>(1, work.slots), 2 * work.block_size * d})
           .Data<float>();
@@ -311,9 +331,9 @@ void tile::LaunchKeyGradient(const Context& ctx, const Op& op, const Problem& pr
                                    SharedBytes<RowName>(2 * kStepRows) + SharedBytes<KeyTile>(1);
     const int stages = RingStages(op, SharedBytes<Bf16>(kStage), kOtherBytes, kMostStages);
     op.Launch(KeyGradientKernel<D, kKeys>, dim3(Blocks(work.most_tiles * work.block_size / kKeys)),
-              dim3(kThreads), SharedBytes<Bf16>(stages * kStage) + kOtherBytes, problem,
-              InputOf(op, dout), op.Data<float>(lse), lse.stride(0), delta, work, OutputOf(op, dk),
-              OutputOf(op, dv), slots, stages);
+              dim3(kThreads), SharedBytes<Bf16>(stages * kStage) + kOtherBytes, problem, x.dout,
+              x.lse, x.lse_stride, x.delta, work, KeyOutputOf(op, dk), KeyOutputOf(op, dv), slots,
+              stages);
   };
   ForHeadSize(d, [&](auto size) {
     if (work.block_size % 64 == 0) {
@@ -323,7 +343,7 @@ void tile::LaunchKeyGradient(const Context& ctx, const Op& op, const Problem& pr
     }
   });
   op.Launch(KeySumKernel, dim3(Blocks(work.most_sums)), dim3(kThreads), 0, work,
-            static_cast<int>(d), problem.scale, slots, OutputOf(op, dk), OutputOf(op, dv));
+            static_cast<int>(d), problem.scale, slots, KeyOutputOf(op, dk), KeyOutputOf(op, dv));
 }
 
 }  // namespace sala::kernels

@@ -26,7 +26,9 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kRows = 16;  // of a warp
 constexpr float kLog2E = 1.44269504F;
 
-// Query tokens first, first + 1, .. of the document that starts at token `document` and has n.
+// Query tokens first, first + 1, .. of the document that starts at token `document`. They end at n,
+// and no key from n on is seen by any of them: n is where the document ends, or its queries do, or
+// a tile that begins where the queries do and must not go on to its full size.
 struct TokenTile {
   int64_t document = 0;
   int32_t n = 0;
@@ -63,11 +65,16 @@ inline void CheckDeviceHeads(const ConstTensor& x, int64_t tokens, int64_t heads
       << ": expected contiguous heads and rows at multiples of 8 elements on a GPU";
 }
 
-inline Input InputOf(const Op& op, const ConstTensor& x) { return {op.Data<Bf16>(x), x.stride(0)}; }
-inline Output OutputOf(const Op& op, const Tensor& x) { return {op.Data<Bf16>(x), x.stride(0)}; }
+// `first_query`: the token of row 0.
+inline Input InputOf(const Op& op, const ConstTensor& x, int64_t first_query) {
+  return {DataFromToken<Bf16>(op, x, first_query), x.stride(0)};
+}
+inline Output OutputOf(const Op& op, const Tensor& x, int64_t first_query) {
+  return {DataFromToken<Bf16>(op, x, first_query), x.stride(0)};
+}
 
 inline Problem ProblemOf(const Op& op, const ConstTensor& q, const ConstTensor& k,
-                         const ConstTensor& v, float scale) {
+                         const ConstTensor& v, float scale, int64_t first_query) {
   const int64_t heads = q.dim(1);
   const int64_t kv_heads = k.dim(1);
   SALA_CHECK(kv_heads >= 1 && heads % kv_heads == 0)
@@ -77,11 +84,12 @@ inline Problem ProblemOf(const Op& op, const ConstTensor& q, const ConstTensor& 
   SALA_CHECK(d == 16 || d == 32 || d == 64 || d == 128)
       << "head size " << d << ", expected 16, 32, 64 or 128 on a GPU";
   CheckDeviceHeads(q, q.dim(0), heads, d);
-  CheckDeviceHeads(k, q.dim(0), kv_heads, d);
-  CheckDeviceHeads(v, q.dim(0), kv_heads, d);
-  return {InputOf(op, q),
-          InputOf(op, k),
-          InputOf(op, v),
+  CheckDeviceHeads(k, k.dim(0), kv_heads, d);
+  CheckDeviceHeads(v, k.dim(0), kv_heads, d);
+  CheckQueries(first_query, q.dim(0), k.dim(0));
+  return {InputOf(op, q, first_query),
+          InputOf(op, k, 0),
+          InputOf(op, v, 0),
           static_cast<int>(heads),
           static_cast<int>(kv_heads),
           static_cast<int>(heads / kv_heads),

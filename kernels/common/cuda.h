@@ -145,4 +145,17 @@ const T* UploadScratch(const Context& ctx, const T* values, int64_t count) {
   return static_cast<const T*>(device);
 }
 
+// Where the row of token 0 would lie in a tensor of rows `stride` apart whose row 0 is token
+// `first`. Kernels count all tokens from token 0 and touch those from `first` on. An integer on the
+// way, because no pointer may leave its array.
+template <typename T>
+T* FromToken(T* data, int64_t first, int64_t stride) {
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data) -
+                              static_cast<uintptr_t>(first * stride) * sizeof(T));
+}
+template <typename T, typename AnyTensor>
+auto DataFromToken(const Op& op, const AnyTensor& x, int64_t first) {
+  return FromToken(op.Data<T>(x), first, x.stride(0));
+}
+
 }  // namespace sala::kernels

@@ -1,5 +1,7 @@
 #include "kernels/common/documents.h"
 
+#include <algorithm>
+
 #include "core/check.h"
 
 namespace sala::kernels {
@@ -14,6 +16,13 @@ std::vector<DocumentRange> Documents(std::span<const int32_t> cu_seqlens) {
     if (cu_seqlens[s] < cu_seqlens[s + 1]) documents.push_back({cu_seqlens[s], cu_seqlens[s + 1]});
   }
   return documents;
+}
+
+DocumentRange PartOf(const DocumentRange& document, int64_t first, int64_t count) {
+  const auto inside = [&document](int64_t token) {
+    return std::clamp<int64_t>(token - document.begin, 0, document.length());
+  };
+  return {inside(first), inside(first + count)};
 }
 
 }  // namespace sala::kernels

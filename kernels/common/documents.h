@@ -19,6 +19,10 @@ struct DocumentRange {
 // order.
 std::vector<DocumentRange> Documents(std::span<const int32_t> cu_seqlens);
 
+// The tokens of `document` that lie in [first, first + count), counted from the document's first
+// token. Begin and end lie in the document, and are equal where there are none.
+DocumentRange PartOf(const DocumentRange& document, int64_t first, int64_t count);
+
 // Whether a kernel's result replaces what the output holds or is added to it.
 enum class Write : uint8_t { kOverwrite, kAccumulate };
 

@@ -52,6 +52,8 @@ std::vector<Chunk> CutInChunks(std::span<const int32_t> cu_seqlens, bool carries
   return chunks;
 }
 
+bool BeginsDocument(const Chunk& chunk) { return !chunk.StateSurvives(); }
+
 // lambda^e. Powers below 1e-30 count as 0, which keeps denormal numbers out of the products.
 float DecayPower(float slope, int64_t e) {
   const double p = std::exp(-static_cast<double>(slope) * static_cast<double>(e));
@@ -186,6 +188,11 @@ class HeadChunks {
     ScaleOutgoing(c, k);
     UpdateState(c, c.n - c.last, v.At(c.begin + c.last), v.stride);
   }
+  // R' = a R + sum_i scale lambda^(i+1) q_i dO_i^T over the carried tokens
+  void ReturnState(const Chunk& c, const HeadRows& q, const HeadRows& dout) const {
+    ScaleCarried(c, q);
+    UpdateState(c, c.carried, dout.At(c.begin), dout.stride);
+  }
 
  private:
   int64_t d_;
@@ -230,8 +237,7 @@ void SweepBackward(const HeadChunks& head, const std::vector<Chunk>& chunks, con
     head.ApplyScoresTransposed(c, dout, dv);
     head.ScaleOutgoing(c, x.k);
     head.AddTimesState(outgoing, dv.At(c.begin + c.last), dv.stride);
-    head.ScaleCarried(c, x.q);
-    head.UpdateState(c, c.carried, dout.At(c.begin), dout.stride);
+    head.ReturnState(c, x.q, dout);
   }
 }
 
@@ -344,6 +350,48 @@ void LightningBackward(const Context& ctx, const ConstTensor& q, const ConstTens
     SweepForward(head, chunks, x, g, MutableHeadRows(dq, h));
     head.LoadState(dstate_out, h);
     SweepBackward(head, chunks, x, g, MutableHeadRows(dk, h), MutableHeadRows(dv, h));
+    head.StoreState(dstate_in, h);
+  });
+}
+
+void LightningStates(const Context& ctx, const ConstTensor& k, const ConstTensor& v,
+                     std::span<const int32_t> cu_seqlens, std::span<const float> slopes,
+                     const ConstTensor& state_in, const Tensor& state_out) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).LightningStates(ctx, k, v, cu_seqlens, slopes, state_in, state_out);
+  }
+  const HeadLoop loop(ctx, k, cu_seqlens, slopes, /*scale=*/1.0F, {k, v}, {state_in, state_out});
+  const std::vector<Chunk> chunks = CutInChunks(cu_seqlens, !state_in.empty());
+  // What comes before the last chunk that begins a document does not reach the end.
+  const auto last = std::find_if(chunks.rbegin(), chunks.rend(), BeginsDocument);
+  const auto first = last == chunks.rend() ? chunks.begin() : last.base() - 1;
+  loop.Run([&](const HeadChunks& head, int64_t h) {
+    head.LoadState(state_in, h);
+    for (auto c = first; c != chunks.end(); ++c) {
+      head.AdvanceState(*c, HeadRows(k, h), HeadRows(v, h));
+    }
+    head.StoreState(state_out, h);
+  });
+}
+
+void LightningStateGradient(const Context& ctx, const ConstTensor& q, const ConstTensor& dout,
+                            std::span<const int32_t> cu_seqlens, std::span<const float> slopes,
+                            float scale, bool carried_in, const ConstTensor& dstate_out,
+                            const Tensor& dstate_in) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).LightningStateGradient(ctx, q, dout, cu_seqlens, slopes, scale, carried_in,
+                                            dstate_out, dstate_in);
+  }
+  const HeadLoop loop(ctx, q, cu_seqlens, slopes, scale, {q, dout}, {dstate_out, dstate_in});
+  const std::vector<Chunk> chunks = CutInChunks(cu_seqlens, carried_in);
+  // Nothing comes back through the first chunk that begins a document.
+  const auto first = std::find_if(chunks.begin(), chunks.end(), BeginsDocument);
+  const auto end = first == chunks.end() ? first : first + 1;
+  loop.Run([&](const HeadChunks& head, int64_t h) {
+    head.LoadState(dstate_out, h);
+    for (auto c = end; c != chunks.begin();) {
+      head.ReturnState(*--c, HeadRows(q, h), HeadRows(dout, h));
+    }
     head.StoreState(dstate_in, h);
   });
 }

@@ -9,6 +9,8 @@
 // four outputs are one algorithm with other operands (cuda_lightning.h), so there is one kernel.
 // Bound by memory: forward reads k, v, then q, k, v and writes out; backward reads the operands of
 // both borders, then 9 and writes 3, most of the reads from L2 where sweeps share them.
+//
+// Where the last state alone is asked for, the march of the last segment is one of the state alone.
 #include "kernels/cuda_kernels.h"
 #include "kernels/lightning/cuda_lightning.h"
 
@@ -128,6 +130,33 @@ const float* Entering(const Op& op, const Context& ctx, const ConstTensor& from,
   return static_cast<const float*>(copy);
 }
 
+// The last state of a sweep, without its outputs: S with y = k and z = v, or R with q and dO.
+void LastState(const Context& ctx, const char* name, const ConstTensor& y, const ConstTensor& z,
+               std::span<const int32_t> cu_seqlens, std::span<const float> slopes, float scale,
+               bool carries_in, const ConstTensor& from, const Tensor& to, bool falling) {
+  const Op op(ctx, name, y);
+  const Plan plan = CheckedPlan(y, cu_seqlens, slopes);
+  for (const ConstTensor& x : {y, z}) CheckRows(x, y);
+  for (const ConstTensor& x : {from, ConstTensor(to)}) CheckState(x, y);
+  if (plan.tokens == 0) return PassStates(op, ctx, from, to);
+
+  const ArenaScope scope(*ctx.scratch);
+  const Inputs inputs(ctx, op, plan, cu_seqlens, carries_in, slopes);
+  const BorderArguments border = {plan,
+                                  inputs.tables,
+                                  inputs.slopes,
+                                  scale,
+                                  1,
+                                  {{{op.Data<Bf16>(y), y.stride(0)},
+                                    {op.Data<Bf16>(z), z.stride(0)},
+                                    op.Data<float>(from),
+                                    NewBorderStates(ctx, plan),
+                                    falling,
+                                    op.Data<float>(to)}}};
+  lightning::BuildBorderStates(op, border);
+  lightning::BuildLastStates(op, border);
+}
+
 }  // namespace
 
 void cuda::LightningForward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
@@ -160,6 +189,21 @@ void cuda::LightningForward(const Context& ctx, const ConstTensor& q, const Cons
                     .row_stride = plan.d,
                     .column_stride = 1};
   lightning::March(op, march);
+}
+
+void cuda::LightningStates(const Context& ctx, const ConstTensor& k, const ConstTensor& v,
+                           std::span<const int32_t> cu_seqlens, std::span<const float> slopes,
+                           const ConstTensor& state_in, const Tensor& state_out) {
+  LastState(ctx, "LightningStates", k, v, cu_seqlens, slopes, /*scale=*/1.0F, !state_in.empty(),
+            state_in, state_out, /*falling=*/false);
+}
+
+void cuda::LightningStateGradient(const Context& ctx, const ConstTensor& q, const ConstTensor& dout,
+                                  std::span<const int32_t> cu_seqlens,
+                                  std::span<const float> slopes, float scale, bool carried_in,
+                                  const ConstTensor& dstate_out, const Tensor& dstate_in) {
+  LastState(ctx, "LightningStateGradient", q, dout, cu_seqlens, slopes, scale, carried_in,
+            dstate_out, dstate_in, /*falling=*/true);
 }
 
 void cuda::LightningBackward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,

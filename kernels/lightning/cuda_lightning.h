@@ -67,6 +67,7 @@ struct BorderStates {
   const float* first = nullptr;  // [heads, D, D]: state_in or dstate_out; null: zero
   float* states = nullptr;
   bool falling = false;
+  float* last = nullptr;  // [heads, D, D]: takes what leaves the last segment; BuildLastStates
 };
 constexpr int kMaxSweeps = 3;
 struct BorderArguments {
@@ -78,6 +79,9 @@ struct BorderArguments {
   BorderStates border[2];
 };
 void BuildBorderStates(const Op& op, const BorderArguments& arguments);
+// After BuildBorderStates: what leaves the last segment, with the bits of a march along it. `last`
+// may be the memory of `first`.
+void BuildLastStates(const Op& op, const BorderArguments& arguments);
 
 struct Sweep {
   Rows x, y, z;

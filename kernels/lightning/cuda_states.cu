@@ -1,6 +1,7 @@
-// The states at the borders of segments, in two steps, and the tables that all kernels read. The
-// first step reads y and z once (half of what the march reads) and is bound by memory; a head whose
-// decay forgets within a segment reads only the tokens that it remembers.
+// The states at the borders of segments, in two steps, the state behind the last of them, and the
+// tables that all kernels read. The first step reads y and z once (half of what the march reads)
+// and is bound by memory; a head whose decay forgets within a segment reads only the tokens that it
+// remembers.
 #include "kernels/lightning/cuda_lightning.h"
 
 namespace sala::kernels::lightning {
@@ -89,10 +90,11 @@ __global__ void __launch_bounds__(kTableThreads)
   }
 }
 
-// What a segment leaves when nothing enters it: the first step.
+// What a segment leaves when nothing enters it: the first step. With `last` what the sweep's last
+// segment leaves when that enters it which does: all that a march along it does to the state.
 template <int D>
 __global__ void __launch_bounds__(kThreads<D>)
-    LightningSegmentStateKernel(const __grid_constant__ BorderArguments arguments) {
+    LightningSegmentStateKernel(const __grid_constant__ BorderArguments arguments, bool last) {
   constexpr int kTile = kChunk * D;
   SharedMemory shared;
   Rows* rows = shared.Take<Rows>(2);  // y and z of the block's head
@@ -108,7 +110,8 @@ __global__ void __launch_bounds__(kThreads<D>)
   const int head = item % plan.heads;
   const int entry = item / plan.heads;
   const bool falling = border.falling;
-  const int segment = entry + (falling ? 1 : 0);
+  int segment = entry + (falling ? 1 : 0);
+  if (last) segment = falling ? 0 : plan.segments - 1;
   const Place start = Place::Now();
   for (int i = start.thread; i <= kChunk; i += kThreads<D>) {
     power[i] = tables.power[head * (kChunk + 1) + i];
@@ -127,8 +130,10 @@ __global__ void __launch_bounds__(kThreads<D>)
   const int segment_end =
       left < plan.segment_tokens ? plan.tokens : segment_begin + plan.segment_tokens;
   const float reach = kReach / arguments.slopes[head];  // infinite without decay
-  const int near = reach < static_cast<float>(plan.segment_tokens) ? static_cast<int>(reach) + 1
-                                                                   : plan.segment_tokens;
+  // A march leaves nothing out.
+  const int near = !last && reach < static_cast<float>(plan.segment_tokens)
+                       ? static_cast<int>(reach) + 1
+                       : plan.segment_tokens;
   int begin = segment_begin;
   int end = segment_end;
   if (falling) {
@@ -157,7 +162,21 @@ __global__ void __launch_bounds__(kThreads<D>)
   };
   StateTiles<D> state;
   if (count > 0) load(start, 0);
-  state.Clear();
+  // A document that begins or ends in the segment lets nothing through it.
+  const bool through = falling ? end == segment_end : begin == segment_begin;
+  const float* entering = nullptr;
+  if (last && through) {
+    entering = border.first == nullptr ? nullptr : border.first + int64_t{head} * D * D;
+    if (plan.segments > 1) {
+      const int64_t border_entry = falling ? 0 : plan.segments - 2;
+      entering = border.states + (int64_t{head} * (plan.segments - 1) + border_entry) * D * D;
+    }
+  }
+  if (entering == nullptr) {
+    state.Clear();
+  } else {
+    state.Load(start, entering, D, 1);
+  }
 #pragma unroll 1
   for (int step = 0; step < count; ++step) {
     const Place at = Place::Now();
@@ -178,8 +197,9 @@ __global__ void __launch_bounds__(kThreads<D>)
       AddOuterProducts<D>(here, y, write, i, z, state);
     }
   }
-  state.Store(Place::Now(), border.states + (int64_t{head} * (plan.segments - 1) + entry) * D * D,
-              D, 1);
+  float* leaves = last ? border.last + int64_t{head} * D * D
+                       : border.states + (int64_t{head} * (plan.segments - 1) + entry) * D * D;
+  state.Store(Place::Now(), leaves, D, 1);
 }
 
 // A factor of 0 is the start of a document: nothing of another one may pass, NaN included.
@@ -226,15 +246,32 @@ __global__ void __launch_bounds__(kScanThreads)
 }
 
 template <int D>
-void LaunchSegmentStates(const Op& op, const BorderArguments& arguments) {
+void LaunchSegmentStates(const Op& op, const BorderArguments& arguments, bool last) {
   const Plan& plan = arguments.plan;
   const size_t shared = SharedBytes<Rows>(2) + SharedBytes<Bf16>(2 * 2 * kChunk * D) +
                         SharedBytes<uint8_t>(2 * kCodes) + SharedBytes<float>(kChunk + 1) +
                         SharedBytes<float>(kChunk);
-  const int64_t blocks = int64_t{plan.segments - 1} * plan.heads * arguments.count;
+  const int64_t blocks = int64_t{last ? 1 : plan.segments - 1} * plan.heads * arguments.count;
   SALA_CHECK(blocks < int64_t{1} << 31) << blocks << " blocks";
   op.Launch(LightningSegmentStateKernel<D>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads<D>),
-            shared, arguments);
+            shared, arguments, last);
+}
+
+void LaunchSegmentStates(const Op& op, const BorderArguments& arguments, bool last) {
+  switch (arguments.plan.d) {
+    case 16:
+      LaunchSegmentStates<16>(op, arguments, last);
+      break;
+    case 32:
+      LaunchSegmentStates<32>(op, arguments, last);
+      break;
+    case 64:
+      LaunchSegmentStates<64>(op, arguments, last);
+      break;
+    default:
+      LaunchSegmentStates<128>(op, arguments, last);
+      break;
+  }
 }
 
 }  // namespace
@@ -252,23 +289,14 @@ void BuildTables(const Op& op, const Plan& plan, const int32_t* cu_seqlens, int6
 void BuildBorderStates(const Op& op, const BorderArguments& arguments) {
   const Plan& plan = arguments.plan;
   if (plan.segments <= 1) return;
-  switch (plan.d) {
-    case 16:
-      LaunchSegmentStates<16>(op, arguments);
-      break;
-    case 32:
-      LaunchSegmentStates<32>(op, arguments);
-      break;
-    case 64:
-      LaunchSegmentStates<64>(op, arguments);
-      break;
-    default:
-      LaunchSegmentStates<128>(op, arguments);
-      break;
-  }
+  LaunchSegmentStates(op, arguments, /*last=*/false);
   const dim3 grid(static_cast<unsigned>(CeilDiv(plan.d * plan.d, kScanThreads * 4)),
                   static_cast<unsigned>(plan.heads), static_cast<unsigned>(arguments.count));
   op.Launch(LightningScanKernel, grid, dim3(kScanThreads), 0, arguments);
+}
+
+void BuildLastStates(const Op& op, const BorderArguments& arguments) {
+  LaunchSegmentStates(op, arguments, /*last=*/true);
 }
 
 }  // namespace sala::kernels::lightning

@@ -5,7 +5,8 @@
 //
 // Chunks lie on one grid over all tokens, so a document's bits may depend on its offset and on the
 // number of tokens, but never on the values of other documents. One call, and two calls that carry
-// the state over, agree to rounding.
+// the state over, agree to rounding. Without tokens what enters leaves: state_out = state_in,
+// dstate_in = dstate_out.
 //
 // On a GPU the activations q, k, v, out and their gradients read bf16 below (states stay f32), D is
 // 16, 32, 64 or 128, token strides are multiples of 8, slopes are not negative, no output may be
@@ -39,12 +40,28 @@ void LightningForward(const Context& ctx, const ConstTensor& q, const ConstTenso
 
 // dstate_out [N, D, D]: gradient of the state that leaves the last token; empty: zero. dq, dk, dv,
 // and dstate_in (may be empty) are overwritten. The states are recomputed; forward saves nothing.
+// A state_in or a dstate_in says that the first document began before token 0; a state_in of zeros
+// is as good as another.
 void LightningBackward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                        const ConstTensor& v, const ConstTensor& dout,
                        std::span<const int32_t> cu_seqlens, std::span<const float> slopes,
                        float scale, const ConstTensor& state_in, const ConstTensor& dstate_out,
                        const Tensor& dq, const Tensor& dk, const Tensor& dv,
                        const Tensor& dstate_in);
+
+// The state after the last token only, the bits of LightningForward's state_out: whoever has the
+// tokens behind needs it before any output.
+void LightningStates(const Context& ctx, const ConstTensor& k, const ConstTensor& v,
+                     std::span<const int32_t> cu_seqlens, std::span<const float> slopes,
+                     const ConstTensor& state_in, const Tensor& state_out);
+
+// The gradient of the state that enters token 0 only, the bits of LightningBackward's dstate_in.
+// carried_in: the first document began before token 0; otherwise the result is zero where there are
+// tokens.
+void LightningStateGradient(const Context& ctx, const ConstTensor& q, const ConstTensor& dout,
+                            std::span<const int32_t> cu_seqlens, std::span<const float> slopes,
+                            float scale, bool carried_in, const ConstTensor& dstate_out,
+                            const Tensor& dstate_in);
 
 // One new token (generation): q, k, v [N, D], out [N, D] overwritten, state [N, D, D] carried on to
 // the new token.

@@ -24,13 +24,6 @@ void CheckBlocks(const ConstTensor& blocks, int64_t tokens, int64_t heads,
       << " key/value heads, " << config.free_blocks() << " free blocks";
 }
 
-void GatherQueries(const ConstTensor& q, const QueryTile& tile, int64_t width, float* to) {
-  for (int64_t i = 0; i < tile.count; ++i) {
-    const float* from = q.Row<float>(tile.document.begin + tile.begin + i) + tile.head * width;
-    std::copy_n(from, width, to + i * width);
-  }
-}
-
 // Fine and coarse keys of all documents, in the arena.
 struct Compressed {
   Compressed(const Context& ctx, const ConstTensor& k, std::span<const DocumentRange> documents,
@@ -61,14 +54,17 @@ struct Compressed {
 };
 
 // The members of a tile's blocks: all tokens for forced blocks, those that chose it for free ones.
-BlockMembers MembersFrom(const SparseAttentionConfig& config, const ConstTensor& blocks) {
-  return [config, blocks](const QueryTile& tile, std::span<uint64_t> members) {
+// Row 0 of `blocks` is token first_query.
+BlockMembers MembersFrom(const SparseAttentionConfig& config, const ConstTensor& blocks,
+                         int64_t first_query) {
+  return [config, blocks, first_query](const QueryTile& tile, std::span<uint64_t> members) {
     const BlockSpan candidates = CandidateBlocks(config, static_cast<int64_t>(members.size()) - 1);
     std::fill(members.begin(), members.end(), ~uint64_t{0});
     std::fill(members.begin() + candidates.first, members.begin() + candidates.last, uint64_t{0});
     for (int64_t i = 0; i < tile.count; ++i) {
       const int32_t* chosen =
-          blocks.Row<int32_t>(tile.document.begin + tile.begin + i) + tile.head * blocks.dim(2);
+          blocks.Row<int32_t>(tile.document.begin + tile.begin + i - first_query) +
+          tile.head * blocks.dim(2);
       for (int64_t f = 0; f < blocks.dim(2) && chosen[f] != kNoBlock; ++f) {
         SALA_CHECK(candidates.first <= chosen[f] && chosen[f] < candidates.last)
             << "block " << chosen[f] << " is not free at position " << tile.begin + i;
@@ -82,16 +78,26 @@ BlockMembers MembersFrom(const SparseAttentionConfig& config, const ConstTensor&
 
 void SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                   std::span<const DocumentRange> documents, const SparseAttentionConfig& config,
-                  float scale, const Tensor& blocks) {
-  if (ctx.cuda()) return Cuda(ctx).SelectBlocks(ctx, q, k, documents, config, scale, blocks);
+                  float scale, const Tensor& blocks, int64_t first_query) {
+  if (ctx.cuda()) {
+    return Cuda(ctx).SelectBlocks(ctx, q, k, documents, config, scale, blocks, first_query);
+  }
   CheckConfig(config);
   const int64_t heads = k.dim(1);
   const int64_t group = q.dim(1) / heads;
   const int64_t d = q.dim(2);
-  CheckHeads(q, k.dim(0), heads * group, d);
+  CheckHeads(q, q.dim(0), heads * group, d);
   CheckBlocks(blocks, q.dim(0), heads, config);
+  CheckDocuments(documents, k.dim(0));
+  CheckQueries(first_query, q.dim(0), k.dim(0));
+  // The documents that have queries, up to the last of these: no query sees a key behind it.
+  std::vector<DocumentRange> seen;
+  for (const DocumentRange& document : documents) {
+    const DocumentRange queries = PartOf(document, first_query, q.dim(0));
+    if (queries.length() > 0) seen.push_back({document.begin, document.begin + queries.end});
+  }
   const ArenaScope scope(*ctx.scratch);
-  const Compressed compressed(ctx, k, documents, config);
+  const Compressed compressed(ctx, k, seen, config);
 
   struct Item {
     size_t document;
@@ -99,13 +105,13 @@ void SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTensor& k
   };
   std::vector<Item> items;
   int64_t longest = 0;
-  for (size_t s = 0; s < documents.size(); ++s) {
-    longest = std::max(longest, documents[s].length());
+  for (size_t s = 0; s < seen.size(); ++s) {
+    longest = std::max(longest, seen[s].length());
+    const DocumentRange queries = PartOf(seen[s], first_query, q.dim(0));
     for (int64_t head = 0; head < heads; ++head) {
-      ForEachTile(documents[s].length(), config.block_size, group,
-                  [&](int64_t begin, int64_t count) {
-                    items.push_back({s, {documents[s], head, begin, count}});
-                  });
+      ForEachTile(queries, config.block_size, group, [&](int64_t begin, int64_t count) {
+        items.push_back({s, {seen[s], head, begin, count}});
+      });
     }
   }
   std::vector<SelectorWork> work;
@@ -116,9 +122,13 @@ void SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTensor& k
   ForEachItem(ctx, static_cast<int64_t>(items.size()), [&](int64_t worker, int64_t i) {
     const Item& item = items[static_cast<size_t>(i)];
     SelectorWork& mine = work[static_cast<size_t>(worker)];
-    GatherQueries(q, item.tile, group * d, mine.queries());
-    int32_t* chosen = blocks.Row<int32_t>(item.tile.document.begin + item.tile.begin) +
-                      item.tile.head * blocks.dim(2);
+    const int64_t row = item.tile.document.begin + item.tile.begin - first_query;
+    const int64_t width = group * d;
+    for (int64_t t = 0; t < item.tile.count; ++t) {
+      std::copy_n(q.Row<float>(row + t) + item.tile.head * width, width,
+                  mine.queries() + t * width);
+    }
+    int32_t* chosen = blocks.Row<int32_t>(row) + item.tile.head * blocks.dim(2);
     SelectTile(config, compressed.At(item.document, item.tile.head), scale, item.tile, group, d,
                mine, chosen, blocks.stride(0));
   });
@@ -127,15 +137,18 @@ void SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTensor& k
 void SparseAttentionForward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                             const ConstTensor& v, std::span<const DocumentRange> documents,
                             const SparseAttentionConfig& config, float scale,
-                            const ConstTensor& blocks, const Tensor& out, const Tensor& lse) {
+                            const ConstTensor& blocks, const Tensor& out, const Tensor& lse,
+                            int64_t first_query) {
   if (ctx.cuda()) {
     return Cuda(ctx).SparseAttentionForward(ctx, q, k, v, documents, config, scale, blocks, out,
-                                            lse);
+                                            lse, first_query);
   }
   CheckConfig(config);
   CheckBlocks(blocks, q.dim(0), k.dim(1), config);
-  BlockAttentionForward(
-      ctx, {q, k, v, documents, scale, config.block_size, MembersFrom(config, blocks)}, out, lse);
+  BlockAttentionForward(ctx,
+                        {q, k, v, documents, scale, config.block_size,
+                         MembersFrom(config, blocks, first_query), first_query},
+                        out, lse);
 }
 
 void SparseAttentionBackward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
@@ -143,16 +156,17 @@ void SparseAttentionBackward(const Context& ctx, const ConstTensor& q, const Con
                              const ConstTensor& dout, std::span<const DocumentRange> documents,
                              const SparseAttentionConfig& config, float scale,
                              const ConstTensor& blocks, const Tensor& dq, const Tensor& dk,
-                             const Tensor& dv) {
+                             const Tensor& dv, int64_t first_query) {
   if (ctx.cuda()) {
     return Cuda(ctx).SparseAttentionBackward(ctx, q, k, v, out, lse, dout, documents, config, scale,
-                                             blocks, dq, dk, dv);
+                                             blocks, dq, dk, dv, first_query);
   }
   CheckConfig(config);
   CheckBlocks(blocks, q.dim(0), k.dim(1), config);
-  BlockAttentionBackward(
-      ctx, {q, k, v, documents, scale, config.block_size, MembersFrom(config, blocks)}, out, lse,
-      dout, dq, dk, dv);
+  BlockAttentionBackward(ctx,
+                         {q, k, v, documents, scale, config.block_size,
+                          MembersFrom(config, blocks, first_query), first_query},
+                         out, lse, dout, dq, dk, dv);
 }
 
 void SparseAttentionDecode(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
@@ -178,13 +192,9 @@ void SparseAttentionDecode(const Context& ctx, const ConstTensor& q, const Const
   }
   const ConstTensor one(q.Data<float>(), {1, q.dim(0), d});
   const ConstTensor blocks(chosen, {1, heads, width});
-  const BlockMembers members = MembersFrom(config, blocks);
-  const BlockMembers of_last = [&members](const QueryTile& tile, std::span<uint64_t> bits) {
-    QueryTile first_row = tile;
-    first_row.document.begin = -tile.begin;  // row 0 of `blocks` holds position n - 1
-    members(first_row, bits);
-  };
-  BlockAttentionDecode(ctx, {one, k, v, {}, scale, config.block_size, of_last}, out);
+  BlockAttentionDecode(
+      ctx, {one, k, v, {}, scale, config.block_size, MembersFrom(config, blocks, n - 1), n - 1},
+      out);
 }
 
 }  // namespace sala::kernels

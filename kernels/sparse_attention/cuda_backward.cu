@@ -44,38 +44,34 @@ void cuda::SparseAttentionBackward(const Context& ctx, const ConstTensor& q, con
                                    std::span<const DocumentRange> documents,
                                    const SparseAttentionConfig& config, float scale,
                                    const ConstTensor& blocks, const Tensor& dq, const Tensor& dk,
-                                   const Tensor& dv) {
+                                   const Tensor& dv, int64_t first_query) {
   const Op op(ctx, "SparseAttentionBackward", q);
-  const Problem problem = ProblemOf(op, q, k, v, scale);
-  const int64_t tokens = q.dim(0);
-  CheckDocuments(documents, tokens);
-  for (const ConstTensor& x : {out, dout, ConstTensor(dq)}) {
-    CheckDeviceHeads(x, tokens, q.dim(1), q.dim(2));
-  }
-  for (const Tensor& x : {dk, dv}) CheckDeviceHeads(x, tokens, k.dim(1), q.dim(2));
-  CheckStatistics(lse, tokens, q.dim(1));
-  const SparseShape shape = SparseShapeOf(config, problem, blocks, tokens);
+  const Problem problem = ProblemOf(op, q, k, v, scale, first_query);
+  CheckDocuments(documents, k.dim(0));
+  CheckDeviceHeads(dq, q.dim(0), q.dim(1), q.dim(2));
+  for (const Tensor& x : {dk, dv}) CheckDeviceHeads(x, k.dim(0), k.dim(1), q.dim(2));
+  const SparseShape shape = SparseShapeOf(config, problem, blocks, q.dim(0));
   const int tile_keys = KeysOfTile(config);
-  const WalkSize walk = WalkSizeOf(shape, tile_keys, LongestOf(documents));
+  const std::vector<TokenTile> tiles = SparseTiles(documents, config, first_query, q.dim(0));
+  const WalkSize walk = WalkSizeOf(shape, tile_keys, tiles);
   const ArenaScope scope(*ctx.scratch);
-  auto* delta = ctx.scratch->New(DType::kF32, {tokens, q.dim(1)}).Data<float>();
-  const std::vector<TokenTile> tiles = SparseTiles(documents, config);
+  const QueryGradients x = QueryGradientsOf(ctx, op, q, out, lse, dout, first_query);
   const auto count = static_cast<int64_t>(tiles.size());
   const TokenTile* device_tiles = UploadScratch(ctx, tiles.data(), count);
-  LaunchDelta(op, problem, q.dim(2), out, dout, device_tiles, count, kTileTokens, delta);
+  LaunchDelta(op, problem, q.dim(2), x, device_tiles, count, kTileTokens);
   ForTileShape(q.dim(2), tile_keys, [&](auto size, auto keys) {
     constexpr int D = decltype(size)::value;
     constexpr int kKeys = decltype(keys)::value;
     constexpr int64_t kStage = KeyRing<D, kKeys>::kStage;
     const int stages = RingStages(op, SharedBytes<Bf16>(kStage), walk.bytes());
     op.Launch(SparseQueryGradientKernel<D, kKeys>, dim3(Blocks(count * problem.kv_heads)),
-              dim3(kThreads), SharedBytes<Bf16>(stages * kStage) + walk.bytes(), problem,
-              InputOf(op, dout), shape, ChosenBlocks{op.Data<int32_t>(blocks), blocks.stride(0)},
-              op.Data<float>(lse), lse.stride(0), delta, OutputOf(op, dq), device_tiles, walk,
-              stages);
+              dim3(kThreads), SharedBytes<Bf16>(stages * kStage) + walk.bytes(), problem, x.dout,
+              shape, ChosenBlocksOf(op, blocks, first_query), x.lse, x.lse_stride, x.delta,
+              OutputOf(op, dq, first_query), device_tiles, walk, stages);
   });
-  const KeyWork work = BuildKeyWork(ctx, op, documents, config, shape, problem.kv_heads, blocks);
-  LaunchKeyGradient(ctx, op, problem, q.dim(2), dout, lse, delta, work, dk, dv);
+  const KeyWork work =
+      BuildKeyWork(ctx, op, documents, config, shape, problem.kv_heads, blocks, first_query);
+  LaunchKeyGradient(ctx, op, problem, q.dim(2), x, work, dk, dv);
 }
 
 }  // namespace sala::kernels

@@ -31,13 +31,13 @@ __host__ __device__ inline Candidates CandidatesOf(const SparseShape& z, int own
   return {z.init < last ? z.init : last, last};
 }
 
-// blocks [T, K, width].
+// blocks [T, K, width], counted from token 0.
 struct ChosenBlocks {
   const int32_t* data = nullptr;
   int64_t stride = 0;  // elements from token to token
 };
 
-// The shared memory of a walk for documents of at most `n` tokens.
+// The shared memory of a walk.
 struct WalkSize {
   int64_t mask_words = 1;  // a byte for each candidate block
   int64_t entries = 1;
@@ -47,8 +47,11 @@ struct WalkSize {
   }
 };
 
-inline WalkSize WalkSizeOf(const SparseShape& z, int tile_keys, int64_t n) {
-  const int64_t blocks = CeilDiv(std::max<int64_t>(1, n), z.block);
+// For the longest of `tiles`.
+inline WalkSize WalkSizeOf(const SparseShape& z, int tile_keys, std::span<const TokenTile> tiles) {
+  int64_t n = 1;
+  for (const TokenTile& tile : tiles) n = std::max<int64_t>(n, tile.n);
+  const int64_t blocks = CeilDiv(n, z.block);
   const int64_t seen = int64_t{z.init} + z.local + int64_t{kTileTokens} * z.width;
   return {CeilDiv(blocks, 4), std::min(blocks, seen) * (z.block / tile_keys)};
 }
@@ -147,16 +150,20 @@ inline SparseShape SparseShapeOf(const SparseAttentionConfig& config, const Prob
           static_cast<int>(config.local_blocks()), static_cast<int>(width)};
 }
 
-// Tiles of kTileTokens tokens: those that see the most blocks first, in order otherwise, so that
-// neighbours, which share blocks, run at the same time.
+inline ChosenBlocks ChosenBlocksOf(const Op& op, const ConstTensor& blocks, int64_t first_query) {
+  return {DataFromToken<int32_t>(op, blocks, first_query), blocks.stride(0)};
+}
+
+// The queries [first_query, first_query + count) in tiles of kTileTokens tokens: those that see the
+// most blocks first, in order otherwise, so that neighbours, which share blocks, run at the same
+// time.
 inline std::vector<TokenTile> SparseTiles(std::span<const DocumentRange> documents,
-                                          const SparseAttentionConfig& config) {
+                                          const SparseAttentionConfig& config, int64_t first_query,
+                                          int64_t count) {
   std::vector<TokenTile> tiles;
   for (const DocumentRange& document : documents) {
-    for (int64_t first = 0; first < document.length(); first += kTileTokens) {
-      tiles.push_back(
-          {document.begin, static_cast<int32_t>(document.length()), static_cast<int32_t>(first)});
-    }
+    ForEachTokenTile(document, PartOf(document, first_query, count), kTileTokens, kTileTokens,
+                     [&tiles](const TokenTile& tile) { tiles.push_back(tile); });
   }
   const auto seen = [&config](const TokenTile& tile) {
     return std::min(tile.first / config.block_size + 1, config.total_blocks());
@@ -164,12 +171,6 @@ inline std::vector<TokenTile> SparseTiles(std::span<const DocumentRange> documen
   std::stable_sort(tiles.begin(), tiles.end(),
                    [&seen](const TokenTile& a, const TokenTile& b) { return seen(a) > seen(b); });
   return tiles;
-}
-
-inline int64_t LongestOf(std::span<const DocumentRange> documents) {
-  int64_t longest = 0;
-  for (const DocumentRange& document : documents) longest = std::max(longest, document.length());
-  return longest;
 }
 
 // Calls body(D, keys of a tile), both as std::integral_constant.

@@ -43,17 +43,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 void cuda::SparseAttentionForward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                                   const ConstTensor& v, std::span<const DocumentRange> documents,
                                   const SparseAttentionConfig& config, float scale,
-                                  const ConstTensor& blocks, const Tensor& out, const Tensor& lse) {
+                                  const ConstTensor& blocks, const Tensor& out, const Tensor& lse,
+                                  int64_t first_query) {
   const Op op(ctx, "SparseAttentionForward", q);
-  const Problem problem = ProblemOf(op, q, k, v, scale);
-  CheckDocuments(documents, q.dim(0));
+  const Problem problem = ProblemOf(op, q, k, v, scale, first_query);
+  CheckDocuments(documents, k.dim(0));
   CheckDeviceHeads(out, q.dim(0), q.dim(1), q.dim(2));
   CheckStatistics(lse, q.dim(0), q.dim(1));
   const SparseShape shape = SparseShapeOf(config, problem, blocks, q.dim(0));
   const int tile_keys = KeysOfTile(config);
-  const WalkSize walk = WalkSizeOf(shape, tile_keys, LongestOf(documents));
+  const std::vector<TokenTile> tiles = SparseTiles(documents, config, first_query, q.dim(0));
+  const WalkSize walk = WalkSizeOf(shape, tile_keys, tiles);
   const ArenaScope scope(*ctx.scratch);
-  const std::vector<TokenTile> tiles = SparseTiles(documents, config);
   const auto count = static_cast<int64_t>(tiles.size());
   const TokenTile* device_tiles = UploadScratch(ctx, tiles.data(), count);
   ForTileShape(q.dim(2), tile_keys, [&](auto size, auto keys) {
@@ -63,8 +64,9 @@ void cuda::SparseAttentionForward(const Context& ctx, const ConstTensor& q, cons
     const int stages = RingStages(op, SharedBytes<Bf16>(kStage), walk.bytes());
     op.Launch(SparseForwardKernel<D, kKeys>, dim3(Blocks(count * problem.kv_heads)), dim3(kThreads),
               SharedBytes<Bf16>(stages * kStage) + walk.bytes(), problem, shape,
-              ChosenBlocks{op.Data<int32_t>(blocks), blocks.stride(0)}, OutputOf(op, out),
-              op.Data<float>(lse), lse.stride(0), device_tiles, walk, stages);
+              ChosenBlocksOf(op, blocks, first_query), OutputOf(op, out, first_query),
+              DataFromToken<float>(op, lse, first_query), lse.stride(0), device_tiles, walk,
+              stages);
   });
 }
 

@@ -1,5 +1,5 @@
 // The inverse index in five steps (all memory or latency bound, about a hundredth of the backward
-// pass): count the choices of each block by segments of 1,024 tokens; turn the counts of a block
+// pass): count the choices of each block by segments of 1,024 queries; turn the counts of a block
 // into places inside its list; turn the lengths of the lists into places of the lists; write each
 // segment's tokens in order; cut the sequences of all blocks into pieces, longest first.
 #include "kernels/sparse_attention/cuda_index.h"
@@ -21,6 +21,8 @@ struct IndexDocument {
   int32_t n = 0;
   int32_t blocks = 0;
   int32_t segments = 0;
+  int32_t first_query = 0;  // tokens first_query .. last_query - 1 are the queries
+  int32_t last_query = 0;
   int32_t unused = 0;
 };
 
@@ -34,7 +36,8 @@ struct Index {
   const IndexDocument* documents = nullptr;
   const IndexPart* segments = nullptr;
   const IndexPart* blocks = nullptr;
-  int64_t tokens = 0;  // T
+  int64_t first_query = 0;  // of all documents
+  int64_t queries = 0;      // Tq
   int64_t block_count = 0;
   int kv_heads = 1;
   SparseShape shape;
@@ -43,7 +46,7 @@ struct Index {
   int32_t* totals = nullptr;  // [K, blocks of all documents]: length of the list
   int32_t* starts = nullptr;  // the same: place of the list among those of document and head
   int32_t* slots = nullptr;   // the same: first slot of a block in pieces, -1 for others
-  int32_t* lists = nullptr;   // [K, T, width]
+  int32_t* lists = nullptr;   // [K, Tq, width]
 };
 
 __device__ __forceinline__ int32_t* CountsOf(const Index& x, const IndexDocument& document,
@@ -53,7 +56,8 @@ __device__ __forceinline__ int32_t* CountsOf(const Index& x, const IndexDocument
 
 __device__ __forceinline__ int64_t ListsOf(const Index& x, const IndexDocument& document,
                                            int64_t head) {
-  return (head * x.tokens + document.begin) * x.shape.width;
+  const int64_t row = document.begin + document.first_query - x.first_query;
+  return (head * x.queries + row) * x.shape.width;
 }
 
 // The block in a slot of a token's list, -1 for none.
@@ -71,8 +75,8 @@ __global__ void __launch_bounds__(kThreads) CountKernel(Index x) {
   const int64_t head = blockIdx.x % x.kv_heads;
   const IndexDocument document = x.documents[part.document];
   int32_t* counts = CountsOf(x, document, head, part.index);
-  const int first = part.index * kSegment;
-  const int tokens = min(kSegment, document.n - first);
+  const int first = document.first_query + part.index * kSegment;
+  const int tokens = min(kSegment, document.last_query - first);
   for (int i = static_cast<int>(threadIdx.x); i < tokens * x.shape.width; i += kThreads) {
     const int b = ChosenAt(x, document, head, first + i / x.shape.width, i % x.shape.width);
     if (b >= 0) atomicAdd(&counts[b], 1);
@@ -143,8 +147,8 @@ __global__ void __launch_bounds__(kWarp) FillKernel(Index x) {
   int32_t* places = CountsOf(x, document, head, part.index);
   const int32_t* starts = x.starts + head * x.block_count + document.block;
   int32_t* lists = x.lists + ListsOf(x, document, head);
-  const int first = part.index * kSegment;
-  const int last = min(first + kSegment, document.n);
+  const int first = document.first_query + part.index * kSegment;
+  const int last = min(first + kSegment, document.last_query);
   for (int token = first; token < last; ++token) {
     for (int slot = Lane(); slot < x.shape.width; slot += kWarp) {
       const int b = ChosenAt(x, document, head, token, slot);
@@ -154,18 +158,25 @@ __global__ void __launch_bounds__(kWarp) FillKernel(Index x) {
   }
 }
 
-// The tokens that attend to a block: a run, then the list.
+// The queries that attend to a block: a run, then the list. Counted from the block's first token,
+// the run is [begin, run).
 struct Sequence {
+  int32_t begin;
   int32_t run;
   int32_t length;  // with the list
 };
 __device__ __forceinline__ Sequence SequenceOf(const Index& x, const IndexDocument& document,
                                                int block, int32_t listed) {
   const int key = block * x.shape.block;
-  if (block < x.shape.init) return {document.n - key, document.n - key};
-  const int64_t end = (int64_t{block} + x.shape.local) * x.shape.block;
-  const int run = static_cast<int>(min(end, int64_t{document.n}) - key);
-  return {run, run + listed};
+  int64_t end = document.last_query;
+  if (block >= x.shape.init) end = min(end, (int64_t{block} + x.shape.local) * x.shape.block);
+  const int run = max(0, static_cast<int>(end - key));
+  const int begin = min(max(0, document.first_query - key), run);
+  return {begin, run, run - begin + listed};
+}
+// An empty sequence is one piece: its zeros must be written.
+__device__ __forceinline__ int PiecesOf(const Sequence& sequence) {
+  return max(1, (sequence.length + kPiece - 1) / kPiece);
 }
 
 // One block of threads: the list of pieces of all blocks and heads, whole ones first, then by
@@ -185,12 +196,11 @@ __global__ void __launch_bounds__(kScanThreads)
     const int64_t i = base + threadIdx.x;
     int64_t entry = 0;
     IndexPart part;
-    Sequence sequence = {0, 0};
+    int32_t pieces = 0;
     if (i < items) {
       part = item_of(i, entry);
-      sequence = SequenceOf(x, x.documents[part.document], part.index, x.totals[entry]);
+      pieces = PiecesOf(SequenceOf(x, x.documents[part.document], part.index, x.totals[entry]));
     }
-    const int32_t pieces = (sequence.length + kPiece - 1) / kPiece;
     int32_t slot_total = 0;
     int32_t sum_total = 0;
     const int32_t slot = slots + ScanBlock(pieces > 1 ? pieces : 0, sums, slot_total);
@@ -217,14 +227,16 @@ __global__ void __launch_bounds__(kScanThreads)
       const int64_t i = base + threadIdx.x;
       int64_t entry = 0;
       IndexPart part;
-      Sequence sequence = {0, 0};
+      Sequence sequence = {0, 0, 0};
+      int32_t pieces = 0;
       if (i < items) {
         part = item_of(i, entry);
         sequence = SequenceOf(x, x.documents[part.document], part.index, x.totals[entry]);
+        pieces = PiecesOf(sequence);
       }
       const int32_t whole = sequence.length / kPiece;
       const int32_t rest = sequence.length % kPiece;
-      const bool rest_here = rest > 0 && rest / (kPiece / kLengths) == length_class;
+      const bool rest_here = pieces > whole && rest / (kPiece / kLengths) == length_class;
       const int32_t mine = length_class == kLengths ? whole : rest_here ? 1 : 0;
       int32_t total = 0;
       int32_t place = tile_count + ScanBlock(mine, sums, total);
@@ -238,11 +250,12 @@ __global__ void __launch_bounds__(kScanThreads)
       tile.head = static_cast<int32_t>(i % x.kv_heads);
       tile.list = ListsOf(x, document, tile.head) + x.starts[entry];
       tile.run = sequence.run;
+      const int32_t last = sequence.begin + sequence.length;
       const int32_t slot = x.slots[entry];
       for (int32_t piece = length_class == kLengths ? 0 : whole, end = piece + mine; piece < end;
            ++piece) {
-        tile.first = piece * kPiece;
-        tile.last = min(tile.first + kPiece, sequence.length);
+        tile.first = sequence.begin + piece * kPiece;
+        tile.last = min(tile.first + kPiece, last);
         tile.slot = slot < 0 ? -1 : slot + piece;
         tiles[place++] = tile;
       }
@@ -255,20 +268,20 @@ __global__ void __launch_bounds__(kScanThreads)
 }
 
 // At most how many pieces the blocks of a document with n tokens make, per head: all of them, and
-// those of blocks in more than one. Every token attends to at most `total` blocks.
+// those of blocks in more than one. Every query attends to at most `total` blocks.
 struct Bounds {
   int64_t pieces = 0;
   int64_t slots = 0;
 };
-Bounds BoundsOf(int64_t n, int64_t block, int64_t total) {
+Bounds BoundsOf(int64_t n, int64_t queries, int64_t block, int64_t total) {
   Bounds all;  // by what could attend to each block
   for (int64_t key = 0; key < n; key += block) {
-    const int64_t pieces = CeilDiv(n - key, kPiece);
+    const int64_t pieces = std::max<int64_t>(1, CeilDiv(std::min(queries, n - key), kPiece));
     all.pieces += pieces;
     if (pieces > 1) all.slots += pieces;
   }
-  // By what all tokens attend to together: ceil(x) <= floor(x) + 1, and <= 2 x for x > 1.
-  const int64_t seen = n * total;
+  // By what all queries attend to together: ceil(x) <= floor(x) + 1, and <= 2 x for x > 1.
+  const int64_t seen = queries * total;
   return {std::min(all.pieces, CeilDiv(n, block) + seen / kPiece),
           std::min(all.slots, 2 * seen / kPiece)};
 }
@@ -278,7 +291,7 @@ Bounds BoundsOf(int64_t n, int64_t block, int64_t total) {
 KeyWork tile::BuildKeyWork(const Context& ctx, const Op& op,
                            std::span<const DocumentRange> documents,
                            const SparseAttentionConfig& config, const SparseShape& shape,
-                           int kv_heads, const ConstTensor& blocks) {
+                           int kv_heads, const ConstTensor& blocks, int64_t first_query) {
   std::vector<IndexDocument> all;
   std::vector<IndexPart> segments;
   std::vector<IndexPart> parts;
@@ -286,21 +299,25 @@ KeyWork tile::BuildKeyWork(const Context& ctx, const Op& op,
   KeyWork work;
   for (const DocumentRange& range : documents) {
     const auto index = static_cast<int32_t>(all.size());
+    const DocumentRange queries = PartOf(range, first_query, blocks.dim(0));
     IndexDocument document;
     document.begin = range.begin;
     document.n = static_cast<int32_t>(range.length());
     document.blocks = static_cast<int32_t>(CeilDiv(range.length(), shape.block));
-    document.segments = static_cast<int32_t>(CeilDiv(range.length(), kSegment));
+    document.segments = static_cast<int32_t>(CeilDiv(queries.length(), kSegment));
+    document.first_query = static_cast<int32_t>(queries.begin);
+    document.last_query = static_cast<int32_t>(queries.end);
     document.counts = counts;
     document.block = static_cast<int64_t>(parts.size());
-    SALA_CHECK(range.length() * shape.width < int64_t{1} << 31)
-        << "a document of " << range.length() << " tokens with " << shape.width
+    SALA_CHECK(queries.length() * shape.width < int64_t{1} << 31)
+        << "a document of " << queries.length() << " queries with " << shape.width
         << " free blocks each, expected fewer than 2^31 choices";
     all.push_back(document);
     for (int32_t i = 0; i < document.segments; ++i) segments.push_back({index, i});
     for (int32_t i = 0; i < document.blocks; ++i) parts.push_back({index, i});
     counts += int64_t{kv_heads} * document.segments * document.blocks;
-    const Bounds bounds = BoundsOf(range.length(), shape.block, config.total_blocks());
+    const Bounds bounds =
+        BoundsOf(range.length(), queries.length(), shape.block, config.total_blocks());
     work.most_tiles += bounds.pieces * kv_heads;
     work.slots += bounds.slots * kv_heads;
   }
@@ -313,17 +330,18 @@ KeyWork tile::BuildKeyWork(const Context& ctx, const Op& op,
   x.documents = UploadScratch(ctx, all.data(), static_cast<int64_t>(all.size()));
   x.segments = UploadScratch(ctx, segments.data(), static_cast<int64_t>(segments.size()));
   x.blocks = UploadScratch(ctx, parts.data(), static_cast<int64_t>(parts.size()));
-  x.tokens = blocks.dim(0);
+  x.first_query = first_query;
+  x.queries = blocks.dim(0);
   x.block_count = static_cast<int64_t>(parts.size());
   x.kv_heads = kv_heads;
   x.shape = shape;
-  x.chosen = {op.Data<int32_t>(blocks), blocks.stride(0)};
+  x.chosen = ChosenBlocksOf(op, blocks, first_query);
   const int64_t entries = x.block_count * kv_heads;
   x.counts = integers(counts);
   x.totals = integers(entries);
   x.starts = integers(entries);
   x.slots = integers(entries);
-  x.lists = integers(x.tokens * kv_heads * shape.width);
+  x.lists = integers(x.queries * kv_heads * shape.width);
   auto* tiles = static_cast<KeyTile*>(
       ctx.scratch->Allocate(static_cast<size_t>(work.most_tiles + 1) * sizeof(KeyTile)));
   auto* key_sums = static_cast<KeySum*>(

@@ -10,12 +10,11 @@
 namespace sala::kernels::tile {
 
 // A block is attended by the run of its own and the following local tokens (an initial block: all
-// that follow), then by the later tokens that chose it. Sequences of more than 8,192 tokens come in
-// pieces. Everything lies in ctx.scratch: T * K * width integers for the lists, T / block * T /
-// 1024
-// * K integers of counts, 48 bytes a tile.
+// that follow), then by the later tokens that chose it; of both, by the queries only. Sequences of
+// more than 8,192 tokens come in pieces. Everything lies in ctx.scratch: Tq * K * width integers
+// for the lists, T / block * Tq / 1024 * K integers of counts, 48 bytes a tile.
 KeyWork BuildKeyWork(const Context& ctx, const Op& op, std::span<const DocumentRange> documents,
                      const SparseAttentionConfig& config, const SparseShape& shape, int kv_heads,
-                     const ConstTensor& blocks);
+                     const ConstTensor& blocks, int64_t first_query);
 
 }  // namespace sala::kernels::tile

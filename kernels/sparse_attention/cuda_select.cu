@@ -14,8 +14,8 @@
 //                 it and the first of those equal to it. The best so far come first and all lists
 //                 ascend, so a tie goes to the lower block and slices of any size give the same
 //                 blocks. As many blocks as the shared memory holds make a slice.
-// A row's bits depend on its own document up to its token only: tiles of tokens and keys follow
-// document-relative positions.
+// A row's bits depend on its own document up to its token only: tiles of keys follow
+// document-relative positions, and nothing is added up over the tokens of a tile.
 //
 // Bound by the tensor cores: per token and key/value head at position t, 16 rows times
 // 1.25 t / kernel_stride keys times 2 D operations. At D = 128 a tile of keys costs a warp 128 mma
@@ -251,27 +251,30 @@ void CheckHeadRows(const ConstTensor& x, const char* name) {
       << " elements apart, expected contiguous heads and multiples of 8 elements on a GPU";
 }
 
-// The documents with tokens, longest first, and where their tiles begin. F(i) = sum over documents
-// of max(0, tiles - i) tiles have index i or more. Between the lengths of two neighbours in the
-// order F is linear, so the tile of a number follows from the last document with F(tiles) <=
+// The documents, that with the most queries first, and where their tiles begin. F(i) = sum over
+// documents of max(0, tiles - i) tiles have index i or more. Between the lengths of two neighbours
+// in the order F is linear, so the tile of a number follows from the last document with F(tiles) <=
 // number.
-std::vector<Document> SortDocuments(std::span<const DocumentRange> documents,
+std::vector<Document> SortDocuments(std::span<const DocumentRange> documents, int64_t first_query,
                                     const SparseAttentionConfig& config, int64_t* tiles) {
   std::vector<Document> sorted;
   int64_t fine = 0;
   int64_t coarse = 0;
   for (const DocumentRange& document : documents) {
     const int64_t n = document.length();
-    if (n > 0) sorted.push_back({document.begin, n, fine, coarse, 0});
+    sorted.push_back(
+        {document.begin, n, fine, coarse, 0, std::max<int64_t>(0, first_query - document.begin)});
     fine += FineCount(config, n);
     coarse += CoarseCount(config, n);
   }
-  std::stable_sort(sorted.begin(), sorted.end(),
-                   [](const Document& a, const Document& b) { return a.length > b.length; });
+  const auto queries = [](const Document& x) { return x.length - x.first_query; };
+  std::stable_sort(sorted.begin(), sorted.end(), [&queries](const Document& a, const Document& b) {
+    return queries(a) > queries(b);
+  });
   *tiles = 0;
   int64_t count = 0;
   for (Document& document : sorted) {
-    const int64_t own = CeilDiv(document.length, kTokens);
+    const int64_t own = CeilDiv(queries(document), kTokens);
     *tiles += own;
     document.before = *tiles - ++count * own;
   }
@@ -330,7 +333,8 @@ SelectFunction SelectKernelOf(int64_t d) {
 
 void cuda::SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                         std::span<const DocumentRange> documents,
-                        const SparseAttentionConfig& config, float scale, const Tensor& blocks) {
+                        const SparseAttentionConfig& config, float scale, const Tensor& blocks,
+                        int64_t first_query) {
   const Op op(ctx, "SelectBlocks", q);
   const std::string problem = SparseConfigProblem(config);
   SALA_CHECK(problem.empty()) << problem;
@@ -341,7 +345,8 @@ void cuda::SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTen
   const int64_t d = k.dim(2);
   const int64_t group = q.dim(1) / heads;
   const int64_t width = std::max<int64_t>(1, config.free_blocks());
-  SALA_CHECK(q.dim(0) == k.dim(0) && q.dim(2) == d && q.dim(1) == heads * group)
+  CheckQueries(first_query, q.dim(0), k.dim(0));
+  SALA_CHECK(q.dim(2) == d && q.dim(1) == heads * group)
       << "q " << ShapeText(q) << " does not go with k " << ShapeText(k);
   SALA_CHECK(group <= kRows) << "found " << group
                              << " query heads per key/value head, expected at most " << kRows;
@@ -351,10 +356,16 @@ void cuda::SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTen
       << ", " << width << "]";
 
   const ArenaScope scope(*ctx.scratch);
+  // The documents that have queries, up to the last of these: no query sees a key behind it.
+  std::vector<DocumentRange> seen;
   int64_t fine_count = 0;
   int64_t coarse_count = 0;
   int64_t longest = 0;
-  for (const DocumentRange& document : documents) {
+  for (const DocumentRange& whole : documents) {
+    const DocumentRange queries = PartOf(whole, first_query, q.dim(0));
+    if (queries.length() == 0) continue;
+    const DocumentRange document = {whole.begin, whole.begin + queries.end};
+    seen.push_back(document);
     fine_count += FineCount(config, document.length());
     coarse_count += CoarseCount(config, document.length());
     longest = std::max(longest, document.length());
@@ -363,24 +374,24 @@ void cuda::SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTen
   const int64_t own = (std::max<int64_t>(1, longest) - 1) / config.block_size;
   const int64_t candidates = own - config.window_size / config.block_size;
   int64_t tiles = 0;
-  const std::vector<Document> sorted = SortDocuments(documents, config, &tiles);
+  const std::vector<Document> sorted = SortDocuments(seen, first_query, config, &tiles);
 
   SelectProblem p = {};
   // Where every past fits the budget nothing is scored.
   if (candidates - config.init_blocks > config.free_blocks() && config.free_blocks() > 0) {
     const Tensor fine = ctx.scratch->New(DType::kBF16, {fine_count, heads, d});
     const Tensor coarse = ctx.scratch->New(DType::kBF16, {coarse_count, heads, d});
-    cuda::CompressKeys(ctx, k, documents, config, fine, coarse);
+    cuda::CompressKeys(ctx, k, seen, config, fine, coarse);
     p.fine = op.Data<Bf16>(fine);
     p.coarse = op.Data<Bf16>(coarse);
     p.slice = static_cast<int>(SliceBlocks(op, config, d, width, candidates));
   }
-  p.q = op.Data<Bf16>(q);
+  p.q = DataFromToken<Bf16>(op, q, first_query);
   p.q_stride = q.stride(0);
   p.key_stride = heads * d;
   p.document_count = static_cast<int64_t>(sorted.size());
   p.documents = UploadScratch(ctx, sorted.data(), p.document_count);
-  p.blocks = op.Data<int32_t>(blocks);
+  p.blocks = DataFromToken<int32_t>(op, blocks, first_query);
   p.blocks_stride = blocks.stride(0);
   p.heads = static_cast<int>(heads);
   p.group = static_cast<int>(group);

@@ -20,13 +20,14 @@ constexpr float kLowest = -3.0e38F;
 constexpr float kLog2E = 1.4426950408889634F;
 constexpr float kLimit = 80.0F * kLog2E;  // of log2 of a head's relevance
 
-// Documents in falling order of their tiles of tokens.
+// Documents in falling order of their tiles of tokens, each up to its last query.
 struct Document {
   int64_t begin;  // first token
   int64_t length;
   int64_t first_fine;  // rows of the compressed keys
   int64_t first_coarse;
-  int64_t before;  // tiles that start before any tile of this document does
+  int64_t before;       // tiles that start before any tile of this document does
+  int64_t first_query;  // its first query, counted from its first token
 };
 
 // Positions, keys and blocks within a document are int: a document has fewer than 2^31 tokens.
@@ -59,9 +60,10 @@ struct Tile {
   int count;
 };
 
-// Tiles are numbered by falling index inside their documents: first those of the highest index, the
-// longest document's before the next one's. With m documents that have a tile of index i, these m
-// are in a row; SortDocuments says where rows begin.
+// Tiles begin with a document's first query. They are numbered by falling index inside their
+// documents: first those of the highest index, the document's with the most before the next one's.
+// With m documents that have a tile of index i, these m are in a row; SortDocuments says where rows
+// begin.
 __device__ __forceinline__ Tile FindTile(const SelectProblem& p, int64_t number) {
   int64_t low = 0;
   int64_t high = p.document_count - 1;
@@ -75,10 +77,11 @@ __device__ __forceinline__ Tile FindTile(const SelectProblem& p, int64_t number)
   }
   const int64_t among = low + 1;
   const int64_t past = number - p.documents[low].before;
-  const int64_t tiles = (p.documents[low].length + kTokens - 1) / kTokens;
+  const int64_t queries = p.documents[low].length - p.documents[low].first_query;
+  const int64_t tiles = (queries + kTokens - 1) / kTokens;
   Tile tile;
   tile.document = p.documents + past % among;
-  tile.first = static_cast<int>((tiles - 1 - past / among) * kTokens);
+  tile.first = static_cast<int>(tile.document->first_query + (tiles - 1 - past / among) * kTokens);
   tile.count = static_cast<int>(min(int64_t{kTokens}, tile.document->length - tile.first));
   return tile;
 }

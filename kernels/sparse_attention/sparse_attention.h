@@ -52,36 +52,38 @@ void CompressKeys(const Context& ctx, const ConstTensor& k,
 
 constexpr int32_t kNoBlock = -1;
 
-// blocks i32 [T, K, max(1, free_blocks)]: the free blocks (document-relative index) chosen by each
+// blocks i32 [Tq, K, max(1, free_blocks)]: the free blocks (document-relative index) chosen by each
 // token and key/value head, ascending, then kNoBlock. Forced blocks (initial and local) are implied
 // and not stored. Where all past blocks fit the budget the list holds all of them that are not
-// forced. Ties go to the lower block index. q and k as for AttentionForward. On a GPU they are of
-// the context's activation type, and so are the compressed keys that scores are computed from; N /
-// K is at most 16, D is 16, 32, 64 or 128 and row strides are multiples of 8. Scores are float32 on
-// both. Work space: the compressed keys.
+// forced. Ties go to the lower block index. q, k and first_query as for AttentionForward; a token's
+// list does not depend on the range it is in. On a GPU q and k are of the context's activation
+// type, and so are the compressed keys that scores are computed from; N / K is at most 16, D is 16,
+// 32, 64 or 128 and row strides are multiples of 8. Scores are float32 on both. Work space: the
+// compressed keys.
 void SelectBlocks(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                   std::span<const DocumentRange> documents, const SparseAttentionConfig& config,
-                  float scale, const Tensor& blocks);
+                  float scale, const Tensor& blocks, int64_t first_query = 0);
 
-// Shapes as AttentionForward; every document is treated as sparse, whatever its length. On a GPU
-// also the number types and strides of AttentionForward, at most 16 query heads to a key/value head
-// and blocks of a multiple of 16 tokens; numbers in `blocks` that are no free block of their token
-// are passed over (the CPU aborts). The bits of a row depend on its document alone, but are not
-// those of dense attention where the budget covers the past: blocks come in another order.
-// Scratch of the backward pass on a GPU: T * N floats; T * K * free_blocks integers and an integer
-// for each block and 1,024 tokens of its document (the inverse of `blocks`); 512 * D bytes for each
-// piece of a block that more than 8,192 tokens attend to.
+// Shapes and ranges of queries as AttentionForward; every document is treated as sparse, whatever
+// its length. On a GPU also the number types and strides of AttentionForward, at most 16 query
+// heads to a key/value head and blocks of a multiple of 16 tokens; numbers in `blocks` that are no
+// free block of their token are passed over (the CPU aborts). The bits of a row depend on its
+// document alone, but are not those of dense attention where the budget covers the past: blocks
+// come in another order. Scratch of the backward pass on a GPU: Tq * N floats; Tq * K * free_blocks
+// integers and an integer for each block and 1,024 queries of its document (the inverse of
+// `blocks`); 512 * D bytes for each piece of a block that more than 8,192 queries attend to.
 void SparseAttentionForward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                             const ConstTensor& v, std::span<const DocumentRange> documents,
                             const SparseAttentionConfig& config, float scale,
-                            const ConstTensor& blocks, const Tensor& out, const Tensor& lse);
+                            const ConstTensor& blocks, const Tensor& out, const Tensor& lse,
+                            int64_t first_query = 0);
 
 void SparseAttentionBackward(const Context& ctx, const ConstTensor& q, const ConstTensor& k,
                              const ConstTensor& v, const ConstTensor& out, const ConstTensor& lse,
                              const ConstTensor& dout, std::span<const DocumentRange> documents,
                              const SparseAttentionConfig& config, float scale,
                              const ConstTensor& blocks, const Tensor& dq, const Tensor& dk,
-                             const Tensor& dv);
+                             const Tensor& dv, int64_t first_query = 0);
 
 // One new token (generation) at position n - 1: q [N, D], k and v [n, K, D] of all tokens so far;
 // selects and attends.

@@ -1,4 +1,4 @@
-#include <cstring>
+#include <algorithm>
 
 #include "kernels/common/tensor_check.h"
 #include "kernels/cuda_kernels.h"
@@ -20,8 +20,7 @@ void Cast(const Context& ctx, const ConstTensor& from, const Tensor& to) {
   if (ctx.cuda()) return Cuda(ctx).Cast(ctx, from, to);
   CheckCpu(ctx);
   CheckFlat(from, to);
-  std::memcpy(to.Data<float>(), from.Data<float>(),
-              static_cast<size_t>(from.numel()) * sizeof(float));
+  std::copy_n(from.Data<float>(), from.numel(), to.Data<float>());
 }
 
 void Add(const Context& ctx, const ConstTensor& term, const Tensor& sum) {

@@ -45,11 +45,12 @@ struct AttentionCase {
   Tensor Narrow(Matrix& x) const { return x.tensor().AsHeads(heads.kv, heads.d); }
   float scale() const { return 1.0F / std::sqrt(static_cast<float>(heads.d)); }
 
-  void Dense(const Context& ctx, const std::vector<DocumentRange>& documents) {
+  void Dense(const Context& ctx, const std::vector<DocumentRange>& documents,
+             int64_t first_query = 0) {
     AttentionForward(ctx, Wide(q), Narrow(k), Narrow(v), documents, scale(), Wide(out),
-                     lse.tensor());
+                     lse.tensor(), first_query);
     AttentionBackward(ctx, Wide(q), Narrow(k), Narrow(v), Wide(out), lse.tensor(), Wide(dout),
-                      documents, scale(), Wide(dq), Narrow(dk), Narrow(dv));
+                      documents, scale(), Wide(dq), Narrow(dk), Narrow(dv), first_query);
   }
 
   // Tokens [range) as a case of their own.

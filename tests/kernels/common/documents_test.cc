@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <utility>
+
 namespace sala::kernels {
 namespace {
 
@@ -15,6 +17,22 @@ TEST(Documents, SkipsEmptyOnesAndKeepsOrder) {
   EXPECT_EQ(documents[2].begin, 4);
   EXPECT_EQ(documents[2].length(), 6);
   EXPECT_TRUE(Documents(std::vector<int32_t>{0}).empty());
+}
+
+TEST(Documents, PartOfARangeOfTokens) {
+  const auto part = [](int64_t first, int64_t count) {
+    const DocumentRange found = PartOf({10, 20}, first, count);
+    return std::pair{found.begin, found.end};
+  };
+  EXPECT_EQ(part(0, 30), std::pair(0L, 10L));
+  EXPECT_EQ(part(12, 3), std::pair(2L, 5L));
+  EXPECT_EQ(part(0, 11), std::pair(0L, 1L));
+  EXPECT_EQ(part(19, 30), std::pair(9L, 10L));
+  for (const int64_t first : {0, 10, 15, 20, 25}) {
+    EXPECT_EQ(part(first, 0).first, part(first, 0).second);
+  }
+  EXPECT_EQ(part(20, 5), std::pair(10L, 10L));
+  EXPECT_EQ(part(0, 10), std::pair(0L, 0L));
 }
 
 TEST(DocumentsDeathTest, RefusesFallingBoundaries) {

@@ -462,6 +462,106 @@ TEST_F(LightningCuda, StatesMayBeTakenAndGivenInTheSameMemory) {
   EXPECT_TRUE(dstate.Download().SameBits(p.dstate_in));
 }
 
+// LightningStates and LightningStateGradient of the problem's tokens, `in_place`: into the memory
+// of the states that enter.
+void RunStates(const Context& ctx, Problem& p, bool carried_in, bool in_place) {
+  const DeviceMatrix q(DType::kBF16, p.q, 8), k(DType::kBF16, p.k, 16), v(DType::kBF16, p.v, 24),
+      dout(DType::kBF16, p.dout, 8), state_in(DType::kF32, p.state_in),
+      dstate_out(DType::kF32, p.dstate_out), other(DType::kF32, p.n, p.d * p.d),
+      dother(DType::kF32, p.n, p.d * p.d);
+  const auto state = [&p](const DeviceMatrix& x) { return x.tensor().Reshape({p.n, p.d, p.d}); };
+  const DeviceMatrix& state_out = in_place ? state_in : other;
+  const DeviceMatrix& dstate_in = in_place ? dstate_out : dother;
+  LightningStates(ctx, k.heads(p.n, p.d), v.heads(p.n, p.d), p.cu_seqlens, p.slopes,
+                  carried_in ? state(state_in) : Tensor(), state(state_out));
+  LightningStateGradient(ctx, q.heads(p.n, p.d), dout.heads(p.n, p.d), p.cu_seqlens, p.slopes,
+                         p.scale(), carried_in, state(dstate_out), state(dstate_in));
+  p.state_out = state_out.Download();
+  p.dstate_in = dstate_in.Download();
+}
+
+// Documents that begin and end on and off the grids of chunks (64) and segments (256), one that
+// ends with the tokens, one over all, none.
+TEST_F(LightningCuda, StatesAloneHaveTheBitsOfTheFullCalls) {
+  for (const auto& cu : {std::vector<int32_t>{0, 600},
+                         {0, 0, 70, 90, 200},
+                         {0, 64, 128},
+                         {0, 512, 513},
+                         {0, 512, 600},
+                         {0, 256, 512},
+                         {0, 300, 620, 700},
+                         {0, 1},
+                         {0, 200, 200},
+                         {0},
+                         {0, 0}}) {
+    SCOPED_TRACE("packing of " + std::to_string(cu.back()));
+    for (const int64_t d : {16, 32}) {
+      if (d == 32 && (kSlowBuild || cu.size() != 3)) continue;
+      Problem full(cu, {0.84F, 1.0F / 256, 0.0F}, d);
+      full.Run(ctx());
+      for (const bool in_place : {false, true}) {
+        Problem alone(cu, full.slopes, d);
+        RunStates(ctx(), alone, /*carried_in=*/true, in_place);
+        EXPECT_TRUE(alone.state_out.SameBits(full.state_out)) << "in place " << in_place;
+        EXPECT_TRUE(alone.dstate_in.SameBits(full.dstate_in)) << "in place " << in_place;
+      }
+    }
+  }
+}
+
+TEST_F(LightningCuda, StatesAloneOfTheWidestHead) {
+  const std::vector<int32_t> cu = {0, kSlowBuild ? 65 : 300};
+  Problem full(cu, {1.0F / 256}, 128);
+  full.Run(ctx());
+  Problem alone(cu, full.slopes, 128);
+  RunStates(ctx(), alone, true, false);
+  EXPECT_TRUE(alone.state_out.SameBits(full.state_out));
+  EXPECT_TRUE(alone.dstate_in.SameBits(full.dstate_in));
+}
+
+// A document that begins at token 0 takes no state and gives no gradient back.
+TEST_F(LightningCuda, StatesOfADocumentThatBeginsWithTheTokens) {
+  for (const std::vector<int32_t>& cu : {std::vector<int32_t>{0, 100}, {0, 600}}) {
+    Problem zero(cu, {0.1F, 1.0F / 256}, 16);
+    zero.state_in = Matrix::Filled(zero.n, zero.d * zero.d, 0.0F);
+    zero.Run(ctx());
+    Problem alone(cu, zero.slopes, 16);
+    RunStates(ctx(), alone, /*carried_in=*/false, false);
+    EXPECT_TRUE(alone.state_out.SameBits(zero.state_out));
+    for (const double x : alone.dstate_in.values()) ASSERT_EQ(x, 0.0);
+  }
+}
+
+// Ranges of one document: states from left to right and their gradients from right to left agree
+// with one call. Ranges shorter than a chunk, empty, and of several segments.
+TEST_F(LightningCuda, StatesOfRangesMatchOneCall) {
+  const std::vector<int32_t> cu = {0, 620};
+  Problem whole(cu, {0.84F, 0.1F, 1.0F / 256}, 16);
+  whole.Run(ctx());
+  const Standard standard(whole, whole.state_in.values(), whole.dstate_out.values());
+  for (const std::vector<int32_t>& borders :
+       {std::vector<int32_t>{0, 20, 20, 333, 620}, {0, 0, 64, 575, 576, 620}}) {
+    if (kSlowBuild && borders.size() == 6) continue;
+    std::vector<Problem> parts;
+    for (size_t r = 0; r + 1 < borders.size(); ++r) {
+      parts.push_back(whole.Piece(borders[r], borders[r + 1]));
+    }
+    for (size_t r = 0; r < parts.size(); ++r) {
+      if (r > 0) parts[r].state_in = parts[r - 1].state_out;
+      RunStates(ctx(), parts[r], true, false);
+    }
+    for (size_t r = parts.size(); r-- > 0;) {
+      if (r + 1 < parts.size()) parts[r].dstate_out = parts[r + 1].dstate_in;
+      RunStates(ctx(), parts[r], true, false);
+    }
+    // The ranges have 11 chunks together, one less than F32Error counts.
+    whole.state_out = parts.back().state_out;
+    whole.dstate_in = parts.front().dstate_in;
+    ExpectStateOut(whole, standard);
+    ExpectStateGradient(whole, standard);
+  }
+}
+
 TEST_F(LightningCuda, TokensPastTheDocumentsAreNeitherReadNorWritten) {
   Problem longer({0, 100}, {0.5F, 1.0F / 256}, 16);
   Problem p = longer.Piece(0, 70);

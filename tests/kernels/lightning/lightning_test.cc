@@ -1,5 +1,6 @@
 #include "kernels/lightning/lightning.h"
 
+#include <algorithm>
 #include <complex>
 #include <limits>
 
@@ -71,6 +72,7 @@ struct LightningCase {
   std::vector<int32_t> cu_seqlens;
   std::vector<float> slopes;
   int64_t t, n, d;
+  int64_t more_chunks = 0;  // than one call needs, where results come from several
   std::mt19937 rng;
   Matrix q{0, 1}, k{0, 1}, v{0, 1}, dout{0, 1}, state_in{0, 1}, dstate_out{0, 1};
   Matrix out{0, 1}, dq{0, 1}, dk{0, 1}, dv{0, 1}, state_out{0, 1}, dstate_in{0, 1};
@@ -81,7 +83,7 @@ struct LightningCase {
 // entry's own rounding and an addition. It multiplies the same sums with absolute values for all
 // terms, which the reference computes from absolute inputs.
 double ErrorFactor(const LightningCase& c) {
-  const double chunks = static_cast<double>(c.t) / 64 + 2;
+  const double chunks = static_cast<double>(c.t) / 64 + 2 + static_cast<double>(c.more_chunks);
   return (2 * static_cast<double>(c.d) + 2 * 64 + 4 * chunks + 8) * kF32Round;
 }
 
@@ -342,6 +344,178 @@ TEST(Lightning, SplitWithCarriedStateMatchesOnePass) {
     compare(left.dv, right.dv, whole.dv, size.backward.dv);
     compare(right.state_out, Matrix(0, 1), whole.state_out, size.forward.state_out);
     compare(left.dstate_in, Matrix(0, 1), whole.dstate_in, size.backward.dstate_in);
+  }
+}
+
+// LightningStates and LightningStateGradient on the tokens of `c`, into the poisoned results.
+void RunStates(const Context& ctx, LightningCase& c, const ConstTensor& state_in, bool carried_in,
+               const ConstTensor& dstate_out) {
+  LightningStates(ctx, c.Heads(c.k), c.Heads(c.v), c.cu_seqlens, c.slopes, state_in,
+                  c.State(c.state_out));
+  LightningStateGradient(ctx, c.Heads(c.q), c.Heads(c.dout), c.cu_seqlens, c.slopes, c.scale(),
+                         carried_in, dstate_out, c.State(c.dstate_in));
+}
+
+// On one grid of chunks the states alone are those of the full calls, to the bit: for one document,
+// one that ends with the tokens, starts of documents on and off the grid, no tokens.
+TEST(Lightning, StatesAloneHaveTheBitsOfTheFullCalls) {
+  for (const auto& cu : {std::vector<int32_t>{0, 257},
+                         {0, 0, 70, 90, 200},
+                         {0, 64, 128},
+                         {0, 128, 129},
+                         {0, 1},
+                         {0, 63},
+                         {0, 200, 200},
+                         {0},
+                         {0, 0}}) {
+    SCOPED_TRACE("packing of " + std::to_string(cu.back()));
+    KernelTest kernel(2);
+    LightningCase full(cu, LightningSlopes(3), 16);
+    full.Run(kernel.ctx());
+    LightningCase alone(cu, LightningSlopes(3), 16);
+    RunStates(kernel.ctx(), alone, alone.State(alone.state_in), /*carried_in=*/true,
+              alone.State(alone.dstate_out));
+    EXPECT_TRUE(alone.state_out.SameBits(full.state_out));
+    EXPECT_TRUE(alone.dstate_in.SameBits(full.dstate_in));
+    EXPECT_EQ(kernel.arena().used_bytes(), 0U);
+    // In place, as the full calls allow it.
+    alone.state_out = alone.state_in;
+    alone.dstate_in = alone.dstate_out;
+    RunStates(kernel.ctx(), alone, alone.State(alone.state_out), true,
+              alone.State(alone.dstate_in));
+    EXPECT_TRUE(alone.state_out.SameBits(full.state_out));
+    EXPECT_TRUE(alone.dstate_in.SameBits(full.dstate_in));
+  }
+}
+
+// Nothing enters: an empty state and one of zeros are the same, and a document that begins at token
+// 0 gives no gradient back.
+TEST(Lightning, StatesOfADocumentThatBeginsWithTheTokens) {
+  KernelTest kernel;
+  LightningCase zero({0, 100}, LightningSlopes(3), 16);
+  zero.state_in = Matrix::Filled(zero.n, zero.d * zero.d, 0.0F);
+  zero.Run(kernel.ctx());
+  LightningCase alone({0, 100}, LightningSlopes(3), 16);
+  RunStates(kernel.ctx(), alone, {}, /*carried_in=*/false, alone.State(alone.dstate_out));
+  EXPECT_TRUE(alone.state_out.SameBits(zero.state_out));
+  for (const double x : alone.dstate_in.values()) ASSERT_EQ(x, 0.0);
+  // Gradients of what enters do not depend on what entered.
+  LightningCase other({0, 100}, LightningSlopes(3), 16);
+  other.Run(kernel.ctx());
+  EXPECT_TRUE(other.dstate_in.SameBits(zero.dstate_in));
+}
+
+// Ranges of packed tokens, as many ranks hold them: first the states from left to right and their
+// gradients from right to left, then every range by itself.
+TEST(Lightning, RangesMatchOneCall) {
+  std::mt19937 rng(7);
+  const auto below = [&rng](int32_t n) {
+    return static_cast<int32_t>(rng() % static_cast<uint32_t>(n));
+  };
+  for (unsigned trial = 0; trial < 30; ++trial) {
+    const int32_t tokens = 150 + below(200);
+    std::vector<int32_t> cu = {0};
+    while (cu.back() < tokens) {
+      cu.push_back(std::min(tokens, cu.back() + 1 + below(trial % 3 == 0 ? 400 : 90)));
+    }
+    std::vector<int32_t> borders = {0, tokens};
+    for (int32_t i = below(5); i > 0; --i) borders.push_back(below(tokens + 1));
+    // Some borders are starts of documents, some ranges are short or empty.
+    if (trial % 4 == 0) borders.push_back(cu[cu.size() / 2]);
+    if (trial % 5 == 0) borders.push_back(std::min(tokens, borders.back() + below(3)));
+    std::sort(borders.begin(), borders.end());
+    std::string text = "borders";
+    for (const int32_t b : borders) text += " " + std::to_string(b);
+    text += ", documents";
+    for (const int32_t b : cu) text += " " + std::to_string(b);
+    SCOPED_TRACE(text);
+
+    KernelTest kernel(2);
+    LightningCase whole(cu, LightningSlopes(3), 16, trial);
+    whole.Run(kernel.ctx());
+
+    std::vector<LightningCase> parts;
+    std::vector<bool> carried;
+    for (size_t r = 0; r + 1 < borders.size(); ++r) {
+      LightningCase part = whole.Piece(borders[r], borders[r + 1]);
+      part.cu_seqlens = {0};
+      for (const int32_t b : cu) {
+        if (borders[r] < b && b < borders[r + 1]) part.cu_seqlens.push_back(b - borders[r]);
+      }
+      part.cu_seqlens.push_back(borders[r + 1] - borders[r]);
+      // Whether the document before goes on: at both ends with what enters or leaves the whole,
+      // elsewhere where no document starts just here.
+      carried.push_back(borders[r] == 0 || borders[r] == tokens ||
+                        !std::binary_search(cu.begin(), cu.end(), borders[r]));
+      parts.push_back(part);
+    }
+    Matrix state = whole.state_in;
+    for (size_t r = 0; r < parts.size(); ++r) {
+      if (!carried[r]) state = Matrix::Filled(whole.n, whole.d * whole.d, 0.0F);
+      parts[r].state_in = state;
+      LightningStates(kernel.ctx(), parts[r].Heads(parts[r].k), parts[r].Heads(parts[r].v),
+                      parts[r].cu_seqlens, parts[r].slopes, parts[r].State(parts[r].state_in),
+                      parts[r].State(parts[r].state_out));
+      state = parts[r].state_out;
+    }
+    Matrix gradient = whole.dstate_out;
+    for (size_t r = parts.size(); r-- > 0;) {
+      parts[r].dstate_out = gradient;
+      LightningStateGradient(kernel.ctx(), parts[r].Heads(parts[r].q),
+                             parts[r].Heads(parts[r].dout), parts[r].cu_seqlens, parts[r].slopes,
+                             parts[r].scale(), carried[r], parts[r].State(parts[r].dstate_out),
+                             parts[r].State(parts[r].dstate_in));
+      gradient = parts[r].dstate_in;
+      if (!carried[r]) gradient = Matrix::Filled(whole.n, whole.d * whole.d, 0.0F);
+    }
+    LightningCase joined = whole;
+    joined.Poison();
+    joined.state_out = parts.back().state_out;
+    joined.dstate_in = parts.front().dstate_in;
+    for (size_t r = 0; r < parts.size(); ++r) {
+      LightningCase& part = parts[r];
+      const Matrix states = part.state_out;
+      const Matrix gradients = part.dstate_in;
+      const Tensor none;
+      LightningForward(kernel.ctx(), part.Heads(part.q), part.Heads(part.k), part.Heads(part.v),
+                       part.cu_seqlens, part.slopes, part.scale(),
+                       carried[r] ? part.State(part.state_in) : none, part.Heads(part.out),
+                       part.State(part.state_out));
+      LightningBackward(kernel.ctx(), part.Heads(part.q), part.Heads(part.k), part.Heads(part.v),
+                        part.Heads(part.dout), part.cu_seqlens, part.slopes, part.scale(),
+                        carried[r] ? part.State(part.state_in) : none, part.State(part.dstate_out),
+                        part.Heads(part.dq), part.Heads(part.dk), part.Heads(part.dv),
+                        carried[r] ? part.State(part.dstate_in) : none);
+      EXPECT_TRUE(part.state_out.SameBits(states)) << "range " << r;
+      EXPECT_TRUE(part.dstate_in.SameBits(gradients)) << "range " << r;
+      for (const auto& [from, to] : {std::pair{&part.out, &joined.out},
+                                     {&part.dq, &joined.dq},
+                                     {&part.dk, &joined.dk},
+                                     {&part.dv, &joined.dv}}) {
+        for (int64_t t = 0; t < from->rows(); ++t) {
+          for (int64_t i = 0; i < from->columns(); ++i) {
+            to->at(borders[r] + t, i) = from->at(t, i);
+          }
+        }
+      }
+    }
+    joined.more_chunks = static_cast<int64_t>(parts.size());  // the last one of each range
+    for (size_t s = 0; s + 1 < cu.size(); ++s) {
+      const bool first = s == 0;
+      const bool last = s + 2 == cu.size();
+      const LightningCase piece = whole.Piece(cu[s], cu[s + 1]);
+      ExpectDocument(joined, piece, cu[s], first ? whole.state_in.values() : std::vector<double>(),
+                     last ? whole.dstate_out.values() : std::vector<double>());
+    }
+    const Bounded last(whole.Piece(cu[cu.size() - 2], tokens),
+                       cu.size() == 2 ? whole.state_in.values() : std::vector<double>(), {});
+    ExpectClose(joined.state_out, last.value.forward.state_out,
+                [&](size_t i) { return ErrorFactor(joined) * last.size.forward.state_out[i]; });
+    const Bounded first(whole.Piece(0, cu[1]), whole.state_in.values(),
+                        cu.size() == 2 ? whole.dstate_out.values() : std::vector<double>());
+    ExpectClose(joined.dstate_in, first.value.backward.dstate_in,
+                [&](size_t i) { return ErrorFactor(joined) * first.size.backward.dstate_in[i]; });
+    if (HasFailure()) return;
   }
 }
 

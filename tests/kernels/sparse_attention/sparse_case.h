@@ -27,26 +27,32 @@ struct SparseCase : AttentionCase {
   }
 
   int64_t width() const { return std::max<int64_t>(1, config.free_blocks()); }
-  Tensor Blocks() { return Tensor(chosen.data(), {t, heads.kv, width()}); }
+  // A row for each query.
+  Tensor Blocks() { return Tensor(chosen.data(), {q.rows(), heads.kv, width()}); }
   const int32_t* BlocksOf(int64_t token, int64_t g) const {
     return chosen.data() + (token * heads.kv + g) * width();
   }
 
-  void Select(const Context& ctx, const std::vector<DocumentRange>& documents) {
-    SelectBlocks(ctx, Wide(q), Narrow(k), documents, config, scale(), Blocks());
+  void Select(const Context& ctx, const std::vector<DocumentRange>& documents,
+              int64_t first_query = 0) {
+    SelectBlocks(ctx, Wide(q), Narrow(k), documents, config, scale(), Blocks(), first_query);
   }
-  void Forward(const Context& ctx, const std::vector<DocumentRange>& documents) {
+  void Forward(const Context& ctx, const std::vector<DocumentRange>& documents,
+               int64_t first_query = 0) {
     SparseAttentionForward(ctx, Wide(q), Narrow(k), Narrow(v), documents, config, scale(), Blocks(),
-                           Wide(out), lse.tensor());
+                           Wide(out), lse.tensor(), first_query);
   }
-  void Backward(const Context& ctx, const std::vector<DocumentRange>& documents) {
+  void Backward(const Context& ctx, const std::vector<DocumentRange>& documents,
+                int64_t first_query = 0) {
     SparseAttentionBackward(ctx, Wide(q), Narrow(k), Narrow(v), Wide(out), lse.tensor(), Wide(dout),
-                            documents, config, scale(), Blocks(), Wide(dq), Narrow(dk), Narrow(dv));
+                            documents, config, scale(), Blocks(), Wide(dq), Narrow(dk), Narrow(dv),
+                            first_query);
   }
-  void Run(const Context& ctx, const std::vector<DocumentRange>& documents) {
-    Select(ctx, documents);
-    Forward(ctx, documents);
-    Backward(ctx, documents);
+  void Run(const Context& ctx, const std::vector<DocumentRange>& documents,
+           int64_t first_query = 0) {
+    Select(ctx, documents, first_query);
+    Forward(ctx, documents, first_query);
+    Backward(ctx, documents, first_query);
   }
 
   SparseCase SparsePiece(const DocumentRange& range) const {
