@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/common/cuda_math.h"
+#include "kernels/common/vocabulary_shard.h"
 
 namespace sala::kernels {
 
@@ -106,6 +107,45 @@ __device__ __forceinline__ RowSoftmax CombineRow(const OnlineSoftmax& mine, cons
     }
   }
   row.sum = BlockSum(double{mine.sum * __expf(mine.largest - row.largest)}, slots.sums);
+  return row;
+}
+
+// The device's forms of what vocabulary_shard.h has for the host.
+
+// What a block has seen of a row of which other ranks have the rest, thread 0's to write. `row` is
+// of columns; the message has ids.
+__device__ __forceinline__ void PutShare(const RowSoftmax& row, int64_t first_row, float* fields) {
+  fields[kLargestLogit] = row.largest;
+  SplitDouble(row.sum, fields + kSumHigh);
+  const int id = row.column == kNoColumn ? kNoId : static_cast<int>(first_row) + row.column;
+  fields[kArgMaxBits] = __int_as_float(id);
+}
+
+// As CombineRow, for a part of a row: where nothing stands above minus infinity the sum is that of
+// the terms themselves, 0 or NaN. The whole block.
+__device__ __forceinline__ RowSoftmax CombinePart(const OnlineSoftmax& mine,
+                                                  const RowSlots& slots) {
+  RowSoftmax part = CombineRow(mine, slots);
+  if (part.largest == kMinusInfinity) part.sum = BlockSum(double{mine.sum}, slots.sums);
+  return part;
+}
+
+// The whole row, columns being ids, from the shares of all ranks, `distance` floats apart.
+__device__ __forceinline__ RowSoftmax JoinRow(const float* fields, int ranks, int64_t distance) {
+  RowSoftmax row = {kMinusInfinity, kNoColumn, 0.0};
+  for (int k = 0; k < ranks; ++k) {
+    const float largest = fields[k * distance + kLargestLogit];
+    const int id = __float_as_int(fields[k * distance + kArgMaxBits]);
+    if (largest > row.largest || (largest == row.largest && id < row.column)) {
+      row.largest = largest;
+      row.column = id;
+    }
+  }
+  for (int k = 0; k < ranks; ++k) {
+    const float* share = fields + k * distance;
+    row.sum +=
+        JoinDouble(share + kSumHigh) * exp(double{share[kLargestLogit]} - double{row.largest});
+  }
   return row;
 }
 

@@ -44,4 +44,22 @@ SALA_INLINE double ExpRow(int64_t n, float largest, float* x) {
   return sum;
 }
 
+// The same sum, bit for bit, of a row that stays as it is.
+SALA_INLINE double ExpSum(int64_t n, float largest, const float* x) {
+  double sum = 0;
+  float block[kSumBlock];
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
+    const int64_t count = std::min(kSumBlock, n - begin);
+    std::copy_n(x + begin, count, block);
+    sum += ExpRow(count, largest, block);
+  }
+  return sum;
+}
+
+// What a part of a row is measured against: nothing stands above minus infinity in a part that is
+// empty or all overflow, and 0 keeps its terms at 0 (and a NaN a NaN).
+SALA_INLINE float ShiftOf(float largest) {
+  return largest == -std::numeric_limits<float>::infinity() ? 0.0F : largest;
+}
+
 }  // namespace sala::kernels

@@ -1,4 +1,5 @@
 #include <cmath>
+#include <optional>
 
 #include "kernels/common/softmax_row.h"
 #include "kernels/common/tensor_check.h"
@@ -26,18 +27,47 @@ SALA_VECTORIZE RowResult LossRow(int64_t n, int64_t label, float* logits, double
   return {std::log(*sum) + static_cast<double>(largest) - target, correct};
 }
 
-// e^(x - max) -> grad_scale (p - onehot(label))
-SALA_VECTORIZE void GradientRow(int64_t n, int64_t label, double sum, float grad_scale,
+// e^(x - max) -> grad_scale (p - onehot(label)), with factor = grad_scale / the sum; column -1: the
+// label is not in this row.
+SALA_VECTORIZE void GradientRow(int64_t n, int64_t column, double factor, float grad_scale,
                                 float* logits) {
-  const auto factor = static_cast<float>(static_cast<double>(grad_scale) / sum);
+  const auto rounded = static_cast<float>(factor);
   SALA_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) logits[i] *= factor;
-  logits[label] -= grad_scale;
+  for (int64_t i = 0; i < n; ++i) logits[i] *= rounded;
+  if (column >= 0) logits[column] -= grad_scale;
+}
+
+// What this rank sends of a row: its share of the softmax, then the label's logit. The logits
+// become e^(x - this rank's largest).
+SALA_VECTORIZE void SendRow(const ShardRows& shard, int64_t label, float* logits, float* message) {
+  const int64_t n = shard.count;
+  SoftmaxShare share;
+  share.largest = RowMax(n, logits);
+  const int64_t first = FirstIndexOf(n, logits, share.largest);
+  if (first < n) share.id = static_cast<int32_t>(shard.first + first);
+  const int64_t column = shard.ColumnOf(label);
+  message[kSoftmaxFields] = column >= 0 ? logits[column] : 0.0F;
+  share.sum = ExpRow(n, ShiftOf(share.largest), logits);
+  PutShare(share, message);
+}
+
+// The loss of a row from the messages of all ranks, `distance` floats apart. *factor receives what
+// e^(x - this rank's largest) is multiplied by in the gradient of 1 * loss.
+RowResult ReceiveRow(const RankExchange& exchange, const float* messages, int64_t distance,
+                     int64_t label, double* factor) {
+  const SoftmaxShare row = JoinShares(messages, exchange.ranks, distance);
+  double target = 0;
+  for (int64_t k = 0; k < exchange.ranks; ++k) {
+    target += static_cast<double>(messages[k * distance + kSoftmaxFields]);
+  }
+  const auto mine = static_cast<double>(messages[exchange.rank * distance + kLargestLogit]);
+  *factor = std::exp(mine - static_cast<double>(row.largest)) / row.sum;
+  return {std::log(row.sum) + static_cast<double>(row.largest) - target, row.id == label};
 }
 
 void Check(const Context& ctx, const ConstTensor& hidden, const ConstTensor& weight,
            const ConstTensor& labels, const CrossEntropyOptions& options, const Tensor& token_loss,
-           const Tensor& dhidden, const Tensor& dweight) {
+           const Tensor& dhidden, const Tensor& dweight, int64_t vocabulary) {
   CheckCpu(ctx);
   SALA_CHECK(hidden.rank() == 2 && weight.rank() == 2)
       << ShapeText(hidden) << ", " << ShapeText(weight);
@@ -51,36 +81,58 @@ void Check(const Context& ctx, const ConstTensor& hidden, const ConstTensor& wei
   if (!dweight.empty()) CheckShape(dweight, {weight.dim(0), weight.dim(1)});
   for (int64_t t = 0; t < tokens; ++t) {
     const int32_t label = labels.Data<int32_t>()[t];
-    SALA_CHECK(label >= -1 && label < weight.dim(0))
-        << "label " << label << " at " << t << ", vocabulary " << weight.dim(0);
+    SALA_CHECK(label >= -1 && label < vocabulary)
+        << "label " << label << " at " << t << ", vocabulary " << vocabulary;
   }
 }
 
 }  // namespace
 
 CrossEntropyResult CrossEntropy(const Context& ctx, const ConstTensor& hidden,
-                                const ConstTensor& weight, const ConstTensor& labels,
+                                const ConstTensor& all_weight, const ConstTensor& labels,
                                 const CrossEntropyOptions& options, const Tensor& token_loss,
-                                const Tensor& dhidden, const Tensor& dweight) {
+                                const Tensor& dhidden, const Tensor& all_dweight) {
   if (ctx.cuda()) {
-    return Cuda(ctx).CrossEntropy(ctx, hidden, weight, labels, options, token_loss, dhidden,
-                                  dweight);
+    return Cuda(ctx).CrossEntropy(ctx, hidden, all_weight, labels, options, token_loss, dhidden,
+                                  all_dweight);
   }
-  Check(ctx, hidden, weight, labels, options, token_loss, dhidden, dweight);
+  const ShardRows shard = RowsOf(options.shard, all_weight.dim(0));
+  Check(ctx, hidden, all_weight, labels, options, token_loss, dhidden, all_dweight,
+        shard.vocabulary);
+  const RankExchange* exchange = options.shard.exchange;
   const int64_t tokens = hidden.dim(0);
-  const int64_t vocabulary = weight.dim(0);
+  // Padding takes part in nothing.
+  const int64_t vocabulary = shard.count;
+  const ConstTensor weight = all_weight.Rows(0, vocabulary);
+  const Tensor dweight = all_dweight.empty() ? Tensor() : all_dweight.Rows(0, vocabulary);
   const int64_t chunk = std::min(options.chunk_tokens, tokens);
   const bool gradient = !dhidden.empty() || !dweight.empty();
   const ArenaScope scope(*ctx.scratch);
   const Tensor buffer = ctx.scratch->New(DType::kF32, {chunk, vocabulary});
   auto* rows = static_cast<RowResult*>(
       ctx.scratch->Allocate(static_cast<size_t>(chunk) * sizeof(RowResult)));
+  std::optional<GatherBuffer> messages;
+  if (exchange != nullptr) messages.emplace(ctx, *exchange, chunk * kCrossEntropyShardFloats);
   CrossEntropyResult result;
   for (int64_t begin = 0; begin < tokens; begin += chunk) {
     const int64_t end = std::min(tokens, begin + chunk);
     const Tensor logits = buffer.Rows(0, end - begin);
     const auto* label = labels.Data<int32_t>() + begin;
     GemmNT(ctx, hidden.Rows(begin, end), weight, logits, {.alpha = options.logit_scale});
+    if (exchange != nullptr) {
+      auto* mine = messages->mine.Data<float>();
+      ctx.pool->For(end - begin, kLogitRowGrain, [&](int64_t r0, int64_t r1) {
+        for (int64_t r = r0; r < r1; ++r) {
+          float* message = mine + r * kCrossEntropyShardFloats;
+          if (label[r] < 0) {
+            std::fill_n(message, kCrossEntropyShardFloats, 0.0F);
+          } else {
+            SendRow(shard, label[r], logits.Row<float>(r), message);
+          }
+        }
+      });
+      messages->Gather(ctx, *exchange, (end - begin) * kCrossEntropyShardFloats);
+    }
     ctx.pool->For(end - begin, kLogitRowGrain, [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0; r < r1; ++r) {
         float* row = logits.Row<float>(r);
@@ -89,9 +141,20 @@ CrossEntropyResult CrossEntropy(const Context& ctx, const ConstTensor& hidden,
           if (gradient) std::fill_n(row, vocabulary, 0.0F);
           continue;
         }
-        double sum = 0;
-        rows[r] = LossRow(vocabulary, label[r], row, &sum);
-        if (gradient) GradientRow(vocabulary, label[r], sum, options.grad_scale, row);
+        double factor = 0;
+        if (exchange != nullptr) {
+          rows[r] =
+              ReceiveRow(*exchange, messages->all.Data<float>() + r * kCrossEntropyShardFloats,
+                         (end - begin) * kCrossEntropyShardFloats, label[r], &factor);
+          factor *= static_cast<double>(options.grad_scale);
+        } else {
+          double sum = 0;
+          rows[r] = LossRow(vocabulary, label[r], row, &sum);
+          factor = static_cast<double>(options.grad_scale) / sum;
+        }
+        if (gradient) {
+          GradientRow(vocabulary, shard.ColumnOf(label[r]), factor, options.grad_scale, row);
+        }
       }
     });
     for (int64_t r = 0; r < end - begin; ++r) {

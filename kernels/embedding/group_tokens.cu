@@ -1,8 +1,8 @@
-// Radix sort of token ids, least significant digit of eight bits first. Three launches a digit: a
-// histogram of each tile of 2048 tokens, a scan of each digit's counts over the tiles, and the move
-// to the new places. Within a tile a warp takes 256 neighbouring tokens and ranks 32 at a time, so
-// equal digits keep their order whatever order the blocks and warps run in. Bound by the latency of
-// the launches at the sizes of a training step (3 digits for a vocabulary of 73,448).
+// Radix sort of tokens by their rows, least significant digit of eight bits first. Three launches a
+// digit: a histogram of each tile of 2048 tokens, a scan of each digit's counts over the tiles, and
+// the move to the new places. Within a tile a warp takes 256 neighbouring tokens and ranks 32 at a
+// time, so equal digits keep their order whatever order the blocks and warps run in. Bound by the
+// latency of the launches at the sizes of a training step (3 digits for a vocabulary of 73,448).
 #include "kernels/embedding/group_tokens.h"
 
 #include "kernels/common/cuda_math.h"
@@ -16,20 +16,22 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kRounds = 8;                       // of 32 tokens, for each warp
 constexpr int kTile = kWarps * kRounds * kWarp;  // 2048
 
-__device__ __forceinline__ int DigitOf(int32_t id, int shift) {
-  return id >> shift & (kDigits - 1);
+__device__ __forceinline__ int DigitOf(int32_t row, int shift) {
+  return row >> shift & (kDigits - 1);
 }
 
 // counts [kDigits, tiles]
 __global__ void __launch_bounds__(kThreads)
-    HistogramKernel(const int32_t* ids, int64_t count, int shift, int32_t* counts) {
+    HistogramKernel(const int32_t* ids, TableRows table, int64_t count, int shift,
+                    int32_t* counts) {
   SharedMemory shared;
   int* bins = shared.Take<int>(kDigits);
   bins[threadIdx.x] = 0;
   __syncthreads();
   const int64_t end = min(count, (int64_t{blockIdx.x} + 1) * kTile);
   for (int64_t i = int64_t{blockIdx.x} * kTile + threadIdx.x; i < end; i += kThreads) {
-    atomicAdd(&bins[DigitOf(ids[i], shift)], 1);  // of integers: any order gives the same counts
+    // Of integers: any order gives the same counts.
+    atomicAdd(&bins[DigitOf(table.RowOf(ids[i]), shift)], 1);
   }
   __syncthreads();
   counts[int64_t{threadIdx.x} * gridDim.x + blockIdx.x] = bins[threadIdx.x];
@@ -77,8 +79,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // positions null: the tokens still stand where they came in.
 __global__ void __launch_bounds__(kThreads)
-    MoveKernel(const int32_t* ids, const int32_t* positions, int64_t count, int shift,
-               const int32_t* counts, const int32_t* totals, int32_t* to_ids,
+    MoveKernel(const int32_t* ids, TableRows table, const int32_t* positions, int64_t count,
+               int shift, const int32_t* counts, const int32_t* totals, int32_t* to_rows,
                int32_t* to_positions) {
   SharedMemory shared;
   int* slots = shared.Take<int>(kWarps);
@@ -90,13 +92,13 @@ __global__ void __launch_bounds__(kThreads)
   __syncwarp();
 
   const int64_t first = int64_t{blockIdx.x} * kTile + warp * (kRounds * kWarp) + lane;
-  int32_t id[kRounds];
+  int32_t row[kRounds];
   int rank[kRounds];  // among the warp's tokens of the same digit
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
     const int64_t i = first + round * kWarp;
-    id[round] = i < count ? ids[i] : 0;
-    const int digit = i < count ? DigitOf(id[round], shift) : -1;
+    row[round] = i < count ? table.RowOf(ids[i]) : 0;
+    const int digit = i < count ? DigitOf(row[round], shift) : -1;
     const unsigned same = __match_any_sync(kFullMask, digit);
     const int before = __popc(same & ((1U << lane) - 1));
     rank[round] = digit >= 0 ? mine[digit] + before : 0;
@@ -122,8 +124,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int round = 0; round < kRounds; ++round) {
     const int64_t i = first + round * kWarp;
     if (i >= count) continue;
-    const int to = mine[DigitOf(id[round], shift)] + rank[round];
-    to_ids[to] = id[round];
+    const int to = mine[DigitOf(row[round], shift)] + rank[round];
+    to_rows[to] = row[round];
     to_positions[to] = positions != nullptr ? positions[i] : static_cast<int32_t>(i);
   }
 }
@@ -131,9 +133,8 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 GroupedTokens GroupTokens(const Context& ctx, const Op& op, const int32_t* ids, int64_t count,
-                          int64_t id_limit) {
-  SALA_CHECK(count < (int64_t{1} << 31) - kTile && id_limit <= int64_t{1} << 31)
-      << count << " tokens of " << id_limit;
+                          const TableRows& table) {
+  SALA_CHECK(count < (int64_t{1} << 31) - kTile) << count << " tokens";
   const int64_t tiles = CeilDiv(count, kTile);
   int32_t* sorted[2];
   int32_t* places[2];
@@ -146,16 +147,19 @@ GroupedTokens GroupTokens(const Context& ctx, const Op& op, const int32_t* ids, 
 
   const dim3 grid(static_cast<unsigned>(tiles));
   GroupedTokens now = {ids, nullptr};
+  TableRows rows = table;
   int to = 0;
-  for (int shift = 0; shift == 0 || id_limit > int64_t{1} << shift; shift += 8) {
-    op.Launch(HistogramKernel, grid, dim3(kThreads), SharedBytes<int>(kDigits), now.ids, count,
-              shift, counts);
+  // Rows 0 to table.count, the last for ids outside.
+  for (int shift = 0; shift == 0 || table.count >= int64_t{1} << shift; shift += 8) {
+    op.Launch(HistogramKernel, grid, dim3(kThreads), SharedBytes<int>(kDigits), now.rows, rows,
+              count, shift, counts);
     op.Launch(ScanKernel, dim3(kDigits), dim3(kThreads), SharedBytes<int>(kWarps), counts, tiles,
               totals);
     op.Launch(MoveKernel, grid, dim3(kThreads),
-              SharedBytes<int>(kWarps) + SharedBytes<int>(kWarps * kDigits), now.ids, now.positions,
-              count, shift, counts, totals, sorted[to], places[to]);
+              SharedBytes<int>(kWarps) + SharedBytes<int>(kWarps * kDigits), now.rows, rows,
+              now.positions, count, shift, counts, totals, sorted[to], places[to]);
     now = {sorted[to], places[to]};
+    rows.first = 0;
     to = 1 - to;
   }
   return now;

@@ -1,6 +1,7 @@
 #include "kernels/kl_divergence/kl_divergence.h"
 
 #include <cmath>
+#include <optional>
 
 #include "kernels/common/softmax_row.h"
 #include "kernels/common/tensor_check.h"
@@ -56,24 +57,94 @@ SALA_INLINE RowSums SumRow(int64_t n, float teacher_max, float student_max, floa
 }
 
 // With p = e^a / A and q = e^b / B: KL = sum p (a - b) - log A + log B and entropy = log A - sum p
-// a. The student's row becomes slope * (q - p).
-SALA_VECTORIZE RowResult DivergenceRow(int64_t n, double slope, float* teacher, float* student) {
-  const float teacher_max = RowMax(n, teacher);
-  const float student_max = RowMax(n, student);
+// a.
+RowResult Divergence(const RowSums& sums, bool agree) {
   RowResult result;
-  result.agree = FirstIndexOf(n, teacher, teacher_max) == FirstIndexOf(n, student, student_max);
-  const RowSums sums = SumRow(n, teacher_max, student_max, teacher, student);
+  result.agree = agree;
   result.divergence =
       sums.difference / sums.teacher - std::log(sums.teacher) + std::log(sums.student);
   result.teacher_entropy = std::log(sums.teacher) - sums.energy / sums.teacher;
-  const auto student_factor = static_cast<float>(slope / sums.student);
-  const auto teacher_factor = static_cast<float>(slope / sums.teacher);
+  return result;
+}
+
+// e^b in the student's row becomes slope * (q - p).
+SALA_INLINE void GradientRow(int64_t n, double slope, double teacher_sum, double student_sum,
+                             const float* teacher, float* student) {
+  const auto student_factor = static_cast<float>(slope / student_sum);
+  const auto teacher_factor = static_cast<float>(slope / teacher_sum);
   SALA_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     student[i] = student[i] * student_factor - teacher[i] * teacher_factor;
   }
-  return result;
 }
+
+SALA_VECTORIZE RowResult DivergenceRow(int64_t n, double slope, float* teacher, float* student) {
+  const float teacher_max = RowMax(n, teacher);
+  const float student_max = RowMax(n, student);
+  const bool agree = FirstIndexOf(n, teacher, teacher_max) == FirstIndexOf(n, student, student_max);
+  const RowSums sums = SumRow(n, teacher_max, student_max, teacher, student);
+  GradientRow(n, slope, sums.teacher, sums.student, teacher, student);
+  return Divergence(sums, agree);
+}
+
+// The first message of a row: the shares of both softmaxes.
+SALA_INLINE void SendShare(const ShardRows& shard, const float* logits, float* message) {
+  SoftmaxShare share;
+  share.largest = RowMax(shard.count, logits);
+  const int64_t first = FirstIndexOf(shard.count, logits, share.largest);
+  if (first < shard.count) share.id = static_cast<int32_t>(shard.first + first);
+  share.sum = ExpSum(shard.count, ShiftOf(share.largest), logits);
+  PutShare(share, message);
+}
+SALA_VECTORIZE void SendShares(const ShardRows& shard, const float* teacher, const float* student,
+                               float* message) {
+  SendShare(shard, teacher, message);
+  SendShare(shard, student, message + kSoftmaxFields);
+}
+
+// The second message: this rank's part of the sums that are relative to the maxima of the whole
+// row. The student's row becomes slope * (q - p).
+SALA_VECTORIZE void SendParts(int64_t n, double slope, const SoftmaxShare& p, const SoftmaxShare& q,
+                              float* teacher, float* student, float* message) {
+  const RowSums sums = SumRow(n, p.largest, q.largest, teacher, student);
+  GradientRow(n, slope, p.sum, q.sum, teacher, student);
+  SplitDouble(sums.difference, message);
+  SplitDouble(sums.energy, message + 2);
+}
+
+// What the ranks have sent of the rows of a chunk, both messages.
+class Received {
+ public:
+  Received(const RankExchange& exchange, const GatherBuffer& shares, const GatherBuffer& parts,
+           int64_t rows)
+      : ranks_(exchange.ranks),
+        rows_(rows),
+        shares_(shares.all.Data<float>()),
+        parts_(parts.all.Data<float>()) {}
+  SoftmaxShare Teacher(int64_t r) const {
+    return JoinShares(shares_ + r * kKlSoftmaxFloats, ranks_, rows_ * kKlSoftmaxFloats);
+  }
+  SoftmaxShare Student(int64_t r) const {
+    return JoinShares(shares_ + r * kKlSoftmaxFloats + kSoftmaxFields, ranks_,
+                      rows_ * kKlSoftmaxFloats);
+  }
+  RowResult Result(int64_t r) const {
+    const SoftmaxShare p = Teacher(r);
+    const SoftmaxShare q = Student(r);
+    RowSums sums = {p.sum, q.sum};
+    for (int64_t k = 0; k < ranks_; ++k) {
+      const float* part = parts_ + (k * rows_ + r) * kKlPartFloats;
+      sums.difference += JoinDouble(part);
+      sums.energy += JoinDouble(part + 2);
+    }
+    return Divergence(sums, p.id == q.id);
+  }
+
+ private:
+  int64_t ranks_, rows_;
+  const float* shares_;
+  const float* parts_;
+};
 
 void Check(const Context& ctx, const ConstTensor& teacher_hidden, const ConstTensor& teacher_weight,
            const ConstTensor& student_hidden, const ConstTensor& student_weight,
@@ -97,19 +168,25 @@ void Check(const Context& ctx, const ConstTensor& teacher_hidden, const ConstTen
 }  // namespace
 
 KlDivergenceResult KlDivergence(const Context& ctx, const ConstTensor& teacher_hidden,
-                                const ConstTensor& teacher_weight,
+                                const ConstTensor& all_teacher_weight,
                                 const ConstTensor& student_hidden,
-                                const ConstTensor& student_weight,
+                                const ConstTensor& all_student_weight,
                                 const KlDivergenceOptions& options, const Tensor& dhidden,
-                                const Tensor& dweight) {
+                                const Tensor& all_dweight) {
   if (ctx.cuda()) {
-    return Cuda(ctx).KlDivergence(ctx, teacher_hidden, teacher_weight, student_hidden,
-                                  student_weight, options, dhidden, dweight);
+    return Cuda(ctx).KlDivergence(ctx, teacher_hidden, all_teacher_weight, student_hidden,
+                                  all_student_weight, options, dhidden, all_dweight);
   }
-  Check(ctx, teacher_hidden, teacher_weight, student_hidden, student_weight, options, dhidden,
-        dweight);
+  Check(ctx, teacher_hidden, all_teacher_weight, student_hidden, all_student_weight, options,
+        dhidden, all_dweight);
+  const ShardRows shard = RowsOf(options.shard, all_student_weight.dim(0));
+  const RankExchange* exchange = options.shard.exchange;
   const int64_t tokens = student_hidden.dim(0);
-  const int64_t vocabulary = student_weight.dim(0);
+  // Padding takes part in nothing.
+  const int64_t vocabulary = shard.count;
+  const ConstTensor teacher_weight = all_teacher_weight.Rows(0, vocabulary);
+  const ConstTensor student_weight = all_student_weight.Rows(0, vocabulary);
+  const Tensor dweight = all_dweight.empty() ? Tensor() : all_dweight.Rows(0, vocabulary);
   const int64_t chunk = std::min(options.chunk_tokens, tokens);
   const double tau = options.temperature;
   // The buffers hold logits / tau; the gradient on the student's logits themselves is tau (q - p).
@@ -121,6 +198,11 @@ KlDivergenceResult KlDivergence(const Context& ctx, const ConstTensor& teacher_h
   const Tensor student_buffer = ctx.scratch->New(DType::kF32, {chunk, vocabulary});
   auto* rows = static_cast<RowResult*>(
       ctx.scratch->Allocate(static_cast<size_t>(chunk) * sizeof(RowResult)));
+  std::optional<GatherBuffer> shares, parts;
+  if (exchange != nullptr) {
+    shares.emplace(ctx, *exchange, chunk * kKlSoftmaxFloats);
+    parts.emplace(ctx, *exchange, chunk * kKlPartFloats);
+  }
   KlDivergenceResult result;
   result.tokens = tokens;
   for (int64_t begin = 0; begin < tokens; begin += chunk) {
@@ -129,11 +211,30 @@ KlDivergenceResult KlDivergence(const Context& ctx, const ConstTensor& teacher_h
     const Tensor student = student_buffer.Rows(0, end - begin);
     GemmNT(ctx, teacher_hidden.Rows(begin, end), teacher_weight, teacher, {.alpha = teacher_scale});
     GemmNT(ctx, student_hidden.Rows(begin, end), student_weight, student, {.alpha = student_scale});
-    ctx.pool->For(end - begin, kLogitRowGrain, [&](int64_t r0, int64_t r1) {
-      for (int64_t r = r0; r < r1; ++r) {
+    const auto for_rows = [&](const auto& row) {
+      ctx.pool->For(end - begin, kLogitRowGrain, [&](int64_t r0, int64_t r1) {
+        for (int64_t r = r0; r < r1; ++r) row(r);
+      });
+    };
+    if (exchange == nullptr) {
+      for_rows([&](int64_t r) {
         rows[r] = DivergenceRow(vocabulary, slope, teacher.Row<float>(r), student.Row<float>(r));
-      }
-    });
+      });
+    } else {
+      const Received received(*exchange, *shares, *parts, end - begin);
+      for_rows([&](int64_t r) {
+        SendShares(shard, teacher.Row<float>(r), student.Row<float>(r),
+                   shares->mine.Data<float>() + r * kKlSoftmaxFloats);
+      });
+      shares->Gather(ctx, *exchange, (end - begin) * kKlSoftmaxFloats);
+      for_rows([&](int64_t r) {
+        SendParts(vocabulary, slope, received.Teacher(r), received.Student(r),
+                  teacher.Row<float>(r), student.Row<float>(r),
+                  parts->mine.Data<float>() + r * kKlPartFloats);
+      });
+      parts->Gather(ctx, *exchange, (end - begin) * kKlPartFloats);
+      for_rows([&](int64_t r) { rows[r] = received.Result(r); });
+    }
     for (int64_t r = 0; r < end - begin; ++r) {
       result.loss_sum += tau * tau * rows[r].divergence;
       result.teacher_entropy += rows[r].teacher_entropy;

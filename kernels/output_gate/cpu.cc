@@ -1,3 +1,7 @@
+#include <functional>
+#include <optional>
+#include <utility>
+
 #include "kernels/common/tensor_check.h"
 #include "kernels/cuda_kernels.h"
 #include "kernels/output_gate/output_gate.h"
@@ -8,12 +12,12 @@ namespace {
 
 // In the row functions a null weight means no norm, a null z no gate.
 
+SALA_VECTORIZE double SquareRow(int64_t n, const float* o) { return RowSquare(n, o); }
+
 SALA_VECTORIZE void ForwardRow(int64_t n, const float* o, const float* weight, const float* z,
-                               float eps, float* y, float* rstd) {
+                               float r, float* y) {
   const float* gated = o;
   if (weight != nullptr) {
-    const float r = RowRstd(n, o, eps);
-    *rstd = r;
     SALA_INDEPENDENT
     for (int64_t i = 0; i < n; ++i) y[i] = o[i] * r * weight[i];
     gated = y;
@@ -43,10 +47,46 @@ SALA_VECTORIZE void GateBackwardRow(int64_t n, const float* dy, const float* o, 
   }
 }
 
-SALA_VECTORIZE void NormBackwardRow(int64_t n, const float* dn, const float* o, const float* weight,
-                                    float rstd, float* dout, float* weight_sums) {
-  RowNormBackward<false>(n, dn, o, weight, rstd, dout, weight_sums);
+SALA_VECTORIZE double DotRow(int64_t n, const float* dn, const float* o, const float* weight) {
+  return RowDot(n, dn, o, weight);
 }
+
+SALA_VECTORIZE void NormBackwardRow(int64_t n, const float* dn, const float* o, const float* weight,
+                                    float rstd, double dot, int64_t width, float* dout,
+                                    float* weight_sums) {
+  RowNormBackward<false>(n, dn, o, weight, rstd, dot, width, dout, weight_sums);
+}
+
+// One number a token that is summed over the ranks: all rows' own first, then Total.
+class RowTotals {
+ public:
+  // Without an exchange Total works the number out when it is asked for.
+  RowTotals(const Context& ctx, const WidthShard& shard, int64_t rows,
+            std::function<double(int64_t row)> own)
+      : own_(std::move(own)), exchange_(shard.exchange), rows_(rows) {
+    if (exchange_ == nullptr || rows == 0) return;
+    buffer_.emplace(ctx, *exchange_, rows);
+    auto* mine = buffer_->mine.Data<float>();
+    ctx.pool->For(rows, kRowGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) mine[t] = static_cast<float>(own_(t));
+    });
+    buffer_->Gather(ctx, *exchange_, rows);
+  }
+  double Total(int64_t row) const {
+    if (exchange_ == nullptr) return own_(row);
+    double sum = 0;
+    for (int64_t k = 0; k < exchange_->ranks; ++k) {
+      sum += static_cast<double>(buffer_->all.Data<float>()[k * rows_ + row]);
+    }
+    return sum;
+  }
+
+ private:
+  std::function<double(int64_t)> own_;
+  const RankExchange* exchange_;
+  int64_t rows_;
+  std::optional<GatherBuffer> buffer_;
+};
 
 void Check(const Context& ctx, const ConstTensor& o, const ConstTensor& weight,
            const ConstTensor& z, const ConstTensor& rstd) {
@@ -69,46 +109,70 @@ auto RowOrNull(const TensorType& x, int64_t t) {
 }  // namespace
 
 void OutputGateForward(const Context& ctx, const ConstTensor& o, const ConstTensor& weight,
-                       const ConstTensor& z, float eps, const Tensor& y, const Tensor& rstd) {
-  if (ctx.cuda()) return Cuda(ctx).OutputGateForward(ctx, o, weight, z, eps, y, rstd);
+                       const ConstTensor& z, float eps, const Tensor& y, const Tensor& rstd,
+                       const WidthShard& shard) {
+  if (ctx.cuda()) return Cuda(ctx).OutputGateForward(ctx, o, weight, z, eps, y, rstd, shard);
   Check(ctx, o, weight, z, rstd);
-  CheckShape(y, {o.dim(0), o.dim(1)});
+  const int64_t columns = o.dim(1);
+  const int64_t width = NormWidth(shard, columns);
+  CheckShape(y, {o.dim(0), columns});
+  const ArenaScope scope(*ctx.scratch);
+  std::optional<RowTotals> squares;
+  if (!weight.empty()) {
+    squares.emplace(ctx, shard, o.dim(0),
+                    [&](int64_t t) { return SquareRow(columns, o.Row<float>(t)); });
+  }
   ctx.pool->For(o.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      ForwardRow(o.dim(1), o.Row<float>(t), RowOrNull(weight, 0), RowOrNull(z, t), eps,
-                 y.Row<float>(t), weight.empty() ? nullptr : rstd.Data<float>() + t);
+      const float r = weight.empty() ? 1.0F : RstdOf(squares->Total(t), width, eps);
+      if (!weight.empty()) rstd.Data<float>()[t] = r;
+      ForwardRow(columns, o.Row<float>(t), RowOrNull(weight, 0), RowOrNull(z, t), r,
+                 y.Row<float>(t));
     }
   });
 }
 
 void OutputGateBackward(const Context& ctx, const ConstTensor& dy, const ConstTensor& o,
                         const ConstTensor& weight, const ConstTensor& z, const ConstTensor& rstd,
-                        const Tensor& dout, const Tensor& dz, const Tensor& dweight) {
+                        const Tensor& dout, const Tensor& dz, const Tensor& dweight,
+                        const WidthShard& shard) {
   if (ctx.cuda()) {
-    return Cuda(ctx).OutputGateBackward(ctx, dy, o, weight, z, rstd, dout, dz, dweight);
+    return Cuda(ctx).OutputGateBackward(ctx, dy, o, weight, z, rstd, dout, dz, dweight, shard);
   }
   Check(ctx, o, weight, z, rstd);
-  const int64_t width = o.dim(1);
-  CheckShape(dy, {o.dim(0), width});
-  CheckShape(dout, {o.dim(0), width});
-  if (!z.empty()) CheckShape(dz, {o.dim(0), width});
+  const int64_t columns = o.dim(1);
+  const int64_t width = NormWidth(shard, columns);
+  CheckShape(dy, {o.dim(0), columns});
+  CheckShape(dout, {o.dim(0), columns});
+  if (!z.empty()) CheckShape(dz, {o.dim(0), columns});
   if (!dweight.empty()) {
     SALA_CHECK(!weight.empty()) << "dweight without a norm";
-    CheckVector(dweight, width);
+    CheckVector(dweight, columns);
   }
-  ForRowsWithSums(ctx, o.dim(0), width, dweight, [&](int64_t begin, int64_t end, float* sums) {
+  // dn, the gradient of the normed value, stands in dout where there is a gate.
+  const auto gate_row = [&](int64_t t) {
+    if (z.empty()) return dy.Row<float>(t);
+    const float r = weight.empty() ? 1.0F : rstd.Data<float>()[t];
+    GateBackwardRow(columns, dy.Row<float>(t), o.Row<float>(t), RowOrNull(weight, 0),
+                    z.Row<float>(t), r, dout.Row<float>(t), dz.Row<float>(t));
+    return static_cast<const float*>(dout.Row<float>(t));
+  };
+  if (weight.empty()) {
+    ctx.pool->For(o.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) gate_row(t);
+    });
+    return;
+  }
+  const ArenaScope scope(*ctx.scratch);
+  const RowTotals dots(ctx, shard, o.dim(0), [&](int64_t t) {
+    return DotRow(columns, gate_row(t), o.Row<float>(t), weight.Data<float>());
+  });
+  ForRowsWithSums(ctx, o.dim(0), columns, dweight, [&](int64_t begin, int64_t end, float* sums) {
     for (int64_t t = begin; t < end; ++t) {
-      const float r = weight.empty() ? 1.0F : rstd.Data<float>()[t];
-      const float* dn = dy.Row<float>(t);
-      if (!z.empty()) {
-        GateBackwardRow(width, dn, o.Row<float>(t), RowOrNull(weight, 0), z.Row<float>(t), r,
-                        dout.Row<float>(t), dz.Row<float>(t));
-        dn = dout.Row<float>(t);
-      }
-      if (!weight.empty()) {
-        NormBackwardRow(width, dn, o.Row<float>(t), weight.Data<float>(), r, dout.Row<float>(t),
-                        sums);
-      }
+      const double dot = dots.Total(t);
+      const float* dn = z.empty() ? dy.Row<float>(t) : dout.Row<float>(t);
+      NormBackwardRow(columns, dn, o.Row<float>(t), weight.Data<float>(), rstd.Data<float>()[t],
+                      dot, width, dout.Row<float>(t), sums);
     }
   });
 }

@@ -1,11 +1,28 @@
 // Norm and gate after a mixer on the GPU. Bound by memory: with a norm a block holds each row in
 // registers (cuda_rows.h), without one the work is element by element. The backward pass computes
 // the gate and the normed value again instead of reading them.
+//
+// Where the columns are cut over ranks a kernel for the sum over the row goes before the kernel of
+// the norm, with the exchange of one number a token between.
 #include "kernels/common/cuda_rows.h"
 #include "kernels/cuda_kernels.h"
 
 namespace sala::kernels {
 namespace {
+
+// One float a row: this rank's, and those of all ranks [ranks, rows].
+struct RowNumbers {
+  float* mine;
+  const float* all;
+  int ranks;
+  int64_t rows;
+  // In rank order.
+  __device__ __forceinline__ float Total(int64_t row) const {
+    float sum = 0.0F;
+    for (int k = 0; k < ranks; ++k) sum += all[k * rows + row];
+    return sum;
+  }
+};
 
 struct Forward {
   const Bf16* o;
@@ -18,6 +35,8 @@ struct Forward {
   int64_t y_stride;
   float* rstd;
   int64_t rows, width;
+  int64_t norm_width;  // of all ranks
+  RowNumbers squares;
 };
 
 __global__ void __launch_bounds__(kPackThreads) GateForwardKernel(Forward f) {
@@ -31,7 +50,24 @@ __global__ void __launch_bounds__(kPackThreads) GateForwardKernel(Forward f) {
   }
 }
 
-template <int kPacks>
+// A block a row, one sum for each.
+__global__ void __launch_bounds__(kRowThreads) SquareKernel(Forward f) {
+  SharedMemory shared;
+  float* slots = shared.Take<float>(kRowThreads / kWarp);
+  const int64_t row = blockIdx.x;
+  float square = 0.0F;
+  for (int64_t column = threadIdx.x * 8; column < f.width; column += blockDim.x * 8) {
+    float o[8];
+    Load8(f.o + row * f.o_stride + column, o);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) square += o[j] * o[j];
+  }
+  square = BlockSum(square, slots);
+  if (threadIdx.x == 0) f.squares.mine[row] = square;
+}
+
+// kCut: the sums of the rows are there.
+template <int kPacks, bool kCut>
 __global__ void __launch_bounds__(kRowThreads) NormForwardKernel(Forward f) {
   SharedMemory shared;
   float* slots = shared.Take<float>(kRowThreads / kWarp);
@@ -50,8 +86,8 @@ __global__ void __launch_bounds__(kRowThreads) NormForwardKernel(Forward f) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) square += o[p][j] * o[p][j];
   }
-  square = BlockSum(square, slots);
-  const float r = 1.0F / sqrtf(square / static_cast<float>(f.width) + f.eps);
+  square = kCut ? f.squares.Total(row) : BlockSum(square, slots);
+  const float r = 1.0F / sqrtf(square / static_cast<float>(f.norm_width) + f.eps);
   if (threadIdx.x == 0) f.rstd[row] = r;
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
@@ -86,6 +122,8 @@ struct Backward {
   int64_t dz_stride;
   float* parts;  // [gridDim.x, width] or null
   int64_t rows, width;
+  int64_t norm_width;  // of all ranks
+  RowNumbers dots;
 };
 
 // do = dy s, dz = dy o s (1 - s), s = sigmoid(z)
@@ -106,9 +144,33 @@ __global__ void __launch_bounds__(kPackThreads) GateBackwardKernel(Backward b) {
   }
 }
 
+// A block a row, one sum for each: w dn o.
+__global__ void __launch_bounds__(kRowThreads) DotKernel(Backward b) {
+  SharedMemory shared;
+  float* slots = shared.Take<float>(kRowThreads / kWarp);
+  const int64_t row = blockIdx.x;
+  float dot = 0.0F;
+  for (int64_t column = threadIdx.x * 8; column < b.width; column += blockDim.x * 8) {
+    float dn[8], o[8], weight[8];
+    Load8(b.dy + row * b.dy_stride + column, dn);
+    Load8(b.o + row * b.o_stride + column, o);
+    Load8(b.weight + column, weight);
+    if (b.z != nullptr) {
+      float z[8];
+      Load8(b.z + row * b.z_stride + column, z);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) dn[j] *= FastSigmoid(z[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) dot += weight[j] * dn[j] * o[j];
+  }
+  dot = BlockSum(dot, slots);
+  if (threadIdx.x == 0) b.dots.mine[row] = dot;
+}
+
 // With n_i = o_i r w_i, dn = dy s and dz = dy n s (1 - s):
 //   do_i = r w_i dn_i - o_i r^3 mean_j(w_j dn_j o_j),   dw_i = sum over rows of dn_i o_i r
-template <int kPacks>
+template <int kPacks, bool kCut>
 __global__ void __launch_bounds__(kRowThreads) NormBackwardKernel(Backward b) {
   SharedMemory shared;
   float* slots = shared.Take<float>(kRowThreads / kWarp);
@@ -141,8 +203,8 @@ __global__ void __launch_bounds__(kRowThreads) NormBackwardKernel(Backward b) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) dot += weight[j] * dn[p][j] * o[j];
     }
-    dot = BlockSum(dot, slots);
-    const float slope = dot / static_cast<float>(b.width) * r * r * r;
+    dot = kCut ? b.dots.Total(row) : BlockSum(dot, slots);
+    const float slope = dot / static_cast<float>(b.norm_width) * r * r * r;
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       const int column = RowColumn(p);
@@ -184,38 +246,68 @@ void Check(const ConstTensor& o, const ConstTensor& weight, const ConstTensor& z
   if (!z.empty()) CheckPackedMatrix(z, rows, width);
 }
 
+RowNumbers Numbers(const Op& op, const GatherBuffer& buffer, int64_t rows) {
+  return {.mine = op.Data<float>(buffer.mine),
+          .all = op.Data<float>(buffer.all),
+          .ranks = static_cast<int>(buffer.all.dim(0)),
+          .rows = rows};
+}
+
+template <bool kCut>
+void LaunchForward(const Op& op, const Forward& f) {
+  op.Launch(RowPacks(f.width) == 2 ? NormForwardKernel<2, kCut> : NormForwardKernel<4, kCut>,
+            dim3(static_cast<unsigned>(f.rows)), dim3(RowThreads(f.width)),
+            SharedBytes<float>(kRowThreads / kWarp), f);
+}
+
+template <bool kCut>
+void LaunchBackward(const Op& op, const Backward& b, int64_t blocks) {
+  op.Launch(RowPacks(b.width) == 2 ? NormBackwardKernel<2, kCut> : NormBackwardKernel<4, kCut>,
+            dim3(static_cast<unsigned>(blocks)), dim3(RowThreads(b.width)),
+            SharedBytes<float>(kRowThreads / kWarp), b);
+}
+
 }  // namespace
 
 void cuda::OutputGateForward(const Context& ctx, const ConstTensor& o, const ConstTensor& weight,
-                             const ConstTensor& z, float eps, const Tensor& y, const Tensor& rstd) {
+                             const ConstTensor& z, float eps, const Tensor& y, const Tensor& rstd,
+                             const WidthShard& shard) {
   const Op op(ctx, "OutputGateForward", o);
   Check(o, weight, z, rstd);
   CheckPackedMatrix(y, o.dim(0), o.dim(1));
   const bool norm = !weight.empty();
-  const Forward f = {.o = op.Data<Bf16>(o),
-                     .o_stride = o.stride(0),
-                     .weight = op.Data<Bf16>(weight),
-                     .z = op.Data<Bf16>(z),
-                     .z_stride = z.stride(0),
-                     .eps = eps,
-                     .y = op.Data<Bf16>(y),
-                     .y_stride = y.stride(0),
-                     .rstd = norm ? op.Data<float>(rstd) : nullptr,
-                     .rows = o.dim(0),
-                     .width = o.dim(1)};
-  if (norm) {
-    op.Launch(RowPacks(f.width) == 2 ? NormForwardKernel<2> : NormForwardKernel<4>,
-              dim3(static_cast<unsigned>(f.rows)), dim3(RowThreads(f.width)),
-              SharedBytes<float>(kRowThreads / kWarp), f);
-  } else {
+  Forward f = {.o = op.Data<Bf16>(o),
+               .o_stride = o.stride(0),
+               .weight = op.Data<Bf16>(weight),
+               .z = op.Data<Bf16>(z),
+               .z_stride = z.stride(0),
+               .eps = eps,
+               .y = op.Data<Bf16>(y),
+               .y_stride = y.stride(0),
+               .rstd = norm ? op.Data<float>(rstd) : nullptr,
+               .rows = o.dim(0),
+               .width = o.dim(1),
+               .norm_width = NormWidth(shard, o.dim(1)),
+               .squares = {}};
+  if (!norm) {
     op.Launch(GateForwardKernel, dim3(PackBlocks(op, o.numel() / 8)), dim3(kPackThreads), 0, f);
+  } else if (shard.exchange == nullptr) {
+    LaunchForward<false>(op, f);
+  } else if (f.rows > 0) {
+    const ArenaScope scope(*ctx.scratch);
+    const GatherBuffer buffer(ctx, *shard.exchange, f.rows);
+    f.squares = Numbers(op, buffer, f.rows);
+    op.Launch(SquareKernel, dim3(static_cast<unsigned>(f.rows)), dim3(RowThreads(f.width)),
+              SharedBytes<float>(kRowThreads / kWarp), f);
+    buffer.Gather(ctx, *shard.exchange, f.rows);
+    LaunchForward<true>(op, f);
   }
 }
 
 void cuda::OutputGateBackward(const Context& ctx, const ConstTensor& dy, const ConstTensor& o,
                               const ConstTensor& weight, const ConstTensor& z,
                               const ConstTensor& rstd, const Tensor& dout, const Tensor& dz,
-                              const Tensor& dweight) {
+                              const Tensor& dweight, const WidthShard& shard) {
   const Op op(ctx, "OutputGateBackward", o);
   Check(o, weight, z, rstd);
   const int64_t rows = o.dim(0);
@@ -232,28 +324,37 @@ void cuda::OutputGateBackward(const Context& ctx, const ConstTensor& dy, const C
   const ArenaScope scope(*ctx.scratch);
   const int64_t pieces = sums ? RowPieces(rows) : rows;
   const Tensor parts = sums ? ctx.scratch->New(DType::kF32, {pieces, width}) : Tensor();
-  const Backward b = {.dy = op.Data<Bf16>(dy),
-                      .dy_stride = dy.stride(0),
-                      .o = op.Data<Bf16>(o),
-                      .o_stride = o.stride(0),
-                      .weight = op.Data<Bf16>(weight),
-                      .z = op.Data<Bf16>(z),
-                      .z_stride = z.stride(0),
-                      .rstd = norm ? op.Data<float>(rstd) : nullptr,
-                      .dout = op.Data<Bf16>(dout),
-                      .dout_stride = dout.stride(0),
-                      .dz = op.Data<Bf16>(dz),
-                      .dz_stride = dz.stride(0),
-                      .parts = op.Data<float>(parts),
-                      .rows = rows,
-                      .width = width};
+  Backward b = {.dy = op.Data<Bf16>(dy),
+                .dy_stride = dy.stride(0),
+                .o = op.Data<Bf16>(o),
+                .o_stride = o.stride(0),
+                .weight = op.Data<Bf16>(weight),
+                .z = op.Data<Bf16>(z),
+                .z_stride = z.stride(0),
+                .rstd = norm ? op.Data<float>(rstd) : nullptr,
+                .dout = op.Data<Bf16>(dout),
+                .dout_stride = dout.stride(0),
+                .dz = op.Data<Bf16>(dz),
+                .dz_stride = dz.stride(0),
+                .parts = op.Data<float>(parts),
+                .rows = rows,
+                .width = width,
+                .norm_width = NormWidth(shard, width),
+                .dots = {}};
   if (!norm) {
     op.Launch(GateBackwardKernel, dim3(PackBlocks(op, o.numel() / 8)), dim3(kPackThreads), 0, b);
     return;
   }
-  op.Launch(RowPacks(width) == 2 ? NormBackwardKernel<2> : NormBackwardKernel<4>,
-            dim3(static_cast<unsigned>(pieces)), dim3(RowThreads(width)),
-            SharedBytes<float>(kRowThreads / kWarp), b);
+  if (shard.exchange == nullptr) {
+    LaunchBackward<false>(op, b, pieces);
+  } else if (rows > 0) {
+    const GatherBuffer buffer(ctx, *shard.exchange, rows);
+    b.dots = Numbers(op, buffer, rows);
+    op.Launch(DotKernel, dim3(static_cast<unsigned>(rows)), dim3(RowThreads(width)),
+              SharedBytes<float>(kRowThreads / kWarp), b);
+    buffer.Gather(ctx, *shard.exchange, rows);
+    LaunchBackward<true>(op, b, pieces);
+  }
   if (sums) AddColumnSums(op, b.parts, pieces, width, op.Data<float>(dweight));
 }
 

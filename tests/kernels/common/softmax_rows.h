@@ -35,7 +35,7 @@ class HeadGradient {
   HeadGradient(const Matrix& hidden, const Matrix& weight, double scale,
                const std::vector<double>& dlogits, const std::vector<double>& size,
                double old_dweight)
-      : tokens_(hidden.rows()), vocabulary_(weight.rows()) {
+      : tokens_(hidden.rows()), vocabulary_(weight.rows()), old_dweight_(old_dweight) {
     const auto h = hidden.values();
     const auto w = weight.values();
     dhidden_.resize(h.size());
@@ -70,8 +70,51 @@ class HeadGradient {
     EXPECT_TRUE(found.GapsUntouched());
   }
 
+  // The same of parts: dhidden as the sum over ranks, each of which has rounded its own to
+  // bfloat16; dweight as their rows, one rank's behind the other's, and behind the last entry
+  // padding that nobody has touched.
+  void ExpectHiddenSum(const std::vector<const DeviceMatrix*>& parts, double error) const {
+    std::vector<double> sums(dhidden_.size()), part_size(dhidden_.size());
+    for (const DeviceMatrix* part : parts) {
+      const auto values = part->Download().values();
+      ASSERT_EQ(values.size(), sums.size());
+      for (size_t i = 0; i < values.size(); ++i) {
+        sums[i] += values[i];
+        part_size[i] += std::abs(values[i]);
+      }
+      EXPECT_TRUE(part->GapsUntouched());
+    }
+    for (size_t i = 0; i < sums.size(); ++i) {
+      const double limit =
+          (error + static_cast<double>(vocabulary_ + 8) * kF32Round) * dhidden_size_[i] +
+          1.01 * kBf16Round * part_size[i];
+      ASSERT_TRUE(std::abs(sums[i] - dhidden_[i]) <= limit)
+          << "element " << i << ": found " << sums[i] << ", expected " << dhidden_[i]
+          << ", allowed " << limit;
+    }
+  }
+  void ExpectWeightRows(const std::vector<const DeviceMatrix*>& parts, double error) const {
+    std::vector<double> rows;
+    for (const DeviceMatrix* part : parts) {
+      const auto values = part->Download().values();
+      rows.insert(rows.end(), values.begin(), values.end());
+      EXPECT_TRUE(part->GapsUntouched());
+    }
+    ASSERT_GE(rows.size(), dweight_.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const bool entry = i < dweight_.size();
+      const double expected = entry ? dweight_[i] : old_dweight_;
+      const double limit =
+          entry ? (error + static_cast<double>(2 * tokens_ + 8) * kF32Round) * dweight_size_[i] : 0;
+      ASSERT_TRUE(std::abs(rows[i] - expected) <= limit)
+          << "element " << i << ": found " << rows[i] << ", expected " << expected << ", allowed "
+          << limit;
+    }
+  }
+
  private:
   int64_t tokens_, vocabulary_;
+  double old_dweight_;
   std::vector<double> dhidden_, dhidden_size_, dweight_, dweight_size_;
 };
 

@@ -1,6 +1,10 @@
 #include "kernels/cross_entropy/cross_entropy.h"
 
+#include <optional>
+#include <tuple>
+
 #include "kernels/cross_entropy/reference.h"
+#include "tests/kernels/common/rank_replay.h"
 #include "tests/kernels/common/softmax_rows.h"
 
 namespace sala::kernels {
@@ -27,11 +31,10 @@ struct Problem {
 };
 
 struct Found {
-  Found(const Problem& p, bool with_dhidden, bool with_dweight)
+  Found(const Problem& p, bool with_dhidden, int64_t dweight_rows)
       : token_loss(DType::kF32, 1, p.tokens),
         dhidden(DType::kBF16, with_dhidden ? p.tokens : 0, p.width, 8),
-        dweight(DType::kF32,
-                Matrix::Filled(with_dweight ? p.vocabulary : 0, p.width, kOldWeightGradient), 16) {}
+        dweight(DType::kF32, Matrix::Filled(dweight_rows, p.width, kOldWeightGradient), 16) {}
   CrossEntropyResult result;
   DeviceMatrix token_loss, dhidden, dweight;
 };
@@ -40,7 +43,7 @@ Found Compute(const Context& ctx, const Problem& p, int64_t chunk, bool with_dhi
               bool with_dweight = true) {
   const DeviceMatrix hidden(DType::kBF16, p.hidden, 8), weight(DType::kBF16, p.weight, 16);
   const DeviceIntegers labels(p.labels);
-  Found found(p, with_dhidden, with_dweight);
+  Found found(p, with_dhidden, with_dweight ? p.vocabulary : 0);
   found.result = CrossEntropy(ctx, hidden.tensor(), weight.tensor(), labels.tensor(),
                               {kLogitScale, kGradScale, chunk}, found.token_loss.vector(),
                               with_dhidden ? found.dhidden.tensor() : sala::Tensor(),
@@ -48,7 +51,9 @@ Found Compute(const Context& ctx, const Problem& p, int64_t chunk, bool with_dhi
   return found;
 }
 
-void ExpectRight(const Problem& p, const Found& found) {
+// What one rank has found, or several of which each has a part of the vocabulary: the sums of the
+// parts' rows are no longer than those of whole rows, and what joins them is float64.
+void ExpectRight(const Problem& p, const std::vector<const Found*>& ranks) {
   const auto h = p.hidden.values();
   const auto w = p.weight.values();
   const auto logits =
@@ -81,19 +86,37 @@ void ExpectRight(const Problem& p, const Found& found) {
       size[i] = kGradScale * (probability + onehot);
     }
   }
+  const Found& found = *ranks[0];
   EXPECT_EQ(found.result.targets, targets);
   EXPECT_EQ(found.result.correct, correct);
   EXPECT_NEAR(found.result.loss_sum, loss, static_cast<double>(targets) * error);
   ExpectClose(found.token_loss.Download(), token_loss,
               [&](size_t t) { return error + kF32Round * token_loss[t]; });
+  EXPECT_TRUE(found.token_loss.GapsUntouched());
+  for (const Found* other : ranks) {
+    EXPECT_EQ(other->result.loss_sum, found.result.loss_sum);
+    EXPECT_EQ(other->result.targets, targets);
+    EXPECT_EQ(other->result.correct, correct);
+    EXPECT_EQ(other->token_loss.Bytes(), found.token_loss.Bytes());
+  }
   // The probability is exp of what has the error above, once more an exponential and a product,
   // then one rounding to bfloat16.
   const HeadGradient expected(p.hidden, p.weight, kLogitScale, dlogits, size, kOldWeightGradient);
   const double gradient_error = error + RowSumError(p.vocabulary, 0) + 1.01 * kBf16Round;
+  if (ranks.size() > 1) {
+    std::vector<const DeviceMatrix*> dhidden, dweight;
+    for (const Found* rank : ranks) {
+      dhidden.push_back(&rank->dhidden);
+      dweight.push_back(&rank->dweight);
+    }
+    expected.ExpectHiddenSum(dhidden, gradient_error);
+    expected.ExpectWeightRows(dweight, gradient_error);
+    return;
+  }
   if (found.dhidden.rows() > 0) expected.ExpectHidden(found.dhidden, gradient_error);
   if (found.dweight.rows() > 0) expected.ExpectWeight(found.dweight, gradient_error);
-  EXPECT_TRUE(found.token_loss.GapsUntouched());
 }
+void ExpectRight(const Problem& p, const Found& found) { ExpectRight(p, {&found}); }
 
 using CrossEntropyCuda = CudaKernelTest;
 
@@ -234,6 +257,158 @@ TEST_F(CrossEntropyCudaDeathTest, LabelsOutOfRangeAreFound) {
   Problem p(4, 8, 16);
   p.labels = {0, 16, -2, 15};
   EXPECT_DEATH(Compute(ctx(), p, 16), "2 labels outside of \\[-1, 16\\)");
+}
+
+// ---- cut over ranks ----
+
+struct Sharded {
+  explicit Sharded(int64_t n) : exchanged(n), ranks(static_cast<size_t>(n)) {}
+  std::vector<const Found*> all() const {
+    std::vector<const Found*> pointers;
+    for (const auto& rank : ranks) pointers.push_back(&*rank);
+    return pointers;
+  }
+  RankReplay exchanged;
+  std::vector<std::optional<Found>> ranks;
+};
+
+// Equal parts of the vocabulary for `ranks` ranks; the padding behind it holds NaN.
+Sharded ComputeSharded(const Context& ctx, const Problem& p, int64_t ranks, int64_t chunk) {
+  const int64_t rows = (p.vocabulary + ranks - 1) / ranks;
+  const DeviceMatrix hidden(DType::kBF16, p.hidden, 8);
+  const DeviceIntegers labels(p.labels);
+  Sharded found(ranks);
+  // Nothing that is sent depends on what is received.
+  found.exchanged.Run(2, [&](const RankExchange& exchange) {
+    const int64_t first = exchange.rank * rows;
+    Matrix part(rows, p.width);
+    for (int64_t r = 0; r < std::min(rows, p.vocabulary - first); ++r) {
+      for (int64_t i = 0; i < p.width; ++i) part.at(r, i) = p.weight.at(first + r, i);
+    }
+    const DeviceMatrix weight(DType::kBF16, part, 16);
+    auto& mine = found.ranks[static_cast<size_t>(exchange.rank)];
+    mine.emplace(p, true, rows);
+    mine->result =
+        CrossEntropy(ctx, hidden.tensor(), weight.tensor(), labels.tensor(),
+                     {kLogitScale, kGradScale, chunk, {first, p.vocabulary, &exchange}},
+                     mine->token_loss.vector(), mine->dhidden.tensor(), mine->dweight.tensor());
+  });
+  return found;
+}
+
+// 37 entries on 4 ranks: 10 rows each, 3 of padding. 5 on 4: the last rank has nothing but padding.
+TEST_F(CrossEntropyCuda, RanksWithPartsOfTheVocabulary) {
+  for (const auto& [tokens, vocabulary, ranks] : {std::tuple{21, 37, 1},
+                                                  {21, 37, 2},
+                                                  {21, 37, 3},
+                                                  {21, 37, 4},
+                                                  {9, 5, 4},
+                                                  {0, 37, 2},
+                                                  {3, 8209, 2}}) {
+    if (kSlowBuild && (ranks == 3 || vocabulary > 37)) continue;
+    SCOPED_TRACE(testing::Message() << vocabulary << " entries on " << ranks << " ranks");
+    const Problem p(tokens, 16, vocabulary, 44);
+    const Sharded found = ComputeSharded(ctx(), p, ranks, 8);
+    ExpectRight(p, found.all());
+    std::vector<int64_t> sizes;
+    for (int64_t begin = 0; begin < tokens; begin += 8) {
+      sizes.push_back(5 * std::min<int64_t>(8, tokens - begin));
+    }
+    EXPECT_EQ(found.exchanged.sizes(), sizes);
+  }
+}
+
+TEST_F(CrossEntropyCuda, AllLabelsOnOneRankOrNone) {
+  Problem p(5, 16, 37, 45);
+  for (const int32_t label : {0, 36, -1}) {
+    for (int32_t& l : p.labels) l = label;
+    ExpectRight(p, ComputeSharded(ctx(), p, 4, 4).all());
+  }
+}
+
+// The logits are the first column of the weight: the largest ones at entries 17 and 30.
+TEST_F(CrossEntropyCuda, TiesGoToTheLowestIdOfAllRanks) {
+  Problem p(2, 8, 37);
+  p.hidden = Matrix::Filled(2, 8, 0);
+  for (int64_t t = 0; t < 2; ++t) p.hidden.at(t, 0) = 1;
+  for (int64_t v = 0; v < 37; ++v) p.weight.at(v, 0) = -1;
+  p.weight.at(17, 0) = p.weight.at(30, 0) = 2;
+  for (const int64_t ranks : {1, 2, 3, 4}) {
+    p.labels = {17, 30};
+    const Sharded found = ComputeSharded(ctx(), p, ranks, 16);
+    for (const Found* rank : found.all()) EXPECT_EQ(rank->result.correct, 1);
+    p.labels = {30, 30};
+    const Sharded others = ComputeSharded(ctx(), p, ranks, 16);
+    for (const Found* rank : others.all()) EXPECT_EQ(rank->result.correct, 0);
+  }
+}
+
+// A rank whose logits all overflow takes no part; a NaN of one rank reaches all.
+TEST_F(CrossEntropyCuda, InfinityAndNanOfOneRank) {
+  Problem p(1, 8, 37);
+  p.hidden = Matrix::Filled(1, 8, 0);
+  p.hidden.at(0, 0) = 64;
+  for (int64_t v = 0; v < 37; ++v) p.weight.at(v, 0) = v >= 10 && v < 20 ? -3e38F : 0.0F;
+  p.labels = {3};
+  const Sharded found = ComputeSharded(ctx(), p, 4, 16);
+  for (const Found* rank : found.all()) {
+    EXPECT_NEAR(rank->result.loss_sum, std::log(27.0), RowSumError(37, 0));
+    for (const float x : rank->dhidden.Download().values<float>()) ASSERT_TRUE(std::isfinite(x));
+  }
+  p.weight.at(25, 0) = NAN;
+  const Sharded spoiled = ComputeSharded(ctx(), p, 4, 16);
+  for (const Found* rank : spoiled.all()) EXPECT_TRUE(std::isnan(rank->result.loss_sum));
+}
+
+TEST_F(CrossEntropyCuda, PaddingOfOneRankChangesNoBit) {
+  const Problem p(kSlowBuild ? 9 : 33, 24, 61);
+  const Found found = Compute(ctx(), p, 8);
+  Matrix padded(64, p.width);
+  for (int64_t r = 0; r < 61; ++r) {
+    for (int64_t i = 0; i < p.width; ++i) padded.at(r, i) = p.weight.at(r, i);
+  }
+  const DeviceMatrix hidden(DType::kBF16, p.hidden, 8), weight(DType::kBF16, padded, 16);
+  const DeviceIntegers labels(p.labels);
+  Found with(p, true, 64);
+  CrossEntropyOptions options = {kLogitScale, kGradScale, 8};
+  options.shard.vocab = 61;
+  with.result =
+      CrossEntropy(ctx(), hidden.tensor(), weight.tensor(), labels.tensor(), options,
+                   with.token_loss.vector(), with.dhidden.tensor(), with.dweight.tensor());
+  EXPECT_EQ(with.result.loss_sum, found.result.loss_sum);
+  EXPECT_EQ(with.result.correct, found.result.correct);
+  EXPECT_EQ(with.token_loss.Bytes(), found.token_loss.Bytes());
+  EXPECT_EQ(with.dhidden.Bytes(), found.dhidden.Bytes());
+  const Matrix dweight = with.dweight.Download(), expected = found.dweight.Download();
+  for (int64_t r = 0; r < 64; ++r) {
+    for (int64_t i = 0; i < p.width; ++i) {
+      ASSERT_EQ(dweight.at(r, i), r < 61 ? expected.at(r, i) : kOldWeightGradient);
+    }
+  }
+}
+
+TEST_F(CrossEntropyCuda, DryRunExchangesAndNeedsRoomForIt) {
+  auto opened = OpenCudaDevice({.host = "test", .dry = true});
+  ASSERT_TRUE(opened.ok());
+  const std::unique_ptr<Device> dry = std::move(opened).value();
+  Arena memory(size_t{1} << 20, dry.get());
+  Arena scratch(size_t{1} << 20, dry.get());
+  const Context context = {DeviceKind::kCuda, nullptr, &scratch, dry.get()};
+  int64_t floats = 0;
+  const RankExchange exchange = {
+      .rank = 1, .ranks = 2, .gather = [&](const Context&, const ConstTensor& mine, const Tensor&) {
+        floats += mine.numel();
+      }};
+  CrossEntropy(context, memory.New(DType::kBF16, {33, 16}), memory.New(DType::kBF16, {61, 16}),
+               memory.New(DType::kI32, {33}), {1.0F, 1.0F, 16, {61, 122, &exchange}},
+               memory.New(DType::kF32, {33}), memory.New(DType::kBF16, {33, 16}),
+               memory.New(DType::kF32, {61, 16}));
+  EXPECT_EQ(floats, 33 * 5);
+  // As without ranks, and what is exchanged for 16 tokens: this rank's and that of both.
+  const auto round = [](size_t bytes) { return (bytes + 255) / 256 * 256; };
+  EXPECT_EQ(scratch.peak_bytes(), round(size_t{16} * 64 * 4) + round(size_t{33} * 32) + round(32) +
+                                      (size_t{64} << 20) + round(size_t{16} * 20) +
+                                      round(size_t{16} * 20 * 2));
 }
 
 }  // namespace

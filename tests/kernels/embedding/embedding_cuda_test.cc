@@ -1,4 +1,7 @@
 #include "kernels/embedding/embedding.h"
+
+#include <tuple>
+
 #include "kernels/embedding/reference.h"
 #include "tests/kernels/common/cuda_bounds.h"
 
@@ -79,6 +82,57 @@ TEST_F(EmbeddingCuda, BackwardHasTheBitsOfTheCpuForm) {
     EXPECT_TRUE(dev_dweight.Download().SameBits(dweight))
         << tokens << " tokens, vocabulary " << c.vocabulary << ", width " << c.width;
     EXPECT_TRUE(dev_dweight.GapsUntouched());
+  }
+}
+
+// Parts of the table, with tokens before and behind them; the last part goes beyond the table. 64
+// and 256 rows: tokens outside have a digit of their own in the sort.
+TEST_F(EmbeddingCuda, PartsOfTheTableGiveTheWhole) {
+  constexpr int64_t kWidth = 72;
+  std::mt19937 rng(53);
+  for (const auto& [vocabulary, rows, tokens] :
+       {std::tuple{37, 10, 65}, {250, 64, 300}, {500, 256, 0}, {700, 256, 2100}}) {
+    if (kSlowBuild && tokens > 300) continue;
+    const std::vector<int32_t> id = RandomTokens(tokens, vocabulary, rng);
+    const DeviceIntegers ids(id);
+    const Matrix weight = RandomBf16(vocabulary, kWidth, rng);
+    const Matrix old_dweight = Matrix::Random(vocabulary, kWidth, rng);
+    const DeviceMatrix w(DType::kBF16, weight), out(DType::kBF16, tokens, kWidth);
+    const DeviceMatrix dout(DType::kBF16, RandomBf16(tokens, kWidth, rng), 8);
+    const DeviceMatrix dweight(DType::kF32, old_dweight);
+    EmbeddingForward(ctx(), ids.tensor(), w.tensor(), 12.0F, out.tensor());
+    EmbeddingBackward(ctx(), ids.tensor(), dout.tensor(), 0.7F, dweight.tensor());
+    const Matrix whole = out.Download(), whole_gradient = dweight.Download();
+    for (int64_t first = 0; first < vocabulary; first += rows) {
+      Matrix part(rows, kWidth), part_gradient(rows, kWidth);  // NaN behind the table
+      for (int64_t r = 0; r < std::min<int64_t>(rows, vocabulary - first); ++r) {
+        for (int64_t i = 0; i < kWidth; ++i) {
+          part.at(r, i) = weight.at(first + r, i);
+          part_gradient.at(r, i) = old_dweight.at(first + r, i);
+        }
+      }
+      const DeviceMatrix part_w(DType::kBF16, part, 8), part_out(DType::kBF16, tokens, kWidth, 16);
+      const DeviceMatrix part_dw(DType::kF32, part_gradient, 4);
+      EmbeddingForward(ctx(), ids.tensor(), part_w.tensor(), 12.0F, part_out.tensor(), first);
+      EmbeddingBackward(ctx(), ids.tensor(), dout.tensor(), 0.7F, part_dw.tensor(), first);
+      const Matrix found = part_out.Download(), found_gradient = part_dw.Download();
+      for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t row = id[static_cast<size_t>(t)] - first;
+        for (int64_t i = 0; i < kWidth; ++i) {
+          ASSERT_EQ(found.at(t, i), row >= 0 && row < rows ? whole.at(t, i) : 0.0F);
+        }
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < kWidth; ++i) {
+          if (first + r < vocabulary) {
+            ASSERT_EQ(found_gradient.at(r, i), whole_gradient.at(first + r, i));
+          } else {
+            ASSERT_TRUE(std::isnan(found_gradient.at(r, i)));
+          }
+        }
+      }
+      EXPECT_TRUE(part_out.GapsUntouched() && part_dw.GapsUntouched());
+    }
   }
 }
 

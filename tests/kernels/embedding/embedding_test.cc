@@ -50,6 +50,54 @@ TEST(Embedding, ForwardAndBackwardAgreeWithReference) {
   }
 }
 
+// Each token lies in one rank's rows, so that the sum over the ranks has the bits of the whole
+// table, and so has each rank's part of the gradient. The last rank's rows go beyond the table.
+TEST(Embedding, PartsOfTheTableGiveTheWhole) {
+  constexpr int32_t kVocabulary = 37;
+  constexpr int64_t kWidth = 70;
+  std::mt19937 rng(2);
+  for (int64_t tokens : {0, 1, 33, 200}) {
+    std::vector<int32_t> id = RandomTokens(tokens, kVocabulary, rng);
+    const sala::Tensor ids(id.data(), {tokens});
+    Matrix weight = Matrix::Random(kVocabulary, kWidth, rng);
+    Matrix dout = Matrix::Random(tokens, kWidth, rng, 4);
+    Matrix old_dweight = Matrix::Random(kVocabulary, kWidth, rng);
+    Matrix out(tokens, kWidth);
+    Matrix dweight = old_dweight;
+    KernelTest test;
+    EmbeddingForward(test.ctx(), ids, weight.tensor(), 12.0F, out.tensor());
+    EmbeddingBackward(test.ctx(), ids, dout.tensor(), 0.7F, dweight.tensor());
+    for (int64_t ranks : {1, 2, 3, 4}) {
+      const int64_t rows = (kVocabulary + ranks - 1) / ranks;
+      Matrix sum = Matrix::Filled(tokens, kWidth, 0);
+      for (int64_t first = 0; first < rows * ranks; first += rows) {
+        Matrix part = Matrix::Filled(rows, kWidth, 5.0F);
+        Matrix part_gradient = Matrix::Filled(rows, kWidth, 5.0F, 1);
+        const int64_t count = std::min<int64_t>(rows, kVocabulary - first);
+        for (int64_t r = 0; r < count; ++r) {
+          for (int64_t i = 0; i < kWidth; ++i) {
+            part.at(r, i) = weight.at(first + r, i);
+            part_gradient.at(r, i) = old_dweight.at(first + r, i);
+          }
+        }
+        Matrix part_out(tokens, kWidth, 1);
+        EmbeddingForward(test.ctx(), ids, part.tensor(), 12.0F, part_out.tensor(), first);
+        EmbeddingBackward(test.ctx(), ids, dout.tensor(), 0.7F, part_gradient.tensor(), first);
+        for (int64_t t = 0; t < tokens; ++t) {
+          for (int64_t i = 0; i < kWidth; ++i) sum.at(t, i) += part_out.at(t, i);
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t i = 0; i < kWidth; ++i) {
+            ASSERT_EQ(part_gradient.at(r, i), r < count ? dweight.at(first + r, i) : 5.0F);
+          }
+        }
+        EXPECT_TRUE(part_out.GapsUntouched() && part_gradient.GapsUntouched());
+      }
+      EXPECT_TRUE(sum.SameBits(out)) << ranks << " ranks";
+    }
+  }
+}
+
 TEST(EmbeddingDeathTest, RefusesTokensOutsideTheVocabulary) {
   KernelTest test;
   std::vector<int32_t> id = {0, 3};
@@ -57,6 +105,10 @@ TEST(EmbeddingDeathTest, RefusesTokensOutsideTheVocabulary) {
   EXPECT_DEATH(EmbeddingForward(test.ctx(), sala::Tensor(id.data(), {2}), weight.tensor(), 1.0F,
                                 out.tensor()),
                "token 3 at 1, vocabulary 3");
+  id = {0, -1};
+  EXPECT_DEATH(EmbeddingForward(test.ctx(), sala::Tensor(id.data(), {2}), weight.tensor(), 1.0F,
+                                out.tensor(), 3),
+               "token -1 at 1");
 }
 
 }  // namespace
