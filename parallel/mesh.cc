@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "parallel/comm_log.h"
 #include "parallel/device_communicator.h"
 
 namespace sala::parallel {
@@ -53,8 +54,10 @@ StatusOr<std::unique_ptr<Mesh>> Mesh::Create(Communicator& world, const MeshConf
   SALA_ASSIGN_OR_RETURN(const MeshConfig resolved, ResolveMesh(world.size(), config));
   std::unique_ptr<Mesh> mesh(new Mesh(world, resolved));
   SALA_ASSIGN_OR_RETURN(mesh->dp_group_, world.Split(0));
+  NameGroup(*mesh->dp_group_, "dp");
   if (!ctx.cuda()) return mesh;
   SALA_ASSIGN_OR_RETURN(const bool distinct, DevicesAreDistinct(world, *ctx.gpu));
+  const Communicator& host_group = *mesh->dp_group_;  // lives on inside the one for device memory
   const bool nccl = config.transport == Transport::kNccl ||
                     (config.transport == Transport::kAuto && distinct && world.size() > 1);
   if (nccl && !distinct && !ctx.gpu->info().emulated) {
@@ -69,6 +72,7 @@ StatusOr<std::unique_ptr<Mesh>> Mesh::Create(Communicator& world, const MeshConf
   } else {
     mesh->dp_group_ = MakeStagedCommunicator(std::move(mesh->dp_group_), *ctx.gpu);
   }
+  mesh->dp_group_ = RecordedLike(host_group, std::move(mesh->dp_group_), "dp");
   return mesh;
 }
 
