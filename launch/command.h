@@ -43,6 +43,7 @@ void AddExportCommand(CommandLine& line);
 void AddGenerateCommand(CommandLine& line);
 void AddBenchCommands(CommandLine& line);
 void AddDoctorCommand(CommandLine& line);
+void AddExplainFaultCommand(CommandLine& line);
 
 // "sala: error: CODE: text" on stderr.
 void PrintError(const Status& status);

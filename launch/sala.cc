@@ -63,6 +63,7 @@ int Run(int argc, char** argv) {
   sala::launch::AddGenerateCommand(line);
   sala::launch::AddBenchCommands(line);
   sala::launch::AddDoctorCommand(line);
+  sala::launch::AddExplainFaultCommand(line);
   try {
     line.app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -13,6 +13,7 @@
 #include "core/device.h"
 #include "core/log.h"
 #include "launch/command.h"
+#include "parallel/comm_log.h"
 #include "parallel/communicator.h"
 #include "parallel/mpi_communicator.h"
 #include "recipes/config.h"
@@ -95,7 +96,9 @@ Status TrainAsRank(const TrainOptions& options, CommandLine& line) {
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<parallel::MpiSession> mpi,
                         parallel::MpiSession::Start(&line.argc, &line.argv));
   SetLogIdentity(mpi->rank(), mpi->host());
-  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<parallel::Communicator> world, mpi->World());
+  SALA_ASSIGN_OR_RETURN(std::unique_ptr<parallel::Communicator> plain, mpi->World());
+  const std::unique_ptr<parallel::Communicator> world =
+      parallel::Recorded(std::move(plain), "world", parallel::ProcessCommLog());
   // A communicator of its own, so that the barrier at the end cannot meet a collective of training
   // on another rank.
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<parallel::Communicator> ending,
@@ -125,7 +128,9 @@ Status Train(const TrainOptions& options, CommandLine& line) {
   recipes::InstallSignalHandlers();
   if (options.print_config) return PrintConfig(options);
   if (parallel::LaunchedByMpi()) return TrainAsRank(options, line);
-  return TrainOn(*parallel::MakeSelfCommunicator(), options);
+  return TrainOn(
+      *parallel::Recorded(parallel::MakeSelfCommunicator(), "world", parallel::ProcessCommLog()),
+      options);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "parallel/comm_log.h"
 #include "parallel/device_communicator.h"
 
 namespace sala::parallel {
@@ -57,27 +58,36 @@ StatusOr<bool> DevicesAreDistinct(Communicator& world, const Device& device) {
 }  // namespace
 
 // The ranks that call with the same colour, in rank order.
-StatusOr<std::unique_ptr<Communicator>> Mesh::Group(int64_t colour, const Context& ctx, bool nccl) {
+StatusOr<std::unique_ptr<Communicator>> Mesh::Group(int64_t colour, const std::string& name,
+                                                    const Context& ctx, bool nccl) {
   SALA_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> group,
                         world_.Split(static_cast<int>(colour)));
+  NameGroup(*group, name);
   if (!ctx.cuda()) return group;
-  if (!nccl) return MakeStagedCommunicator(std::move(group), *ctx.gpu);
-  return MakeNcclCommunicator(std::move(group), ctx, ctx.gpu->options().deterministic);
+  const Communicator& host_group = *group;  // lives on inside the one for device memory
+  if (nccl) {
+    SALA_ASSIGN_OR_RETURN(group, MakeNcclCommunicator(std::move(group), ctx,
+                                                      ctx.gpu->options().deterministic));
+  } else {
+    group = MakeStagedCommunicator(std::move(group), *ctx.gpu);
+  }
+  return RecordedLike(host_group, std::move(group), name);
 }
 
 Status Mesh::MakeGroups(const Context& ctx, bool nccl) {
   const int64_t tp = world_.rank() % config_.tp;
   const int64_t cp = world_.rank() / config_.tp % config_.cp;
   const int64_t dp = world_.rank() / config_.tp / config_.cp;
-  SALA_ASSIGN_OR_RETURN(dp_group_, Group(cp * config_.tp + tp, ctx, nccl));
-  SALA_ASSIGN_OR_RETURN(cp_group_, Group(dp * config_.tp + tp, ctx, nccl));
-  SALA_ASSIGN_OR_RETURN(tp_group_, Group(dp * config_.cp + cp, ctx, nccl));
-  SALA_ASSIGN_OR_RETURN(param_group_, Group(tp, ctx, nccl));
-  SALA_ASSIGN_OR_RETURN(sample_group_, Group(dp, ctx, nccl));
+  const int64_t replica = dp * config_.cp + cp;
+  SALA_ASSIGN_OR_RETURN(dp_group_, Group(cp * config_.tp + tp, "dp", ctx, nccl));
+  SALA_ASSIGN_OR_RETURN(cp_group_, Group(dp * config_.tp + tp, "cp", ctx, nccl));
+  SALA_ASSIGN_OR_RETURN(tp_group_, Group(replica, "tp", ctx, nccl));
+  SALA_ASSIGN_OR_RETURN(param_group_, Group(tp, "param", ctx, nccl));
+  SALA_ASSIGN_OR_RETURN(sample_group_, Group(dp, "sample", ctx, nccl));
   const bool threaded = !ctx.cuda() && world_.thread_safe() && world_.size() > 1;
   if (threaded) {
-    SALA_ASSIGN_OR_RETURN(background_param_, Group(tp, ctx, nccl));
-    SALA_ASSIGN_OR_RETURN(background_tp_, Group(dp * config_.cp + cp, ctx, nccl));
+    SALA_ASSIGN_OR_RETURN(background_param_, Group(tp, "param", ctx, nccl));
+    SALA_ASSIGN_OR_RETURN(background_tp_, Group(replica, "tp", ctx, nccl));
   }
   queue_ = std::make_unique<CommQueue>(threaded);
   return OkStatus();

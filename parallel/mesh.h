@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <string>
 
 #include "core/config.h"
 #include "core/context.h"
@@ -84,7 +85,8 @@ class Mesh {
 
  private:
   Mesh(Communicator& world, const MeshConfig& config) : world_(world), config_(config) {}
-  StatusOr<std::unique_ptr<Communicator>> Group(int64_t colour, const Context& ctx, bool nccl);
+  StatusOr<std::unique_ptr<Communicator>> Group(int64_t colour, const std::string& name,
+                                                const Context& ctx, bool nccl);
   Status MakeGroups(const Context& ctx, bool nccl);
 
   Communicator& world_;

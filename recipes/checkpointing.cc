@@ -171,6 +171,7 @@ Status CompareTensors(const Checkpoint& checkpoint, const model::ParameterStore&
 
 StatusOr<std::string> SaveCheckpoint(Session& session, const SaveRequest& request,
                                      bool must_succeed) {
+  const parallel::Section section(session.watchdog(), parallel::Phase::kSave, session.global_step);
   session.WriteStatus("saving", request.position.stage, session.global_step);
   auto saved = TrySave(session, request);
   if (saved.ok()) {

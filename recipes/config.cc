@@ -330,6 +330,7 @@ void RunConfig::Bind(ConfigBinder& b) {
   b.Field("deterministic", &deterministic);
   b.Field("threads", &threads, {.min = 1, .max = 1024});
   b.Field("log_every_steps", &log_every_steps, {.min = 1});
+  b.Section("watchdog", &watchdog);
 }
 
 StatusOr<PipelineConfig> LoadPipeline(const std::string& path,

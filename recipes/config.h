@@ -12,6 +12,7 @@
 #include "data/stream.h"
 #include "model/config.h"
 #include "parallel/mesh.h"
+#include "parallel/watchdog.h"
 
 namespace sala::recipes {
 
@@ -175,6 +176,7 @@ struct RunConfig {
   bool deterministic = true;  // cuda: algorithms chosen by rule, sums over ranks in order
   int64_t threads = 1;        // compute threads per rank
   int64_t log_every_steps = 1;
+  parallel::WatchdogConfig watchdog;
   bool break_lock = false;  // --break-lock; not a key of the file
 
   void Bind(ConfigBinder& b);

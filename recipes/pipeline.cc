@@ -229,6 +229,8 @@ StatusOr<StageSummary> RunStage(Session& session, int64_t index,
 
 Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config) {
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<Session> session, Session::Open(world, config));
+  // Around the whole run: it holds wherever no section inside it does.
+  const parallel::Section section(session->watchdog(), parallel::Phase::kInit);
   session->WriteStatus("starting", config.stages[0].name, 0);
   auto next = Continue(*session);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, next.status()));

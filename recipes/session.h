@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "core/context.h"
 #include "core/device.h"
@@ -14,6 +15,7 @@
 #include "data/tokenizer.h"
 #include "nlohmann/json.hpp"
 #include "parallel/mesh.h"
+#include "parallel/watchdog.h"
 #include "recipes/config.h"
 
 namespace sala::recipes {
@@ -37,6 +39,8 @@ class Session {
   bool is_root() const { return world_.rank() == 0; }
   parallel::Communicator& world() { return world_; }
   parallel::Mesh& mesh() { return *mesh_; }
+  parallel::Watchdog& watchdog() { return *watchdog_; }
+  const std::vector<std::string>& hosts() const { return hosts_; }  // of all ranks
   const Context& ctx() const { return ctx_; }
   Arena& arena() { return *arena_; }  // activations; ctx().scratch is another one
   Arena& scratch() { return *scratch_; }
@@ -88,6 +92,8 @@ class Session {
   std::optional<RunLock> lock_;  // rank 0
   std::unique_ptr<data::Tokenizer> tokenizer_;
   MetricsFile train_metrics_, valid_metrics_;
+  std::vector<std::string> hosts_;
+  std::unique_ptr<parallel::Watchdog> watchdog_;
 };
 
 }  // namespace sala::recipes

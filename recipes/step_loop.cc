@@ -6,6 +6,7 @@
 #include <deque>
 #include <exception>
 #include <limits>
+#include <optional>
 
 #include "core/clock.h"
 #include "core/cuda_module.h"
@@ -278,6 +279,8 @@ StatusOr<StepData> StepLoop::LoadStep() {
   // ranks everything they must agree on.
   std::vector<int64_t> sums(static_cast<size_t>(2 + batch), 0);
   Status status = OkStatus();
+  std::optional<parallel::Section> section(std::in_place, session_.watchdog(),
+                                           parallel::Phase::kData);
   for (const int64_t p :
        ShareOf(config_.batch, session_.mesh().dp_rank(), session_.mesh().dp_size())) {
     auto sample = stream_.Get(progress_.step * batch + p);
@@ -288,6 +291,7 @@ StatusOr<StepData> StepLoop::LoadStep() {
     sums[static_cast<size_t>(2 + p)] = data::DataCrc(*sample);
     step.mine.push_back(std::move(sample).value());
   }
+  section.reset();
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), status));
   SALA_RETURN_IF_ERROR(group.AllReduce(std::span<int64_t>(sums), parallel::Reduce::kSum));
   auto request = static_cast<int64_t>(PendingRequest());
@@ -364,6 +368,8 @@ Status StepLoop::NonFinite(const std::string& why) const {
 }
 
 Status StepLoop::Step() {
+  const parallel::Section section(session_.watchdog(), parallel::Phase::kStep,
+                                  session_.global_step);
   const double started = ClockSeconds();
   SALA_ASSIGN_OR_RETURN(const StepData data, LoadStep());
   request_ = data.request;
@@ -434,6 +440,8 @@ void StepLoop::Report(const StepData& data, const Values& values, const UpdateRe
 }
 
 StatusOr<double> StepLoop::Validate() {
+  const parallel::Section section(session_.watchdog(), parallel::Phase::kEvaluation,
+                                  session_.global_step);
   session_.WriteStatus("evaluating", config_.position.stage, session_.global_step);
   SALA_ASSIGN_OR_RETURN(const Values values, task_.Validate(session_));
   if (values.empty()) return std::numeric_limits<double>::quiet_NaN();

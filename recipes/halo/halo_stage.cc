@@ -329,6 +329,7 @@ StatusOr<json> HaloStage::ReportScores(const ScoreItems& items, const ScoreTable
 }
 
 StatusOr<std::vector<int64_t>> HaloStage::ScoredOrder() {
+  const parallel::Section section(session_.watchdog(), parallel::Phase::kEvaluation);
   auto made = MakeScoreItems(stage_, session_.tokenizer());
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), made.status()));
   const ScoreItems& items = *made;
@@ -408,6 +409,7 @@ void HaloStage::Assemble() {
 }
 
 StatusOr<DistilReport> HaloStage::Compare() {
+  const parallel::Section section(session_.watchdog(), parallel::Phase::kEvaluation);
   model::ComputeParameters parameters(session_.ctx(), student_.params, &session_.mesh());
   const model::Model model(student_.config, parameters.store(), spread());
   return CompareModels(session_.ctx(), session_.arena(), *teacher_model_, model, held_out_,
@@ -437,6 +439,7 @@ Status HaloStage::Finetune() {
 }
 
 Status HaloStage::FitScale() {
+  const parallel::Section section(session_.watchdog(), parallel::Phase::kEvaluation);
   auto set = HeldOut(halo_.logit_scale_length_tokens);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), set.status()));
   auto batches = HeldOutBatches(**set, session_.mesh());

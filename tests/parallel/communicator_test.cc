@@ -8,6 +8,7 @@
 #include <memory>
 #include <numeric>
 
+#include "parallel/comm_log.h"
 #include "parallel/mpi_communicator.h"
 #include "parallel/ordered_sum.h"
 
@@ -162,6 +163,19 @@ TEST(CommunicatorTest, SplitMakesGroups) {
   EXPECT_EQ(ranks[0], world->rank() % 2);
 }
 
+// With --recorded: ranks of a part are those of the first communicator.
+TEST(CommunicatorTest, RecordedPartsKnowTheirRanks) {
+  const size_t before = ProcessCommLog().communicators().size();
+  auto part = world->Split(world->rank() % 2);
+  ASSERT_TRUE(part.ok());
+  const auto infos = ProcessCommLog().communicators();
+  if (before == 0) return;
+  ASSERT_EQ(infos.size(), before + 1);
+  std::vector<int> ranks;
+  for (int r = world->rank() % 2; r < world->size(); r += 2) ranks.push_back(r);
+  EXPECT_EQ(infos.back().ranks, ranks);
+}
+
 TEST(CommunicatorTest, OneRanksErrorReachesAll) {
   EXPECT_TRUE(AgreeOnStatus(*world, OkStatus()).ok());
   const int failing = world->size() - 1;
@@ -185,6 +199,11 @@ int main(int argc, char** argv) {
   }
   auto session = sala::parallel::MpiSession::Start(&argc, &argv);
   auto world = (*session)->World();
+  // The same contract with the decorator of parallel/comm_log.h around it.
+  if (argc > 1 && std::string(argv[1]) == "--recorded") {
+    world = sala::parallel::Recorded(std::move(world).value(), "world",
+                                     sala::parallel::ProcessCommLog());
+  }
   sala::parallel::world = world->get();
   return RUN_ALL_TESTS();
 }
