@@ -173,8 +173,8 @@ TOKEN_WISE = [
         name="output_gate_without_epsilon",
         kind="wrong factor",
         file="kernels/output_gate/cuda.cu",
-        old="const float r = 1.0F / sqrtf(square / static_cast<float>(f.width) + f.eps);",
-        new="const float r = 1.0F / sqrtf(square / static_cast<float>(f.width));",
+        old="const float r = 1.0F / sqrtf(square / static_cast<float>(f.norm_width) + f.eps);",
+        new="const float r = 1.0F / sqrtf(square / static_cast<float>(f.norm_width));",
         tests="OutputGateCuda.AgreesWithReference"),
     Fault(
         name="output_gate_wide_rows_read_the_wrong_input",
@@ -190,6 +190,13 @@ TOKEN_WISE = [
         old="  if (threadIdx.x == 0) f.rstd[row] = r;\n",
         new="",
         tests="OutputGateCuda.AgreesWithReference"),
+    Fault(
+        name="output_gate_mean_of_a_part_over_its_own_columns",
+        kind="wrong factor",
+        file="kernels/output_gate/cuda.cu",
+        old="const float slope = dot / static_cast<float>(b.norm_width) * r * r * r;",
+        new="const float slope = dot / static_cast<float>(b.width) * r * r * r;",
+        tests="OutputGateCuda.RanksWithPartsOfTheWidth"),
     Fault(
         name="qk_norm_without_epsilon",
         kind="wrong factor",
@@ -250,11 +257,18 @@ TOKEN_WISE = [
         tests="EmbeddingCuda.BackwardHasTheBitsOfTheCpuForm",
         found_by="asan"),
     Fault(
+        name="embedding_gradient_of_other_ranks_behind_the_last_row",
+        kind="global overrun",
+        file="kernels/embedding/cuda.cu",
+        old="  if (id == b.rows) return;  ",
+        new="  if (id > b.rows) return;  ",
+        tests="EmbeddingCuda.PartsOfTheTableGiveTheWhole"),
+    Fault(
         name="token_sort_without_its_last_digit",
         kind="off by one",
         file="kernels/embedding/group_tokens.cu",
-        old="id_limit > int64_t{1} << shift; shift += 8)",
-        new="id_limit > int64_t{1} << (shift + 8); shift += 8)",
+        old="table.count >= int64_t{1} << shift; shift += 8)",
+        new="table.count >= int64_t{1} << (shift + 8); shift += 8)",
         tests="EmbeddingCuda.BackwardHasTheBitsOfTheCpuForm"),
     Fault(
         name="token_sort_counts_are_read_and_raised_at_once",
@@ -284,8 +298,8 @@ TOKEN_WISE = [
         name="token_histogram_without_atomics",
         kind="race",
         file="kernels/embedding/group_tokens.cu",
-        old="    atomicAdd(&bins[DigitOf(ids[i], shift)], 1);  // of integers: any order gives the same counts\n",
-        new="    ++bins[DigitOf(ids[i], shift)];\n",
+        old="    atomicAdd(&bins[DigitOf(table.RowOf(ids[i]), shift)], 1);\n",
+        new="    ++bins[DigitOf(table.RowOf(ids[i]), shift)];\n",
         tests="EmbeddingCuda.BackwardHasTheBitsOfTheCpuForm",
         found_by="tsan"),
     Fault(
@@ -406,8 +420,10 @@ OUTPUT_HEADS = [
         name="cross_entropy_logits_stay_where_there_is_no_label",
         kind="stale scratch",
         file="kernels/cross_entropy/cuda.cu",
-        old="    if (!chunk.gradient) return;\n    const float zero[8] = {};",
-        new="    if (label < n) return;\n    const float zero[8] = {};",
+        old="    if (threadIdx.x == 0) PutFields(chunk, r, 0.0, label, n, false);\n"
+            "    if (chunk.gradient) WriteZeros(chunk, row);\n",
+        new="    if (threadIdx.x == 0) PutFields(chunk, r, 0.0, label, n, false);\n"
+            "    if (label >= n) WriteZeros(chunk, row);\n",
         tests="CrossEntropyCuda.TokensWithoutTarget"),
     Fault(
         name="cross_entropy_losses_of_later_chunks_over_the_first",
@@ -423,6 +439,29 @@ OUTPUT_HEADS = [
         old="cuda::GemmTN(ctx, gradient, hidden.Rows(begin, end), dweight, {.write = Write::kAccumulate});",
         new="cuda::GemmTN(ctx, gradient, hidden.Rows(begin, end), dweight, {.write = Write::kOverwrite});",
         tests="CrossEntropyCuda.AgreesWithReference"),
+    Fault(
+        name="softmax_of_ranks_added_without_their_maxima",
+        kind="wrong factor",
+        file=SOFTMAX,
+        old="exp(double{share[kLargestLogit]} - double{row.largest});",
+        new="exp(double{row.largest} - double{row.largest});",
+        unit="kernels/cross_entropy/cuda.cu",
+        tests="CrossEntropyCuda.RanksWithPartsOfTheVocabulary"),
+    Fault(
+        name="ties_between_ranks_go_to_the_last_rank",
+        kind="tie rule",
+        file=SOFTMAX,
+        old="if (largest > row.largest || (largest == row.largest && id < row.column)) {",
+        new="if (largest >= row.largest) {",
+        unit="kernels/cross_entropy/cuda.cu",
+        tests="CrossEntropyCuda.TiesGoToTheLowestIdOfAllRanks"),
+    Fault(
+        name="kl_sums_of_the_first_rank_alone",
+        kind="dropped partial",
+        file="kernels/kl_divergence/cuda.cu",
+        old="  for (int k = 0; k < shard.ranks; ++k) {\n    const float* part",
+        new="  for (int k = 0; k < 1; ++k) {\n    const float* part",
+        tests="KlDivergenceCuda.RanksWithPartsOfTheVocabulary"),
     Fault(
         name="kl_without_the_square_of_the_temperature",
         kind="wrong factor",
