@@ -166,9 +166,12 @@ class StepRunner {
     SALA_ASSIGN_OR_RETURN(runner->mesh_,
                           parallel::Mesh::Create(*runner->world_, parallel::MeshConfig()));
     model::InitialiseParameters(config, /*seed=*/1, runner->params_);
+    runner->reducer_ = std::make_unique<recipes::GradientReducer>(
+        runner->ctx_, runner->params_, *runner->mesh_, /*rank_independent=*/false);
+    runner->gradient_views_ = model::BindTensors(config, runner->reducer_->store());
     runner->optimizer_ = std::make_unique<recipes::Optimizer>(
         runner->ctx_, recipes::OptimizerConfig(), config, runner->parameters_,
-        [](const model::ParameterSpec&) { return true; }, *runner->mesh_);
+        [](const model::ParameterSpec&) { return true; }, *runner->mesh_, *runner->reducer_);
     return runner;
   }
 
@@ -183,14 +186,13 @@ class StepRunner {
   StatusOr<Times> Step() {
     Times times;
     const double start = ClockSeconds();
-    gradients_.Zero();
+    reducer_->BeginStep();
     const auto loss =
         model::CrossEntropyStep(ctx_, arena_, model_, batch_, run_,
                                 1.0F / static_cast<float>(batch_.targets()), gradient_views_);
     const double middle = ClockSeconds();
     SALA_RETURN_IF_ERROR(
-        optimizer_->Update(ctx_, gradients_, /*learning_rate=*/1e-3, /*loss_finite=*/true)
-            .status());
+        optimizer_->Update(ctx_, /*learning_rate=*/1e-3, /*loss_finite=*/true).status());
     times.forward_backward = middle - start;
     times.optimizer = ClockSeconds() - middle;
     times.loss = loss.loss_sum / static_cast<double>(loss.targets);
@@ -210,10 +212,8 @@ class StepRunner {
         ctx_{.pool = &pool_, .scratch = &scratch_},
         world_(parallel::MakeSelfCommunicator()),
         params_(model::ParameterSpecs(config)),
-        gradients_(model::ParameterSpecs(config)),
         parameters_(ctx_, params_),
         model_(config, params_),
-        gradient_views_(model::BindTensors(config, gradients_)),
         run_{.sparse_attention = options.sparse, .recompute = options.recompute} {
     PhiloxStream rng("v1|1|bench||0|tokens|");
     std::vector<int32_t> tokens(static_cast<size_t>(options.seq_len));
@@ -229,12 +229,13 @@ class StepRunner {
   Context ctx_;
   std::unique_ptr<parallel::Communicator> world_;
   std::unique_ptr<parallel::Mesh> mesh_;
-  model::ParameterStore params_, gradients_;
+  model::ParameterStore params_;
   model::ComputeParameters parameters_;
   model::Model model_;
   model::ModelTensors gradient_views_;
   model::RunOptions run_;
   model::Batch batch_;
+  std::unique_ptr<recipes::GradientReducer> reducer_;
   std::unique_ptr<recipes::Optimizer> optimizer_;
 };
 

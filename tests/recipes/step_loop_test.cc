@@ -12,19 +12,24 @@ TEST(CheckShares, OnlySplitsThatKeepTheTreeAreTaken) {
                        .steps = 1,
                        .rank_independent_sums = true};
   ASSERT_EQ(batch.micro_batches(), 12);  // the last one has one sequence
-  for (const int ranks : {1, 2, 4}) EXPECT_TRUE(CheckShares(batch, ranks).ok()) << ranks;
+  for (const int ranks : {1, 2, 4}) EXPECT_TRUE(CheckShares(batch, {.dp = ranks}).ok()) << ranks;
   for (const int ranks : {3, 6, 8, 16}) {
-    const Status status = CheckShares(batch, ranks);
+    const Status status = CheckShares(batch, {.dp = ranks});
     EXPECT_EQ(ExitCodeOf(status), ExitCode::kConfig) << ranks;
     EXPECT_EQ(ErrorCodeOf(status), "CFG-MESH") << ranks;
   }
-  EXPECT_EQ(MessageOf(CheckShares(batch, 3)),
+  EXPECT_EQ(MessageOf(CheckShares(batch, {.dp = 3})),
             "CFG-MESH: batch.rank_independent_sums is on, but the 12 micro-batches of a step (23 "
             "sequences by 2) cannot be shared out evenly over 3 ranks; expected a number of ranks "
             "that is a power of two and divides them: change the ranks, the batch or "
             "micro_batch_sequences");
+  for (const parallel::MeshConfig& mesh :
+       {parallel::MeshConfig{.dp = 1, .cp = 2}, parallel::MeshConfig{.dp = 1, .tp = 2},
+        parallel::MeshConfig{.dp = 2, .zero_stage = 2}}) {
+    EXPECT_EQ(ErrorCodeOf(CheckShares(batch, mesh)), "CFG-MESH");
+  }
   batch.rank_independent_sums = false;
-  EXPECT_TRUE(CheckShares(batch, 3).ok());
+  EXPECT_TRUE(CheckShares(batch, {.dp = 3}).ok());
 }
 
 }  // namespace

@@ -52,7 +52,7 @@ class AlignTest : public testing::TaskTest {
   // Slopes along random directions of each tensor against derivatives by complex steps (exact in
   // double: no difference is formed).
   void CheckGradient(AlignLoss loss) {
-    AlignTask task(ctx_, model_, mixers_, loss, nullptr);
+    AlignTask task(ctx_, *mesh_, model_, mixers_, loss, nullptr);
     model::ParameterStore gradients(mixers_.specs());
     const double computed_loss = Loss(task, &gradients);
     RecordTeacher();
@@ -117,7 +117,7 @@ TEST_F(AlignTest, GradientOfTheNorm) { CheckGradient(AlignLoss::kL2Norm); }
 
 TEST_F(AlignTest, TeacherKeepsItsBitsAndLayersAreIndependent) {
   const std::vector<float> teacher = Bits(teacher_);
-  AlignTask task(ctx_, model_, mixers_, AlignLoss::kMse, nullptr);
+  AlignTask task(ctx_, *mesh_, model_, mixers_, AlignLoss::kMse, nullptr);
   model::ParameterStore first(mixers_.specs());
   Loss(task, &first);
   // Another mixer in layer 1 must leave the gradients of all other layers as they were.
@@ -138,7 +138,7 @@ TEST_F(AlignTest, TeacherKeepsItsBitsAndLayersAreIndependent) {
 }
 
 TEST_F(AlignTest, MicroBatchesAddUp) {
-  AlignTask task(ctx_, model_, mixers_, AlignLoss::kMse, nullptr);
+  AlignTask task(ctx_, *mesh_, model_, mixers_, AlignLoss::kMse, nullptr);
   model::ParameterStore whole(mixers_.specs());
   std::vector<double> whole_sums(task.SumNames().size(), 0.0);
   ASSERT_TRUE(task.MicroBatch(ctx_, arena_, batch_, counts_, whole, whole_sums).ok());
@@ -166,7 +166,7 @@ TEST_F(AlignTest, MicroBatchesAddUp) {
 }
 
 TEST_F(AlignTest, ValuesAreRelativeToTheVarianceOfTheTarget) {
-  AlignTask task(ctx_, model_, mixers_, AlignLoss::kMse, nullptr);
+  AlignTask task(ctx_, *mesh_, model_, mixers_, AlignLoss::kMse, nullptr);
   std::vector<double> sums(task.SumNames().size(), 0.0);
   // Layer 0: 10 tokens x 24 features, squared error 12, target sum 48 and square 72: mean 0.2,
   // variance 0.3 - 0.04.
@@ -183,32 +183,30 @@ TEST_F(AlignTest, ValuesAreRelativeToTheVarianceOfTheTarget) {
 }
 
 TEST_F(AlignTest, ErrorFallsAndTransferHelps) {
-  const auto comm = parallel::MakeSelfCommunicator();
-  const auto mesh = parallel::Mesh::Create(*comm, {});
-  ASSERT_TRUE(mesh.ok());
   // Relative error of a held-out batch after 60 updates from the given start.
   const auto train = [&](bool from_teacher, double* start) {
     model::ParameterStore mixers =
         TransferMixers(config_, teacher_, {.seed = 3, .from_teacher = from_teacher});
-    AlignTask task(ctx_, model_, mixers, AlignLoss::kMse, nullptr);
+    AlignTask task(ctx_, *mesh_, model_, mixers, AlignLoss::kMse, nullptr);
     OptimizerConfig options;
     options.weight_decay = 0;
     options.matrix_lr_multiplier = 1;
+    GradientReducer reducer(ctx_, task.params(), *mesh_, false);
     Optimizer optimizer(
         ctx_, options, task.config(), task.parameters(),
-        [](const model::ParameterSpec&) { return true; }, **mesh);
+        [](const model::ParameterSpec&) { return true; }, *mesh_, reducer);
     const std::vector<model::Batch> held_out = {RandomBatch(config_, {40, 40}, "held out")};
-    *start = task.Evaluate(ctx_, arena_, held_out, *comm)->at(1).second;
+    *start = task.Evaluate(ctx_, arena_, held_out)->at(1).second;
     for (int64_t step = 0; step < 60; ++step) {
       const model::Batch batch = RandomBatch(config_, {40, 40}, std::to_string(step));
-      model::ParameterStore gradients(mixers.specs());
+      reducer.BeginStep();
       std::vector<double> sums(task.SumNames().size(), 0.0);
-      EXPECT_TRUE(
-          task.MicroBatch(ctx_, arena_, batch, {.targets = 78, .tokens = 80}, gradients, sums)
-              .ok());
-      EXPECT_TRUE(optimizer.Update(ctx_, gradients, 5e-3, true).ok());
+      EXPECT_TRUE(task.MicroBatch(ctx_, arena_, batch, {.targets = 78, .tokens = 80},
+                                  reducer.store(), sums)
+                      .ok());
+      EXPECT_TRUE(optimizer.Update(ctx_, 5e-3, true).ok());
     }
-    return task.Evaluate(ctx_, arena_, held_out, *comm)->at(1).second;
+    return task.Evaluate(ctx_, arena_, held_out)->at(1).second;
   };
   double start = 0;
   double random_start = 0;

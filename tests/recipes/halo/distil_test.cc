@@ -47,7 +47,7 @@ class DistilTest : public testing::TaskTest {
 
 TEST_F(DistilTest, LossIsTheKlOverAllPositions) {
   Hybrid student = AssembleHybrid(config_, teacher_, mixers_, {1});
-  DistilTask task(ctx_, model_, student, {}, nothing_held_out_);
+  DistilTask task(ctx_, *mesh_, model_, student, {}, nothing_held_out_);
   model::ParameterStore gradients(student.params.specs());
   const double loss = Run(task, &gradients).front().second;
   const auto teacher = LogProbabilities(model_);
@@ -66,7 +66,7 @@ TEST_F(DistilTest, LossIsTheKlOverAllPositions) {
 
 TEST_F(DistilTest, TheTeacherItselfHasNoLossAndNoGradient) {
   Hybrid same = AssembleHybrid(config_, teacher_, mixers_, {0, 1, 2, 3});
-  DistilTask task(ctx_, model_, same, {}, nothing_held_out_);
+  DistilTask task(ctx_, *mesh_, model_, same, {}, nothing_held_out_);
   model::ParameterStore gradients(same.params.specs());
   EXPECT_NEAR(Run(task, &gradients).front().second, 0.0, 1e-7);
   for (int64_t i = 0; i < gradients.size(); ++i) ASSERT_NEAR(gradients.data()[i], 0.0, 1e-7) << i;
@@ -74,15 +74,15 @@ TEST_F(DistilTest, TheTeacherItselfHasNoLossAndNoGradient) {
 
 TEST_F(DistilTest, CrossEntropyIsAddedWithItsWeight) {
   Hybrid student = AssembleHybrid(config_, teacher_, mixers_, {1});
-  DistilTask task(ctx_, model_, student, {.ce_weight = 0.5}, nothing_held_out_);
+  DistilTask task(ctx_, *mesh_, model_, student, {.ce_weight = 0.5}, nothing_held_out_);
   model::ParameterStore gradients(student.params.specs());
   const auto values = Run(task, &gradients);
-  FinetuneTask finetune(ctx_, model_, student, true, nothing_held_out_);
+  FinetuneTask finetune(ctx_, *mesh_, model_, student, true, nothing_held_out_);
   model::ParameterStore ce_gradients(student.params.specs());
   const double ce = Run(finetune, &ce_gradients).front().second;
   EXPECT_NEAR(values[0].second, values[1].second + 0.5 * ce, 1e-9);
 
-  DistilTask plain(ctx_, model_, student, {}, nothing_held_out_);
+  DistilTask plain(ctx_, *mesh_, model_, student, {}, nothing_held_out_);
   model::ParameterStore kl_gradients(student.params.specs());
   Run(plain, &kl_gradients);
   double largest = 0;
@@ -99,28 +99,27 @@ TEST_F(DistilTest, CrossEntropyIsAddedWithItsWeight) {
 
 TEST_F(DistilTest, ABatchWithoutTargetsHasFiniteValues) {
   Hybrid student = AssembleHybrid(config_, teacher_, mixers_, {1});
-  FinetuneTask finetune(ctx_, model_, student, true, nothing_held_out_);
+  FinetuneTask finetune(ctx_, *mesh_, model_, student, true, nothing_held_out_);
   for (const auto& [name, value] : finetune.Values(std::vector{0.0, 0.0}, {.tokens = 5}))
     EXPECT_EQ(value, 0.0) << name;
 }
 
 TEST_F(DistilTest, FrozenTensorsKeepTheirBits) {
-  const auto comm = parallel::MakeSelfCommunicator();
-  const auto mesh = parallel::Mesh::Create(*comm, {});
-  ASSERT_TRUE(mesh.ok());
   for (HaloTrainable trainable :
        {HaloTrainable::kLinearMixers, HaloTrainable::kMixers, HaloTrainable::kAll}) {
     Hybrid student = AssembleHybrid(config_, teacher_, mixers_, {0, 3});
     const Hybrid start = student;
     const std::vector<float> teacher = Bits(teacher_);
-    DistilTask task(ctx_, model_, student, {.trainable = trainable}, nothing_held_out_);
+    DistilTask task(ctx_, *mesh_, model_, student, {.trainable = trainable}, nothing_held_out_);
+    GradientReducer reducer(ctx_, student.params, *mesh_, false);
     Optimizer optimizer(
         ctx_, {}, student.config, task.parameters(),
-        [&task](const model::ParameterSpec& spec) { return task.Trainable(spec); }, **mesh);
+        [&task](const model::ParameterSpec& spec) { return task.Trainable(spec); }, *mesh_,
+        reducer);
     for (int step = 0; step < 3; ++step) {
-      model::ParameterStore gradients(student.params.specs());
-      Run(task, &gradients);
-      ASSERT_TRUE(optimizer.Update(ctx_, gradients, 1e-3, true).ok());
+      reducer.BeginStep();
+      Run(task, &reducer.store());
+      ASSERT_TRUE(optimizer.Update(ctx_, 1e-3, true).ok());
     }
     for (const model::ParameterSpec& spec : student.params.specs()) {
       const bool mixer = spec.name.find(".self_attn.") != std::string::npos;
@@ -137,19 +136,18 @@ TEST_F(DistilTest, FrozenTensorsKeepTheirBits) {
 }
 
 TEST_F(DistilTest, ReportComparesOnTheSameText) {
-  const auto comm = parallel::MakeSelfCommunicator();
   Hybrid student = AssembleHybrid(config_, teacher_, mixers_, {1});
   const model::Model model(student.config, student.params);
-  const auto report = CompareModels(ctx_, arena_, model_, model, {batch_}, *comm);
+  const auto report = CompareModels(ctx_, arena_, model_, model, {batch_}, *mesh_);
   ASSERT_TRUE(report.ok());
-  DistilTask task(ctx_, model_, student, {}, nothing_held_out_);
+  DistilTask task(ctx_, *mesh_, model_, student, {}, nothing_held_out_);
   model::ParameterStore gradients(student.params.specs());
   EXPECT_NEAR(report->kl, Run(task, &gradients).front().second, 1e-9);
   EXPECT_EQ(report->tokens, batch_.size());
-  FinetuneTask finetune(ctx_, model_, student, true, nothing_held_out_);
+  FinetuneTask finetune(ctx_, *mesh_, model_, student, true, nothing_held_out_);
   EXPECT_NEAR(report->student_loss, Run(finetune, &gradients).front().second, 1e-9);
   EXPECT_NE(report->teacher_loss, report->student_loss);
-  const auto none = CompareModels(ctx_, arena_, model_, model, {}, *comm);
+  const auto none = CompareModels(ctx_, arena_, model_, model, {}, *mesh_);
   ASSERT_TRUE(none.ok());
   EXPECT_EQ(none->tokens, 0);
 }

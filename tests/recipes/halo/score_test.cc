@@ -17,34 +17,6 @@ using testing::RandomBatch;
 using testing::RandomTeacher;
 using testing::TeacherConfig;
 
-// One of `size` ranks that keeps what it is asked to sum: the test adds the ranks' parts itself.
-class LoneRank : public parallel::Communicator {
- public:
-  LoneRank(int rank, int size) : rank_(rank), size_(size) {}
-  int rank() const override { return rank_; }
-  int size() const override { return size_; }
-  Status Barrier() override { return OkStatus(); }
-  Status AllReduce(std::span<double>, parallel::Reduce) override { return OkStatus(); }
-  Status AllReduce(std::span<int64_t>, parallel::Reduce) override { return OkStatus(); }
-  Status ReduceScatterSum(std::span<const float>, std::span<const int64_t>,
-                          std::span<float>) override {
-    return OkStatus();
-  }
-  Status AllGather(std::span<const float>, std::span<const int64_t>, std::span<float>) override {
-    return OkStatus();
-  }
-  Status Broadcast(std::span<char>, int) override { return OkStatus(); }
-  StatusOr<std::vector<std::string>> AllGatherText(const std::string& text) override {
-    return std::vector{text};
-  }
-  StatusOr<std::unique_ptr<parallel::Communicator>> Split(int) override {
-    return parallel::MakeSelfCommunicator();
-  }
-
- private:
-  int rank_, size_;
-};
-
 class ScoreTest : public testing::HaloTest {
  protected:
   ScoreTest()
@@ -57,9 +29,8 @@ class ScoreTest : public testing::HaloTest {
                      RecallBatch({4, 4, 4, 2}, {1, 5})};
   }
 
-  ScoreTable Score(parallel::Communicator& comm, ScoreTable table = {},
-                   int64_t* layers_run = nullptr) {
-    Scorer scorer(ctx_, arena_, comm, model_, mixers_, items_);
+  ScoreTable Score(ScoreTable table = {}, int64_t* layers_run = nullptr) {
+    Scorer scorer(ctx_, arena_, *mesh_, model_, mixers_, items_);
     const Status status = scorer.ScoreLayers(&table, [layers_run](const ScoreTable&) {
       if (layers_run != nullptr) ++*layers_run;
       return OkStatus();
@@ -82,8 +53,7 @@ TEST_F(ScoreTest, RecallItemsHaveLabelsAtTheAnswerOnly) {
 }
 
 TEST_F(ScoreTest, CachedStreamsGiveTheBitsOfWholePasses) {
-  const auto comm = parallel::MakeSelfCommunicator();
-  const ScoreTable table = Score(*comm);
+  const ScoreTable table = Score();
   ASSERT_EQ(table.layers.size(), 4u);
   for (int64_t layer = 0; layer < 4; ++layer) {
     const model::Model swapped =
@@ -101,40 +71,20 @@ TEST_F(ScoreTest, CachedStreamsGiveTheBitsOfWholePasses) {
 }
 
 TEST_F(ScoreTest, ResumedScoringHasTheSameBits) {
-  const auto comm = parallel::MakeSelfCommunicator();
-  const ScoreTable whole = Score(*comm);
+  const ScoreTable whole = Score();
   ScoreTable part = whole;
   part.layers.resize(2);
   // Through the file format.
   const ScoreTable restored = ScoreTable::FromJson(nlohmann::json::parse(part.ToJson().dump()));
   int64_t run = 0;
-  const ScoreTable resumed = Score(*comm, restored, &run);
+  const ScoreTable resumed = Score(restored, &run);
   EXPECT_EQ(run, 2);
   EXPECT_EQ(resumed.ToJson(), whole.ToJson());
 }
 
-TEST_F(ScoreTest, TwoRanksHaveTheBitsOfOne) {
-  const auto self = parallel::MakeSelfCommunicator();
-  const ScoreTable whole = Score(*self);
-  LoneRank first(0, 2);
-  LoneRank second(1, 2);
-  const ScoreTable a = Score(first);
-  const ScoreTable b = Score(second);
-  for (size_t layer = 0; layer < 4; ++layer) {
-    for (size_t i = 0; i < items_.size(); ++i) {
-      EXPECT_EQ(a.layers[layer].loss_sum[i] + b.layers[layer].loss_sum[i],
-                whole.layers[layer].loss_sum[i]);
-      EXPECT_EQ(a.layers[layer].kl_sum[i] + b.layers[layer].kl_sum[i],
-                whole.layers[layer].kl_sum[i]);
-      EXPECT_TRUE(a.layers[layer].loss_sum[i] == 0 || b.layers[layer].loss_sum[i] == 0);
-    }
-  }
-}
-
 TEST_F(ScoreTest, SetsOfOneLayerEqualTheSwapAndAreRemembered) {
-  const auto comm = parallel::MakeSelfCommunicator();
-  ScoreTable table = Score(*comm);
-  Scorer scorer(ctx_, arena_, *comm, model_, mixers_, items_);
+  ScoreTable table = Score();
+  Scorer scorer(ctx_, arena_, *mesh_, model_, mixers_, items_);
   const auto single = scorer.ScoreSet({2}, &table);
   ASSERT_TRUE(single.ok());
   EXPECT_EQ(*single, Summarise(items_, table.layers[2]).kl);
@@ -145,10 +95,9 @@ TEST_F(ScoreTest, SetsOfOneLayerEqualTheSwapAndAreRemembered) {
 }
 
 TEST_F(ScoreTest, ADivergedMixerIsAnErrorAndNotRemembered) {
-  const auto comm = parallel::MakeSelfCommunicator();
   mixers_.data()[mixers_.Spec("model.layers.2.self_attn.q_proj.weight").offset] =
       std::numeric_limits<float>::quiet_NaN();
-  Scorer scorer(ctx_, arena_, *comm, model_, mixers_, items_);
+  Scorer scorer(ctx_, arena_, *mesh_, model_, mixers_, items_);
   ScoreTable table;
   const auto damage = [&](const std::vector<int64_t>& replaced) {
     return scorer.ScoreSet(replaced, &table);
@@ -161,8 +110,7 @@ TEST_F(ScoreTest, ADivergedMixerIsAnErrorAndNotRemembered) {
 }
 
 TEST_F(ScoreTest, TablesOfOtherSizesDoNotFit) {
-  const auto comm = parallel::MakeSelfCommunicator();
-  const ScoreTable table = Score(*comm);
+  const ScoreTable table = Score();
   EXPECT_TRUE(table.Fits(items_.size(), 4));
   EXPECT_FALSE(table.Fits(items_.size(), 3));
   EXPECT_FALSE(table.Fits(items_.size() + 1, 4));
@@ -231,7 +179,6 @@ TEST_F(ScoreTest, BootstrapKeepsAClearLayerAlwaysAndForcedOnesToo) {
 }
 
 TEST_F(ScoreTest, LogitScaleIsFittedOnLongDocumentsWithFrozenWeights) {
-  const auto comm = parallel::MakeSelfCommunicator();
   model::ModelConfig config = config_;
   config.attn_use_rope = false;
   const model::Model model(config, teacher_);
@@ -246,7 +193,7 @@ TEST_F(ScoreTest, LogitScaleIsFittedOnLongDocumentsWithFrozenWeights) {
                          documents[0].tokens.begin() + 40, documents[0].tokens.end()));
   EXPECT_EQ(documents[0].positions[40], 0);
 
-  const auto fit = FitLogitScale(ctx_, arena_, model, documents, {8, 64}, *comm);
+  const auto fit = FitLogitScale(ctx_, arena_, model, documents, {8, 64}, *mesh_);
   ASSERT_TRUE(fit.ok());
   ASSERT_EQ(fit->losses.size(), 3u);
   const double expected =
@@ -259,7 +206,7 @@ TEST_F(ScoreTest, LogitScaleIsFittedOnLongDocumentsWithFrozenWeights) {
   EXPECT_EQ(fit->base, fit->candidates[best]);
   EXPECT_EQ(testing::Bits(teacher_), before);
 
-  const auto none = FitLogitScale(ctx_, arena_, model, {}, {8, 64}, *comm);
+  const auto none = FitLogitScale(ctx_, arena_, model, {}, {8, 64}, *mesh_);
   ASSERT_TRUE(none.ok());
   EXPECT_EQ(none->base, 0);
   EXPECT_EQ(none->targets, 0);

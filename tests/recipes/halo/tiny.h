@@ -4,7 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/rng.h"
@@ -15,7 +17,11 @@
 
 namespace sala::recipes::testing {
 
-using HaloTest = sala::testing::ContextTest;
+class HaloTest : public sala::testing::ContextTest {
+ protected:
+  std::unique_ptr<parallel::Communicator> comm_ = parallel::MakeSelfCommunicator();
+  std::unique_ptr<parallel::Mesh> mesh_ = std::move(parallel::Mesh::Create(*comm_, {})).value();
+};
 
 inline model::ModelConfig TeacherConfig() {
   model::ModelConfig c;

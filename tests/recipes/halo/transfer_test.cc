@@ -230,15 +230,13 @@ TEST_F(TransferTest, MixerEqualsTheRecurrenceWithSharedHeads) {
   for (float& value : x) value = static_cast<float>(rng.NextNormal());
   const model::Batch batch = model::SingleDocument(std::vector<int32_t>(kTokens, 0));
 
-  model::BatchTables tables;
-  tables.lightning_cos = arena_.New(DType::kF32, {kTokens, 3});
-  tables.lightning_sin = arena_.New(DType::kF32, {kTokens, 3});
-  kernels::RopeTable(ctx_, batch.positions_view(), 6, static_cast<float>(config.rope_theta),
-                     tables.lightning_cos, tables.lightning_sin);
+  const model::Spread alone;
+  const model::BatchTables tables =
+      model::MakeBatchTables(ctx_, arena_, AllLinear(config), alone, batch, {});
   const Tensor y = arena_.New(DType::kF32, {kTokens, 24});
-  model::MixerForward(ctx_, arena_, config, model::MixerType::kLightning,
-                      model::BindMixer(config, 2, model::MixerType::kLightning, mixers), batch,
-                      tables, {}, ConstTensor(x.data(), {kTokens, 24}), {.y = y});
+  model::MixerForward(ctx_, arena_, config, alone, model::MixerType::kLightning,
+                      model::BindMixer(config, 2, model::MixerType::kLightning, mixers), tables, {},
+                      ConstTensor(x.data(), {kTokens, 24}), {.y = y});
 
   const std::vector<double> expected = SharedReference(config, teacher, mixers).Run(x, kTokens);
   double scale = 0;
