@@ -794,7 +794,7 @@ SPARSE_FAULTS = [
         kind="off by one",
         file=INDEX,
         old="tile.last = min(tile.first + kPiece, last);",
-        new="tile.last = tile.first + kPiece;",
+        new="tile.last = max(tile.first + kPiece, last);",
         tests="SparseAttentionCuda.MatchesReferenceWithTheSameBlocks"),
     Fault(
         name="index_without_the_pieces_of_empty_sequences",
@@ -970,8 +970,7 @@ LIGHTNING_FAULTS = [
         file=STATES,
         old="const bool through = falling ? end == segment_end : begin == segment_begin;",
         new="const bool through = true;",
-        tests="LightningCuda.StatesAloneHaveTheBitsOfTheFullCalls",
-        quick=True),
+        tests="LightningCuda.StatesAloneHaveTheBitsOfTheFullCalls"),
     Fault(
         name="last_state_of_the_first_segment",
         kind="wrong operand",
