@@ -26,6 +26,7 @@
   X(AttentionBackward)       \
   X(AttentionForward)        \
   X(Cast)                    \
+  X(CopyColumns)             \
   X(CompressKeys)            \
   X(CrossEntropy)            \
   X(EmbeddingBackward)       \

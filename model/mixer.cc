@@ -12,6 +12,7 @@
 #include "kernels/output_gate/output_gate.h"
 #include "kernels/qk_norm_rope/qk_norm_rope.h"
 #include "kernels/sparse_attention/sparse_attention.h"
+#include "kernels/tensor_ops/tensor_ops.h"
 #include "model/projection.h"
 #include "model/row_parallel.h"
 
@@ -67,11 +68,10 @@ void NormAndRotateBackward(const Context& ctx, const Geometry& g, const Tensor& 
 }
 
 // Rows of heads one behind the other, as exchanges want them: x itself where it is so already.
-Tensor Packed(const Context& ctx, Arena& arena, const Geometry& g, const Tensor& x, int64_t heads) {
+Tensor Packed(const Context& ctx, Arena& arena, const Tensor& x) {
   if (x.contiguous()) return x;
   const Tensor packed = arena.New(x.dtype(), {x.dim(0), x.dim(1)});
-  kernels::QkNormRopeForward(ctx, x.AsHeads(heads, g.head_dim), {}, g.eps, {}, {},
-                             packed.AsHeads(heads, g.head_dim), {});
+  kernels::CopyColumns(ctx, x, packed);
   return packed;
 }
 
@@ -81,7 +81,7 @@ void SoftmaxForward(const Context& ctx, Arena& arena, const ModelConfig& config,
   const int64_t t = s.q.dim(0);
   const auto gathered = [&](const Tensor& x) {
     if (spread.cp_size() == 1) return x;
-    return spread.GatherContext(ctx, arena, tables.share, Packed(ctx, arena, g, x, g.kv_heads));
+    return spread.GatherContext(ctx, arena, tables.share, Packed(ctx, arena, x));
   };
   s.all_k = gathered(s.k);
   s.all_v = gathered(s.v);
@@ -97,8 +97,12 @@ void SoftmaxForward(const Context& ctx, Arena& arena, const ModelConfig& config,
   if (!tables.sparse_documents.empty()) {
     s.blocks =
         arena.New(DType::kI32, {t, g.kv_heads, std::max<int64_t>(1, config.sparse.free_blocks())});
-    kernels::SelectBlocks(ctx, q, k, tables.sparse_documents, config.sparse, g.scale, s.blocks,
-                          first);
+    // All query heads of a key/value head choose together.
+    const ArenaScope scope(arena);
+    const Tensor group =
+        spread.GatherGroup(ctx, arena, config.num_key_value_heads, Packed(ctx, arena, s.q));
+    kernels::SelectBlocks(ctx, group.AsHeads(group.dim(1) / g.head_dim, g.head_dim), k,
+                          tables.sparse_documents, config.sparse, g.scale, s.blocks, first);
     kernels::SparseAttentionForward(ctx, q, k, v, tables.sparse_documents, config.sparse, g.scale,
                                     s.blocks, o, s.lse, first);
   }
@@ -142,9 +146,7 @@ void SpreadSoftmaxBackward(const Context& ctx, Arena& arena, const ModelConfig& 
   const Tensor all_dv = arena.NewZeroed(s.all_v.dtype(), {s.all_v.dim(0), s.all_v.dim(1)});
   SoftmaxBackward(ctx, config, g, tables, s, dout, dq, all_dk, all_dv);
   for (const auto& [all, mine] : {std::pair(all_dk, dk), std::pair(all_dv, dv)}) {
-    const Tensor sum = spread.SumContext(ctx, arena, tables.share, all);
-    kernels::QkNormRopeForward(ctx, sum.AsHeads(g.kv_heads, g.head_dim), {}, g.eps, {}, {},
-                               mine.AsHeads(g.kv_heads, g.head_dim), {});
+    kernels::CopyColumns(ctx, spread.SumContext(ctx, arena, tables.share, all), mine);
   }
 }
 

@@ -90,6 +90,28 @@ const kernels::RankExchange* Spread::exchange() const {
   return tp_size() == 1 ? nullptr : &exchange_;
 }
 
+Tensor Spread::GatherGroup(const Context& ctx, Arena& arena, int64_t kv_heads,
+                           const Tensor& x) const {
+  const auto ranks = static_cast<int64_t>(tp_size()) / kv_heads;
+  if (ranks <= 1) return x;
+  const int64_t tokens = x.dim(0);
+  const int64_t width = x.dim(1);
+  const Tensor all = arena.New(x.dtype(), {tokens, ranks * width});
+  if (Dry(ctx)) return all;
+  const ArenaScope scope(arena);
+  const Tensor rows = arena.New(x.dtype(), {ranks * tokens, width});
+  const auto group = mesh_->TensorSubgroup(static_cast<int>(ranks), /*background=*/false);
+  OrThrow(group.status());
+  OrThrow((*group)->AllGather(ConstTensor(FlatView(x)),
+                              std::vector<int64_t>(static_cast<size_t>(ranks), x.numel()),
+                              FlatView(rows)));
+  for (int64_t r = 0; r < ranks; ++r) {
+    kernels::CopyColumns(ctx, rows.Rows(r * tokens, (r + 1) * tokens),
+                         all.Columns(r * width, (r + 1) * width));
+  }
+  return all;
+}
+
 Tensor Spread::GatherContext(const Context& ctx, Arena& arena, const TokenShare& share,
                              const Tensor& x) const {
   if (cp_size() == 1) return x;
@@ -110,9 +132,8 @@ Tensor Spread::SumContext(const Context& ctx, Arena& arena, const TokenShare& sh
     wide = arena.New(DType::kF32, {share.total, width});
     kernels::Cast(ctx, terms, wide);
   }
-  const Tensor sum = result.dtype() == DType::kF32
-                         ? result
-                         : arena.New(DType::kF32, {share.tokens(), width});
+  const Tensor sum =
+      result.dtype() == DType::kF32 ? result : arena.New(DType::kF32, {share.tokens(), width});
   if (!Dry(ctx)) {
     OrThrow(mesh_->cp_group().ReduceScatterSum(ConstTensor(FlatView(wide)),
                                                Counts(share.cp_borders, width), FlatView(sum)));
@@ -128,8 +149,8 @@ int64_t StateWindow(const TokenShare& share, const std::vector<float>& slopes) {
   int64_t window = std::min<int64_t>(1, ranges - 1);
   for (int64_t r = 1; r < ranges; ++r) {
     for (int64_t s = window; s < r; ++s) {
-      const int64_t passed = share.cp_borders[static_cast<size_t>(r)] -
-                             share.cp_borders[static_cast<size_t>(r - s)];
+      const int64_t passed =
+          share.cp_borders[static_cast<size_t>(r)] - share.cp_borders[static_cast<size_t>(r - s)];
       if (slope * static_cast<double>(passed) >= cutoff) break;
       window = s + 1;
     }

@@ -8,7 +8,8 @@
 // rank has a term of, are summed into the parts (arXiv 2205.05198).
 //
 // Attention needs the keys and values of all tokens of a document: they are gathered over cp, and
-// their gradients summed back. Linear layers hand their state from range to range (docs/parallel.md).
+// their gradients summed back. Linear layers hand their state from range to range
+// (docs/parallel.md).
 //
 // With one rank nothing is exchanged or copied. A failed exchange throws parallel::CommError.
 #pragma once
@@ -26,10 +27,10 @@ namespace sala::model {
 
 // Tokens of one micro-batch as a rank sees them.
 struct TokenShare {
-  int64_t total = 0;                // T
-  std::vector<int64_t> cp_borders;  // [cp + 1] of the ranges
-  std::vector<int64_t> tp_borders;  // [tp + 1] of the parts, counted from the range's begin
-  int64_t begin = 0, end = 0;       // this rank's range
+  int64_t total = 0;                     // T
+  std::vector<int64_t> cp_borders;       // [cp + 1] of the ranges
+  std::vector<int64_t> tp_borders;       // [tp + 1] of the parts, counted from the range's begin
+  int64_t begin = 0, end = 0;            // this rank's range
   int64_t part_begin = 0, part_end = 0;  // this rank's part, counted from `begin`
 
   int64_t tokens() const { return end - begin; }
@@ -60,6 +61,10 @@ class Spread {
            const Tensor& part, kernels::Write write) const;
   // Small numbers of a row of tokens, over the tp ranks; null with one.
   const kernels::RankExchange* exchange() const;
+
+  // x [T, W] of every tensor rank that has the same key/value head -> [T, ranks * W], in the arena;
+  // x itself with one such rank. `kv_heads` are the model's.
+  Tensor GatherGroup(const Context& ctx, Arena& arena, int64_t kv_heads, const Tensor& x) const;
 
   // x [share.tokens(), W] of every cp rank -> [share.total, W], in the arena; x itself with one.
   Tensor GatherContext(const Context& ctx, Arena& arena, const TokenShare& share,

@@ -36,10 +36,10 @@ StatusOr<MeshConfig> ResolveMesh(int ranks, const MeshConfig& config) {
     resolved.dp = ranks / inner;
   }
   if (resolved.dp * inner != ranks) {
-    return error("parallel.dp " + std::to_string(config.dp) + " x cp " +
-                 std::to_string(config.cp) + " x tp " + std::to_string(config.tp) + " = " +
-                 std::to_string(config.dp * inner) + " but the job has " + std::to_string(ranks) +
-                 " ranks; start mpirun -np " + std::to_string(config.dp * inner) +
+    return error("parallel.dp " + std::to_string(config.dp) + " x cp " + std::to_string(config.cp) +
+                 " x tp " + std::to_string(config.tp) + " = " + std::to_string(config.dp * inner) +
+                 " but the job has " + std::to_string(ranks) + " ranks; start mpirun -np " +
+                 std::to_string(config.dp * inner) +
                  " or set parallel.dp to 0 (all ranks that cp and tp leave)");
   }
   return resolved;
@@ -66,8 +66,8 @@ StatusOr<std::unique_ptr<Communicator>> Mesh::Group(int64_t colour, const std::s
   if (!ctx.cuda()) return group;
   const Communicator& host_group = *group;  // lives on inside the one for device memory
   if (nccl) {
-    SALA_ASSIGN_OR_RETURN(group, MakeNcclCommunicator(std::move(group), ctx,
-                                                      ctx.gpu->options().deterministic));
+    SALA_ASSIGN_OR_RETURN(
+        group, MakeNcclCommunicator(std::move(group), ctx, ctx.gpu->options().deterministic));
   } else {
     group = MakeStagedCommunicator(std::move(group), *ctx.gpu);
   }
@@ -113,11 +113,11 @@ StatusOr<std::unique_ptr<Mesh>> Mesh::Create(Communicator& world, const MeshConf
   return mesh;
 }
 
-StatusOr<Communicator*> Mesh::TensorSubgroup(int n) {
-  std::unique_ptr<Communicator>& group = tensor_subgroups_[n];
+StatusOr<Communicator*> Mesh::TensorSubgroup(int n, bool background) {
+  std::unique_ptr<Communicator>& group = tensor_subgroups_[{n, background}];
   if (!group) {
-    // Used beside the computation: split from the group that is used there.
-    SALA_ASSIGN_OR_RETURN(group, background_tp_group().Split(tp_rank() / n));
+    SALA_ASSIGN_OR_RETURN(group, tp_group().Split(tp_rank() / n));
+    NameGroup(*group, "kv");
   }
   return group.get();
 }

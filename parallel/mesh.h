@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "core/config.h"
 #include "core/context.h"
@@ -57,9 +58,10 @@ class Mesh {
   Communicator& param_group() const { return *param_group_; }
   // cp x tp: the ranks that work on the same samples.
   Communicator& sample_group() const { return *sample_group_; }
-  // tp ranks in runs of `n` neighbours: those that hold the same key/value head. Made at the first
-  // call: collective over the tp group then. `n` divides tp.
-  StatusOr<Communicator*> TensorSubgroup(int n);
+  // tp ranks in runs of `n` neighbours: those that hold the same key/value head; for use by the
+  // main thread, or beside the computation. Made at the first call: collective over the tp group
+  // then. `n` divides tp.
+  StatusOr<Communicator*> TensorSubgroup(int n, bool background);
 
   int dp_rank() const { return dp_group_->rank(); }
   int dp_size() const { return dp_group_->size(); }
@@ -93,7 +95,7 @@ class Mesh {
   MeshConfig config_;
   std::unique_ptr<Communicator> dp_group_, cp_group_, tp_group_, param_group_, sample_group_;
   std::unique_ptr<Communicator> background_param_, background_tp_;
-  std::map<int, std::unique_ptr<Communicator>> tensor_subgroups_;
+  std::map<std::pair<int, bool>, std::unique_ptr<Communicator>> tensor_subgroups_;
   std::unique_ptr<CommQueue> queue_;  // ends before the groups it uses
   const char* transport_ = "MPI";
 };

@@ -146,7 +146,8 @@ class MpiCommunicator : public Communicator {
       std::vector<int> piece_offsets;
       for (size_t r = 0; r < send_counts.size(); ++r) {
         piece_counts.push_back(piece(send_counts[r]));
-        piece_offsets.push_back(send_offsets[r] + (piece_counts[r] > 0 ? static_cast<int>(done) : 0));
+        piece_offsets.push_back(send_offsets[r] +
+                                (piece_counts[r] > 0 ? static_cast<int>(done) : 0));
       }
       const int mine = piece_counts[static_cast<size_t>(rank_)];
       const std::vector<int> recv_counts(static_cast<size_t>(size_), mine);
@@ -176,9 +177,10 @@ class MpiCommunicator : public Communicator {
     SALA_CHECK(by != 0 && std::abs(by) < size_) << "a shift by " << by << " over " << size_;
     const auto partner = [this](int r) { return 0 <= r && r < size_ ? r : MPI_PROC_NULL; };
     const int n = static_cast<int>(send.numel());
-    SALA_RETURN_IF_MPI_ERROR(MPI_Sendrecv(send.Data<float>(), n, MPI_FLOAT, partner(rank_ + by), by,
-                                          recv.Data<float>(), n, MPI_FLOAT, partner(rank_ - by), by,
-                                          comm_, MPI_STATUS_IGNORE));
+    const int tag = std::abs(by);
+    SALA_RETURN_IF_MPI_ERROR(MPI_Sendrecv(send.Data<float>(), n, MPI_FLOAT, partner(rank_ + by),
+                                          tag, recv.Data<float>(), n, MPI_FLOAT,
+                                          partner(rank_ - by), tag, comm_, MPI_STATUS_IGNORE));
     return OkStatus();
   }
 

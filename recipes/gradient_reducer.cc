@@ -54,7 +54,7 @@ GradientReducer::GradientReducer(const Context& ctx, const model::ParameterStore
     std::vector<Copies>& unit = copies_[static_cast<size_t>(spec.unit)];
     parallel::Communicator* group = &mesh.background_tp_group();
     if (spec.copies < mesh.tp_size()) {
-      auto part = mesh.TensorSubgroup(static_cast<int>(spec.copies));
+      auto part = mesh.TensorSubgroup(static_cast<int>(spec.copies), /*background=*/true);
       parallel::OrThrow(part.status());
       group = *part;
     }
@@ -93,8 +93,7 @@ void GradientReducer::Enter(int64_t unit) {
   const auto layers = partition_.units() - 3;
   int64_t& held = in_slot_[static_cast<size_t>(model::SlotOf(unit, layers))];
   if (held == unit && pending_[static_cast<size_t>(unit)] == 0) return;  // goes on: a tied head
-  if (held >= 0)
-    parallel::OrThrow(mesh_.queue().Wait(pending_[static_cast<size_t>(held)]));
+  if (held >= 0) parallel::OrThrow(mesh_.queue().Wait(pending_[static_cast<size_t>(held)]));
   held = unit;
   pending_[static_cast<size_t>(unit)] = 0;
   const Tensor all = store_.Flat(partition_.unit_begin(unit), partition_.unit_end(unit));
@@ -111,8 +110,7 @@ void GradientReducer::Leave(int64_t unit) {
 
 void GradientReducer::Submit(int64_t unit) {
   if (partition_.unit_size(unit) == 0) return;
-  pending_[static_cast<size_t>(unit)] =
-      mesh_.queue().Submit([this, unit] { return Reduce(unit); });
+  pending_[static_cast<size_t>(unit)] = mesh_.queue().Submit([this, unit] { return Reduce(unit); });
 }
 
 Status GradientReducer::SumCopies(int64_t unit) {

@@ -23,6 +23,16 @@ void Cast(const Context& ctx, const ConstTensor& from, const Tensor& to) {
   std::copy_n(from.Data<float>(), from.numel(), to.Data<float>());
 }
 
+void CopyColumns(const Context& ctx, const ConstTensor& from, const Tensor& to) {
+  if (ctx.cuda()) return Cuda(ctx).CopyColumns(ctx, from, to);
+  CheckCpu(ctx);
+  CheckShape(to, {from.dim(0), from.dim(1)});
+  ctx.pool->For(from.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      std::copy_n(from.Row<float>(t), from.dim(1), to.Row<float>(t));
+  });
+}
+
 void Add(const Context& ctx, const ConstTensor& term, const Tensor& sum) {
   if (ctx.cuda()) return Cuda(ctx).Add(ctx, term, sum);
   CheckCpu(ctx);

@@ -43,6 +43,16 @@ void LaunchFlat(const Op& op, const ConstTensor& from, const Tensor& to) {
             dim3(kPackThreads), 0, op.Data<From>(from), op.Data<To>(to), packs, count);
 }
 
+// Rows of `width` units of 16 bytes.
+__global__ void __launch_bounds__(kPackThreads)
+    ColumnsKernel(const int4* from, int64_t from_stride, int4* to, int64_t to_stride, int64_t width,
+                  int64_t count) {
+  const int64_t step = int64_t{gridDim.x} * kPackThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kPackThreads + threadIdx.x; i < count; i += step) {
+    to[i / width * to_stride + i % width] = from[i / width * from_stride + i % width];
+  }
+}
+
 void CheckFlat(const ConstTensor& a, const ConstTensor& b) {
   SALA_CHECK(a.contiguous() && b.contiguous() && a.numel() == b.numel())
       << ShapeText(a) << " and " << ShapeText(b) << " must be contiguous and of one size";
@@ -72,6 +82,24 @@ void cuda::Cast(const Context& ctx, const ConstTensor& from, const Tensor& to) {
   } else {
     RefuseTypes(from, to);
   }
+}
+
+void cuda::CopyColumns(const Context& ctx, const ConstTensor& from, const Tensor& to) {
+  const Op op(ctx, "CopyColumns", from);
+  SALA_CHECK(from.rank() == 2 && to.rank() == 2 && from.dim(0) == to.dim(0) &&
+             from.dim(1) == to.dim(1) && from.dtype() == to.dtype())
+      << ShapeText(from) << " to " << ShapeText(to);
+  const auto unit = static_cast<int64_t>(16 / SizeOf(from.dtype()));
+  SALA_CHECK(from.dim(1) % unit == 0 && from.stride(0) % unit == 0 && to.stride(0) % unit == 0 &&
+             Aligned16(from.raw()) && Aligned16(to.raw()))
+      << ShapeText(from) << " with row strides " << from.stride(0) << " and " << to.stride(0)
+      << ", expected rows of whole units of 16 bytes";
+  const int64_t width = from.dim(1) / unit;
+  const int64_t count = from.dim(0) * width;
+  if (count == 0) return;
+  op.Launch(ColumnsKernel, dim3(PackBlocks(op, count)), dim3(kPackThreads), 0,
+            static_cast<const int4*>(from.raw()), from.stride(0) / unit,
+            static_cast<int4*>(to.raw()), to.stride(0) / unit, width, count);
 }
 
 void cuda::Add(const Context& ctx, const ConstTensor& term, const Tensor& sum) {

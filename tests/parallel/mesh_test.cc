@@ -38,10 +38,33 @@ TEST(MeshTest, RefusesImpossibleSplits) {
   const auto wrong_ranks = Mesh::Create(*self, {.dp = 4});
   EXPECT_EQ(ExitCodeOf(wrong_ranks.status()), ExitCode::kConfig);
   EXPECT_EQ(MessageOf(wrong_ranks.status()),
-            "CFG-MESH: parallel.dp is 4 but the job has 1 ranks; start mpirun -np 4 or set "
-            "parallel.dp to 0 (all ranks)");
+            "CFG-MESH: parallel.dp 4 x cp 1 x tp 1 = 4 but the job has 1 ranks; start mpirun -np 4 "
+            "or set parallel.dp to 0 (all ranks that cp and tp leave)");
   const auto tensor_parallel = Mesh::Create(*self, {.tp = 2});
-  EXPECT_NE(MessageOf(tensor_parallel.status()).find("parallel.tp is 2"), std::string::npos);
+  EXPECT_EQ(
+      MessageOf(tensor_parallel.status()),
+      "CFG-MESH: parallel.cp 1 x parallel.tp 2 = 2 does not divide the job's 1 ranks; start a "
+      "multiple of 2 ranks, or change cp or tp");
+  EXPECT_EQ(ResolveMesh(12, {.cp = 2, .tp = 3})->dp, 2);
+  EXPECT_FALSE(ResolveMesh(12, {.dp = 3, .cp = 2, .tp = 3}).ok());
+}
+
+TEST(UnitPartitionTest, PiecesCoverEveryUnitAndShardsHoldThemInARow) {
+  const std::vector<int64_t> borders = {0, 0, 48, 48, 1008, 1024};  // two empty units
+  for (int ranks = 1; ranks <= 5; ++ranks) {
+    const UnitPartition p(borders, ranks);
+    ASSERT_EQ(p.units(), 5);
+    for (int r = 0; r < ranks; ++r) {
+      int64_t size = 0;
+      for (int64_t u = 0; u < p.units(); ++u) {
+        EXPECT_EQ(p.begin(u, r), r == 0 ? p.unit_begin(u) : p.end(u, r - 1));
+        EXPECT_EQ(p.shard_begin(u, r), size);
+        size += p.end(u, r) - p.begin(u, r);
+      }
+      EXPECT_EQ(p.shard_size(r), size);
+    }
+    for (int64_t u = 0; u < p.units(); ++u) EXPECT_EQ(p.end(u, ranks - 1), p.unit_end(u));
+  }
 }
 
 }  // namespace
