@@ -131,8 +131,8 @@ class Checkpoint {
   Status ReadF32(const std::string& name, TensorKind kind, int64_t begin, int64_t end,
                  float* out) const;
 
-  // Elements [begin, end) in row-major order of the box at `offset` of shape `box` (tensors of one or
-  // two dimensions), converted to float32.
+  // Elements [begin, end) in row-major order of the box at `offset` of shape `box` (tensors of one
+  // or two dimensions), converted to float32.
   Status ReadBoxF32(const std::string& name, TensorKind kind, const std::vector<int64_t>& offset,
                     const std::vector<int64_t>& box, int64_t begin, int64_t end, float* out) const;
 

@@ -336,8 +336,7 @@ Status Checkpoint::ReadBoxF32(const std::string& name, TensorKind kind,
     for (int64_t at = begin; at < end;) {
       const int64_t row = at / width;
       const int64_t stop = std::min(end, (row + 1) * width);
-      const int64_t first =
-          (offset[0] + row) * tensor->shape[1] + offset[1] + (at - row * width);
+      const int64_t first = (offset[0] + row) * tensor->shape[1] + offset[1] + (at - row * width);
       wanted.push_back({.begin = first, .end = first + stop - at, .out = at - begin});
       at = stop;
     }

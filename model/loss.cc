@@ -57,9 +57,8 @@ struct HiddenGradient {
   HiddenGradient(const Context& ctx, Arena& arena, const Model& model, const TokenShare& share)
       : summed(model.spread().tp_size() > 1),
         part(arena.New(ctx.activation(), {share.part(), model.config().hidden_size})),
-        terms(summed
-                  ? arena.New(ctx.activation(), {share.tokens(), model.config().hidden_size})
-                  : part) {}
+        terms(summed ? arena.New(ctx.activation(), {share.tokens(), model.config().hidden_size})
+                     : part) {}
 
   void Sum(const Context& ctx, Arena& arena, const Model& model, const TokenShare& share) const {
     if (!summed) return;
@@ -106,10 +105,9 @@ kernels::CrossEntropyResult HeadCrossEntropy(const Context& ctx, Arena& arena, c
       ToDevice(ctx, arena,
                std::span(batch.labels)
                    .subspan(static_cast<size_t>(share.begin), static_cast<size_t>(share.tokens())));
-  return Counted(model, kernels::CrossEntropy(
-                            ctx, model.spread().Gather(ctx, arena, share, hidden),
-                            model.tensors().head, labels, Options(ctx, model, 1.0F), token_loss, {},
-                            {}));
+  return Counted(model, kernels::CrossEntropy(ctx, model.spread().Gather(ctx, arena, share, hidden),
+                                              model.tensors().head, labels,
+                                              Options(ctx, model, 1.0F), token_loss, {}, {}));
 }
 
 kernels::KlDivergenceResult HeadKl(const Context& ctx, Arena& arena, const Model& teacher,
@@ -119,12 +117,12 @@ kernels::KlDivergenceResult HeadKl(const Context& ctx, Arena& arena, const Model
   const TokenShare share = student.spread().Share(batch.size());
   EnterHead(teacher);
   EnterHead(student);
-  return Counted(student, kernels::KlDivergence(
-                              ctx, teacher.spread().Gather(ctx, arena, share, teacher_hidden),
-                              teacher.tensors().head,
-                              student.spread().Gather(ctx, arena, share, student_hidden),
-                              student.tensors().head, Options(ctx, teacher, student, 1.0F, 1.0F),
-                              {}, {}));
+  return Counted(
+      student,
+      kernels::KlDivergence(
+          ctx, teacher.spread().Gather(ctx, arena, share, teacher_hidden), teacher.tensors().head,
+          student.spread().Gather(ctx, arena, share, student_hidden), student.tensors().head,
+          Options(ctx, teacher, student, 1.0F, 1.0F), {}, {}));
 }
 
 kernels::CrossEntropyResult EvaluateCrossEntropy(const Context& ctx, Arena& arena,
@@ -153,12 +151,11 @@ DistillationResult DistillationStep(const Context& ctx, Arena& arena, const Mode
   EnterHead(teacher);
   EnterHead(student);
   gradients.Enter(HeadUnit(student));
-  result.kl =
-      kernels::KlDivergence(ctx, spread.Gather(ctx, arena, share, teacher_hidden),
-                            teacher.tensors().head, hidden, student.tensors().head,
-                            Options(ctx, teacher, student, options.temperature,
-                                    options.kl_grad_scale),
-                            dhidden.terms, gradients.head);
+  result.kl = kernels::KlDivergence(
+      ctx, spread.Gather(ctx, arena, share, teacher_hidden), teacher.tensors().head, hidden,
+      student.tensors().head,
+      Options(ctx, teacher, student, options.temperature, options.kl_grad_scale), dhidden.terms,
+      gradients.head);
   if (options.ce_grad_scale > 0) {
     const Tensor dce = arena.New(ctx.activation(), {share.tokens(), student.config().hidden_size});
     result.ce = kernels::CrossEntropy(ctx, hidden, student.tensors().head, state.tables.labels,

@@ -150,10 +150,10 @@ void CutDocuments(const ModelConfig& config, const std::vector<kernels::Document
   for (size_t r = 0; r + 1 < share.cp_borders.size(); ++r) {
     const int64_t begin = share.cp_borders[r];
     const int64_t end = share.cp_borders[r + 1];
-    const bool starts_here = std::any_of(
-        documents.begin(), documents.end(), [begin, end](const kernels::DocumentRange& document) {
-          return begin <= document.begin && document.begin < end;
-        });
+    const bool starts_here = std::any_of(documents.begin(), documents.end(),
+                                         [begin, end](const kernels::DocumentRange& document) {
+                                           return begin <= document.begin && document.begin < end;
+                                         });
     tables->survives.push_back(starts_here ? 0 : 1);
   }
 }

@@ -106,7 +106,8 @@ struct BatchTables {
   Tensor lightning_cos, lightning_sin;
   // Documents with tokens here, whole, in token numbers of the batch.
   std::vector<kernels::DocumentRange> dense_documents, sparse_documents;
-  // The pieces of documents that lie here, from 0; whether the first began before, the last goes on.
+  // The pieces of documents that lie here, from 0; whether the first began before, the last goes
+  // on.
   std::vector<int32_t> cu_seqlens;
   bool carried_in = false, carried_out = false;
   std::vector<char> survives;  // [cp], Spread::EnteringState
@@ -178,8 +179,8 @@ class Model {
   ForwardState Forward(const Context& ctx, Arena& arena, const Batch& batch,
                        const RunOptions& options) const;
 
-  // dhidden [part, H]: gradient of state.hidden. `gradients` has the views of BindTensors; empty views
-  // are frozen.
+  // dhidden [part, H]: gradient of state.hidden. `gradients` has the views of BindTensors; empty
+  // views are frozen.
   void Backward(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options,
                 const ForwardState& state, const ConstTensor& dhidden,
                 const ModelTensors& gradients) const;

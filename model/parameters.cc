@@ -198,10 +198,7 @@ std::vector<int64_t> UnitBorders(const std::vector<ParameterSpec>& specs) {
 
 ParameterStore::ParameterStore(std::vector<ParameterSpec> specs, DType dtype, Device* device,
                                const Placement& placement)
-    : specs_(std::move(specs)),
-      dtype_(dtype),
-      size_(LayOut(specs_)),
-      placement_(placement) {
+    : specs_(std::move(specs)), dtype_(dtype), size_(LayOut(specs_)), placement_(placement) {
   borders_ = UnitBorders(specs_);
   for (size_t i = 0; i < specs_.size(); ++i) {
     SALA_CHECK(index_.emplace(specs_[i].name, i).second)
@@ -370,8 +367,7 @@ void ComputeParameters::Refresh(const Context& ctx) {
     to.ForEachPart(spec, [&](int64_t first, int64_t last) {
       for (int64_t begin = first; begin < last; begin += kPiece) {
         const int64_t end = std::min(last, begin + kPiece);
-        const auto* values =
-            host_->Flat(spec.offset + begin, spec.offset + end).Data<float>();
+        const auto* values = host_->Flat(spec.offset + begin, spec.offset + end).Data<float>();
         rounded.resize(static_cast<size_t>(end - begin));
         for (int64_t i = begin; i < end; ++i)
           rounded[static_cast<size_t>(i - begin)] = BF16(values[i - begin]);

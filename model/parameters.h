@@ -105,7 +105,8 @@ class ParameterStore {
   // The elements of a whole float32 store in host memory.
   float* data();
   const float* data() const;
-  // Elements [begin, end) of the flat buffer, gaps included, which must lie in memory in a row; all.
+  // Elements [begin, end) of the flat buffer, gaps included, which must lie in memory in a row;
+  // all.
   Tensor Flat();
   Tensor Flat(int64_t begin, int64_t end);
   void Zero();

@@ -7,8 +7,8 @@
 
 namespace sala::model {
 
-// u [T, columns of this rank], weight [H, the same columns]: alpha * (sum over ranks of u weight^T),
-// this rank's part [part, H] of it, is written to or added to y.
+// u [T, columns of this rank], weight [H, the same columns]: alpha * (sum over ranks of u
+// weight^T), this rank's part [part, H] of it, is written to or added to y.
 void RowParallel(const Context& ctx, Arena& arena, const Spread& spread, const TokenShare& share,
                  const ConstTensor& u, const ConstTensor& weight, float alpha, const Tensor& y,
                  kernels::Write write);

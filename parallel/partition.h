@@ -35,9 +35,7 @@ class UnitPartition {
   const std::vector<int64_t>& counts(int64_t u) const { return counts_[static_cast<size_t>(u)]; }
   // The piece of unit u that rank r has: elements [begin, end) of the buffer.
   int64_t begin(int64_t u, int r) const;
-  int64_t end(int64_t u, int r) const {
-    return begin(u, r) + counts(u)[static_cast<size_t>(r)];
-  }
+  int64_t end(int64_t u, int r) const { return begin(u, r) + counts(u)[static_cast<size_t>(r)]; }
   // Where that piece lies in the rank's shard, and the size of the shard.
   int64_t shard_begin(int64_t u, int r) const;
   int64_t shard_size(int r) const { return shard_begin(units(), r); }

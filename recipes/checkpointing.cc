@@ -21,8 +21,8 @@ std::vector<TensorSlice> ParameterSlices(const model::ParameterStore& params,
   std::vector<TensorSlice> slices;
   for (const model::ParameterSpec& spec : params.specs()) {
     const int64_t begin = std::max(partition.begin(spec.unit, mesh.param_rank()), spec.offset);
-    const int64_t end = std::min(partition.end(spec.unit, mesh.param_rank()),
-                                 spec.offset + spec.stored);
+    const int64_t end =
+        std::min(partition.end(spec.unit, mesh.param_rank()), spec.offset + spec.stored);
     if (begin >= end || !spec.owner) continue;
     TensorSlice slice;
     slice.name = spec.name;

@@ -72,7 +72,7 @@ class GradientReducer : public model::UnitHooks {
   model::ParameterStore store_;
   model::ParameterStore shard_;  // this rank's pieces, unless they are in store_
   Buffer term_;                  // stage 2 and 3: of one unit's piece, before it is added
-  std::vector<std::vector<Copies>> copies_;  // [units]
+  std::vector<std::vector<Copies>> copies_;           // [units]
   std::vector<parallel::CommQueue::Ticket> pending_;  // [units], 0: not submitted
   std::vector<int64_t> in_slot_;                      // stage 2 and 3: unit that used a slot last
   bool last_ = false;

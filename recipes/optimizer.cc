@@ -70,8 +70,7 @@ Optimizer::Optimizer(const Context& ctx, const OptimizerConfig& config,
                          .lr_multiplier = LearningRateMultiplier(config, model, spec),
                          .weight_decay = WeightDecay(config, spec)});
   }
-  const int64_t elements =
-      split() ? partition.shard_size(mesh.param_rank()) : params.host().size();
+  const int64_t elements = split() ? partition.shard_size(mesh.param_rank()) : params.host().size();
   const size_t bytes = static_cast<size_t>(elements) * sizeof(float);
   exp_avg_ = Buffer(bytes, ctx.gpu);
   exp_avg_sq_ = Buffer(bytes, ctx.gpu);
@@ -230,8 +229,7 @@ void Optimizer::AppendSlices(std::vector<TensorSlice>* slices) const {
     slice.data = params_.host().Flat(segment.begin, segment.end).raw();
     slices->push_back(slice);
     if (!segment.trained) continue;
-    const auto place =
-        Range(exp_avg_, segment.begin, segment.end).Data<float>() - first;
+    const auto place = Range(exp_avg_, segment.begin, segment.end).Data<float>() - first;
     slice.kind = TensorKind::kExpAvg;
     slice.data = avg + place;
     slices->push_back(slice);
@@ -251,8 +249,8 @@ Status Optimizer::Load(const Context& ctx, const Checkpoint& checkpoint) {
     values.resize(static_cast<size_t>(end - begin));
     for (const auto& [kind, buffer] : {std::pair(TensorKind::kExpAvg, &exp_avg_),
                                        std::pair(TensorKind::kExpAvgSq, &exp_avg_sq_)}) {
-      SALA_RETURN_IF_ERROR(checkpoint.ReadBoxF32(spec.name, kind, spec.box_offset,
-                                                 spec.box_shape(), begin, end, values.data()));
+      SALA_RETURN_IF_ERROR(checkpoint.ReadBoxF32(spec.name, kind, spec.box_offset, spec.box_shape(),
+                                                 begin, end, values.data()));
       void* to = Range(*buffer, segment.begin, segment.end).raw();
       const size_t bytes = values.size() * sizeof(float);
       if (ctx.cuda()) {

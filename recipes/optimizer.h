@@ -1,5 +1,6 @@
-// AdamW over the flat parameter buffer, its state split over the ranks that hold the same parameters
-// (ZeRO-1 and up), with muP multipliers, clipping by the global norm and the rule for non-finite gradients.
+// AdamW over the flat parameter buffer, its state split over the ranks that hold the same
+// parameters (ZeRO-1 and up), with muP multipliers, clipping by the global norm and the rule for
+// non-finite gradients.
 //
 // On a CPU the float32 parameters are their own masters. On a GPU the masters are float32 on the
 // device, in the optimizer; the model computes with their bfloat16 roundings. The parameter store
@@ -55,9 +56,7 @@ class Optimizer {
   // The host's store, which must be whole, gets all masters, on every rank. Collective.
   Status ReadAll(const Context& ctx);
 
-  size_t bytes() const {
-    return exp_avg_.bytes() + exp_avg_sq_.bytes() + master_.bytes();
-  }
+  size_t bytes() const { return exp_avg_.bytes() + exp_avg_sq_.bytes() + master_.bytes(); }
 
  private:
   bool split() const { return mesh_.zero_stage() >= 1; }

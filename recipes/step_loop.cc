@@ -352,8 +352,7 @@ StatusOr<Values> StepLoop::RunMicroBatches(const StepData& data, double* loss) {
       SALA_RETURN_IF_ERROR(AddMicroBatch(data, i, gradients_, sums));
     }
   }
-  SALA_RETURN_IF_ERROR(
-      session_.world().AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
+  SALA_RETURN_IF_ERROR(session_.world().AllReduce(std::span<double>(sums), parallel::Reduce::kSum));
   Values values = task_.Values(sums, data.counts);
   *loss = values.front().second;
   return values;

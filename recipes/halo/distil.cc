@@ -58,7 +58,7 @@ StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const mod
     sums[kReportAgree] = static_cast<double>(kl.agree);
     sums[kReportTokens] = static_cast<double>(kl.tokens);
     sums[kStudentLoss] = student_loss.loss_sum;
-    sums[kTeacherLoss] = 
+    sums[kTeacherLoss] =
         model::HeadCrossEntropy(ctx, arena, teacher, batch, teacher_hidden).loss_sum;
     sums[kTargets] = static_cast<double>(student_loss.targets);
     mine.insert(mine.end(), sums.begin(), sums.end());
@@ -94,8 +94,7 @@ StudentTask::StudentTask(const Context& ctx, parallel::Mesh& mesh, const model::
       held_out_(held_out) {}
 
 StatusOr<DistilReport> StudentTask::Compare(Session& session) const {
-  return CompareModels(session.ctx(), session.arena(), teacher_, model_, held_out_,
-                       session.mesh());
+  return CompareModels(session.ctx(), session.arena(), teacher_, model_, held_out_, session.mesh());
 }
 
 Status DistilTask::MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,

@@ -70,9 +70,8 @@ class StudentTask : public StepTask {
 // frozen tensors keep their bits.
 class DistilTask : public StudentTask {
  public:
-  DistilTask(const Context& ctx, parallel::Mesh& mesh, const model::Model& teacher,
-             Hybrid& student, const DistilOptions& options,
-             const std::vector<model::Batch>& held_out)
+  DistilTask(const Context& ctx, parallel::Mesh& mesh, const model::Model& teacher, Hybrid& student,
+             const DistilOptions& options, const std::vector<model::Batch>& held_out)
       : StudentTask(ctx, mesh, teacher, student, held_out), options_(options) {}
 
   bool Trainable(const model::ParameterSpec& spec) const override {

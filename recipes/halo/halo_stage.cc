@@ -335,10 +335,9 @@ StatusOr<std::vector<int64_t>> HaloStage::ScoredOrder() {
   const ScoreItems& items = *made;
   SALA_ASSIGN_OR_RETURN(const json teacher_hash, HashOf(teacher_.params));
   SALA_ASSIGN_OR_RETURN(const json mixers_hash, HashOf(mixers_));
-  const std::string settings = Sha256Hex(json({{"teacher", teacher_hash},
-                                               {"mixers", mixers_hash},
-                                               {"items", items.Fingerprint()}})
-                                             .dump());
+  const std::string settings = Sha256Hex(
+      json({{"teacher", teacher_hash}, {"mixers", mixers_hash}, {"items", items.Fingerprint()}})
+          .dump());
   ScoreTable table;
   SALA_RETURN_IF_ERROR(LoadScores(settings, items.size(), &table));
   model::ComputeParameters mixers(session_.ctx(), mixers_);

@@ -39,8 +39,7 @@ std::vector<model::Batch> LongDocuments(const std::vector<model::Batch>& batches
 
 StatusOr<LogitScaleFit> FitLogitScale(const Context& ctx, Arena& arena, const model::Model& model,
                                       const std::vector<model::Batch>& batches,
-                                      const std::vector<double>& grid,
-                                      const parallel::Mesh& mesh) {
+                                      const std::vector<double>& grid, const parallel::Mesh& mesh) {
   LogitScaleFit fit;
   fit.candidates = {0.0};
   fit.candidates.insert(fit.candidates.end(), grid.begin(), grid.end());

@@ -30,7 +30,6 @@ std::vector<model::Batch> LongDocuments(const std::vector<model::Batch>& batches
 // lies on rank i mod DP. The weights are only read.
 StatusOr<LogitScaleFit> FitLogitScale(const Context& ctx, Arena& arena, const model::Model& model,
                                       const std::vector<model::Batch>& batches,
-                                      const std::vector<double>& grid,
-                                      const parallel::Mesh& mesh);
+                                      const std::vector<double>& grid, const parallel::Mesh& mesh);
 
 }  // namespace sala::recipes

@@ -203,7 +203,8 @@ ItemValues Scorer::Empty() const {
 
 Status Scorer::Share(ItemValues* values) const {
   for (std::vector<double>* numbers : {&values->loss_sum, &values->correct, &values->kl_sum}) {
-    SALA_RETURN_IF_ERROR(mesh_.world().AllReduce(std::span<double>(*numbers), parallel::Reduce::kSum));
+    SALA_RETURN_IF_ERROR(
+        mesh_.world().AllReduce(std::span<double>(*numbers), parallel::Reduce::kSum));
   }
   return OkStatus();
 }
@@ -220,9 +221,9 @@ void Scorer::Measure(const model::Model& model, const Mine& mine, const Tensor& 
   values->loss_sum[mine.item] = ce.loss_sum;
   values->correct[mine.item] = static_cast<double>(ce.correct);
   if (&model == &teacher_) return;
-  values->kl_sum[mine.item] = model::HeadKl(ctx_, arena_, teacher_, Take(mine.teacher_hidden), model,
-                                            hidden, batch)
-                                  .loss_sum;
+  values->kl_sum[mine.item] =
+      model::HeadKl(ctx_, arena_, teacher_, Take(mine.teacher_hidden), model, hidden, batch)
+          .loss_sum;
 }
 
 StatusOr<ItemValues> Scorer::RunTeacher() {

@@ -88,8 +88,8 @@ class Scorer {
  public:
   // Everything must outlive the scorer. `mixers` is laid out by AllMixerSpecs and lies where the
   // context computes.
-  Scorer(const Context& ctx, Arena& arena, const parallel::Mesh& mesh,
-         const model::Model& teacher, model::ParameterStore& mixers, const ScoreItems& items);
+  Scorer(const Context& ctx, Arena& arena, const parallel::Mesh& mesh, const model::Model& teacher,
+         model::ParameterStore& mixers, const ScoreItems& items);
 
   // Fills table.teacher and the layers that it does not have yet; `done` is called after each
   // layer.

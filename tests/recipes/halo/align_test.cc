@@ -201,9 +201,9 @@ TEST_F(AlignTest, ErrorFallsAndTransferHelps) {
       const model::Batch batch = RandomBatch(config_, {40, 40}, std::to_string(step));
       reducer.BeginStep();
       std::vector<double> sums(task.SumNames().size(), 0.0);
-      EXPECT_TRUE(task.MicroBatch(ctx_, arena_, batch, {.targets = 78, .tokens = 80},
-                                  reducer.store(), sums)
-                      .ok());
+      EXPECT_TRUE(
+          task.MicroBatch(ctx_, arena_, batch, {.targets = 78, .tokens = 80}, reducer.store(), sums)
+              .ok());
       EXPECT_TRUE(optimizer.Update(ctx_, 5e-3, true).ok());
     }
     return task.Evaluate(ctx_, arena_, held_out)->at(1).second;
