@@ -63,12 +63,16 @@ void Prepare() {
   static std::once_flag once;
   std::call_once(once, [] {
     ::setenv("HDF5_USE_FILE_LOCKING", "FALSE", 1);
+    // At the end of the process the library would flush what it holds, and crash over a file whose
+    // closing failed on a full disk. Everything is closed here.
+    H5dont_atexit();
     H5open();
   });
   H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
 }
 
-// The library's own account of the last failure: the innermost entry of its stack.
+// The library's own account of the last failure: the innermost entry of its stack, of which only
+// the system's words where it quotes them among addresses and sizes.
 std::string LibraryError() {
   std::string text;
   H5Ewalk2(
@@ -78,6 +82,11 @@ std::string LibraryError() {
         return 0;
       },
       &text);
+  constexpr std::string_view kQuote = "error message = '";
+  if (const size_t quote = text.find(kQuote); quote != std::string::npos) {
+    text = text.substr(quote + kQuote.size());
+    text = text.substr(0, text.find('\''));
+  }
   return text.empty() ? "" : " (" + Printable(text) + ")";
 }
 

@@ -4,6 +4,7 @@
 #include "core/check.h"
 #include "parallel/communicator.h"
 #include "parallel/partition.h"
+#include "parallel/mpi_communicator.h"
 
 namespace sala::parallel {
 namespace {
@@ -50,21 +51,24 @@ std::span<float> HostSpan(const Tensor& x) {
   return {x.Data<float>(), static_cast<size_t>(x.numel())};
 }
 
-// "EXIT\nCODE\nmessage": how a status travels between ranks; "" for OK.
+// "HOST\nEXIT\nCODE\nmessage": how a status travels between ranks; "" for OK.
 std::string Encode(const Status& status) {
   if (status.ok()) return "";
-  return std::to_string(static_cast<int>(ExitCodeOf(status))) + "\n" + ErrorCodeOf(status) + "\n" +
-         MessageOf(status);
+  return HostName() + "\n" + std::to_string(static_cast<int>(ExitCodeOf(status))) + "\n" +
+         ErrorCodeOf(status) + "\n" + MessageOf(status);
 }
 
-Status Decode(const std::string& text) {
+Status Decode(size_t rank, const std::string& encoded) {
+  const size_t host = encoded.find('\n');
+  const std::string text = encoded.substr(host + 1);
   const size_t first = text.find('\n');
   const size_t second = text.find('\n', first + 1);
   const auto exit_code = static_cast<ExitCode>(std::stoi(text.substr(0, first)));
   const std::string code = text.substr(first + 1, second - first - 1);
   std::string message = text.substr(second + 1);
   if (message.rfind(code + ": ", 0) == 0) message = message.substr(code.size() + 2);
-  return MakeError(exit_code, code, message);
+  return MakeError(exit_code, code.empty() ? "INTERNAL" : code,
+                   "rank " + std::to_string(rank) + "@" + encoded.substr(0, host) + ": " + message);
 }
 
 }  // namespace
@@ -134,7 +138,7 @@ Status AgreeOnStatus(Communicator& comm, const Status& mine) {
   SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all, comm.AllGatherText(Encode(mine)));
   if (!mine.ok()) return mine;
   for (size_t rank = 0; rank < all.size(); ++rank) {
-    if (!all[rank].empty()) return Annotate(Decode(all[rank]), "rank " + std::to_string(rank));
+    if (!all[rank].empty()) return Decode(rank, all[rank]);
   }
   return OkStatus();
 }

@@ -403,9 +403,30 @@ std::string FindDivergence(const Ranks& ranks) {
   return found;
 }
 
-std::string WhereText(const RankFault& fault) {
-  return "in section " + fault.section + " for " + SecondsText(fault.seconds) +
+std::string SectionText(const RankFault& fault) {
+  return "section " + fault.section +
          (fault.step < 0 ? "" : ", after step " + std::to_string(fault.step));
+}
+
+// Ranks that wait in the same collective.
+struct Waiting {
+  const RankFault* lowest;
+  const RankFault::Call* call;
+  std::vector<int> ranks;
+};
+
+std::string WaitText(const Ranks& ranks, const std::vector<Waiting>& where) {
+  constexpr size_t kShown = 3;
+  std::string text;
+  for (size_t i = 0; i < std::min(kShown, where.size()); ++i) {
+    const Waiting& w = where[i];
+    text += (i == 0 ? "" : "; ") + ranks.Text(w.ranks) +
+            (w.ranks.size() == 1 ? " waits" : " wait") + " for " + SecondsText(w.lowest->seconds) +
+            " in " + CallText(*w.lowest, *w.call) + ", " + SectionText(*w.lowest);
+  }
+  if (where.size() > kShown)
+    text += "; others in " + std::to_string(where.size() - kShown) + " more collectives";
+  return text;
 }
 
 }  // namespace
@@ -417,8 +438,7 @@ FaultReport ExplainFaults(const std::vector<RankFault>& faults,
   std::set<int> late;    // wrote a file, stand outside of any collective
   std::set<int> other;   // entered another collective than the rest
   std::vector<int> waiting;
-  const RankFault* waits = nullptr;  // the lowest rank that waits, and where
-  const RankFault::Call* waits_in = nullptr;
+  std::vector<Waiting> where;  // by collective, in the order of the lowest rank in each
   std::string mismatch;
   for (const RankFault& fault : faults) {
     const RankFault::Call* call = RunningCall(fault);
@@ -427,10 +447,11 @@ FaultReport ExplainFaults(const std::vector<RankFault>& faults,
       continue;
     }
     waiting.push_back(fault.rank);
-    if (waits == nullptr) {
-      waits = &fault;
-      waits_in = call;
-    }
+    auto place = std::find_if(where.begin(), where.end(), [&](const Waiting& w) {
+      return w.call->communicator == call->communicator && w.call->number == call->number;
+    });
+    if (place == where.end()) place = where.insert(where.end(), {&fault, call, {}});
+    place->ranks.push_back(fault.rank);
     for (const int rank : fault.groups.at(call->communicator).ranks) {
       const RankFault* peer = ranks.Find(rank);
       if (peer == nullptr) {
@@ -447,18 +468,13 @@ FaultReport ExplainFaults(const std::vector<RankFault>& faults,
     }
   }
   for (size_t rank = 0; rank < hosts.size(); ++rank) {
-    if (waits == nullptr && ranks.Find(static_cast<int>(rank)) == nullptr)
+    if (waiting.empty() && ranks.Find(static_cast<int>(rank)) == nullptr)
       silent.insert(static_cast<int>(rank));
   }
 
   FaultReport report;
   report.divergence = FindDivergence(ranks);
-  std::string wait_text;
-  if (waits != nullptr) {
-    wait_text = ranks.Text(waiting) + (waiting.size() == 1 ? " waits" : " wait") + " for " +
-                SecondsText(waits->seconds) + " in " + CallText(*waits, *waits_in) + ", " +
-                WhereText(*waits);
-  }
+  const std::string wait_text = WaitText(ranks, where);
   const std::string again =
       " Then start the same command again: it goes on from the newest checkpoint. The last "
       "collectives of every rank are in logs/fault-rank-*.json; `sala explain-fault RUN` compares "
@@ -485,19 +501,19 @@ FaultReport ExplainFaults(const std::vector<RankFault>& faults,
   } else if (!late.empty()) {
     report.culprits.assign(late.begin(), late.end());
     report.paragraph = ranks.Text(report.culprits) +
-                       " did not arrive: outside of any collective, " +
-                       WhereText(*ranks.Find(report.culprits[0])) +
+                       " did not arrive: outside of any collective for " +
+                       SecondsText(ranks.Find(report.culprits[0])->seconds) + ", " +
+                       SectionText(*ranks.Find(report.culprits[0])) +
                        (wait_text.empty() ? "" : ", while " + wait_text) +
                        ". The process lives and hangs or is slow in its own work: look at its "
                        "disks, its device and its log; if the work is only slow, raise the limit "
                        "under run.watchdog." +
                        again;
   } else {
-    std::vector<int> all(waiting);
     report.paragraph = "no rank is missing: " + wait_text +
                        "; every rank has entered its collective and none gets on, so the network "
                        "between hosts does not carry it: " +
-                       ranks.Text(all) +
+                       ranks.Text(waiting) +
                        ". Check that these hosts reach each other (cable, switch, firewall, "
                        "interface) and leave out a host that does not answer." +
                        again;

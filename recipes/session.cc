@@ -126,6 +126,9 @@ Status Session::PrepareDirectory() {
   }
   SALA_ASSIGN_OR_RETURN(train_metrics_, MetricsFile::Open(path("metrics/train.jsonl")));
   SALA_ASSIGN_OR_RETURN(valid_metrics_, MetricsFile::Open(path("metrics/valid.jsonl")));
+  if (world_.size() > 1) {
+    SALA_ASSIGN_OR_RETURN(straggler_metrics_, MetricsFile::Open(path("metrics/stragglers.jsonl")));
+  }
   return RemoveLeftovers(checkpoint_root());
 }
 
@@ -185,6 +188,10 @@ void Session::WriteMetrics(const nlohmann::ordered_json& line) {
 
 void Session::WriteValidation(const nlohmann::ordered_json& line) {
   if (is_root()) WarnOnce(valid_metrics_.Write(line));
+}
+
+void Session::WriteStragglers(const nlohmann::ordered_json& line) {
+  if (is_root()) WarnOnce(straggler_metrics_.Write(line));
 }
 
 void Session::WriteSummary(const nlohmann::ordered_json& rows) {

@@ -63,6 +63,7 @@ class Session {
   // written is warned about once and left out.
   void WriteMetrics(const nlohmann::ordered_json& line);     // metrics/train.jsonl
   void WriteValidation(const nlohmann::ordered_json& line);  // metrics/valid.jsonl
+  void WriteStragglers(const nlohmann::ordered_json& line);  // metrics/stragglers.jsonl
   void WriteStatus(const std::string& state, const std::string& stage,
                    int64_t step);                         // status.json
   void WriteSummary(const nlohmann::ordered_json& rows);  // summary.json
@@ -91,7 +92,7 @@ class Session {
   std::unique_ptr<parallel::Mesh> mesh_;
   std::optional<RunLock> lock_;  // rank 0
   std::unique_ptr<data::Tokenizer> tokenizer_;
-  MetricsFile train_metrics_, valid_metrics_;
+  MetricsFile train_metrics_, valid_metrics_, straggler_metrics_;
   std::vector<std::string> hosts_;
   std::unique_ptr<parallel::Watchdog> watchdog_;
 };

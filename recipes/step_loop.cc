@@ -6,6 +6,7 @@
 #include <deque>
 #include <exception>
 #include <limits>
+#include <map>
 #include <optional>
 
 #include "core/clock.h"
@@ -14,8 +15,10 @@
 #include "core/log.h"
 #include "core/progress.h"
 #include "kernels/tensor_ops/tensor_ops.h"
+#include "parallel/comm_log.h"
 #include "parallel/ordered_sum.h"
 #include "recipes/schedule.h"
+#include "recipes/stragglers.h"
 
 namespace sala::recipes {
 namespace {
@@ -143,8 +146,9 @@ class StepLoop {
                        std::span<double> sums);
   Status SumMicroBatches(const StepData& data, int64_t first, int64_t count, size_t level,
                          model::ParameterStore& gradients, std::span<double> sums);
-  void Report(const StepData& data, const Values& values, const UpdateResult& update, double lr,
-              double started);
+  // Collective where the step is logged.
+  Status Report(const StepData& data, const Values& values, const UpdateResult& update, double lr,
+                double started, double comm_seconds);
   StatusOr<double> Validate();
   Status NonFinite(const std::string& why) const;
   Status Save(bool final_step);
@@ -159,6 +163,8 @@ class StepLoop {
   Optimizer optimizer_;
   ProgressDisplay display_;
   Progress progress_;
+  Stragglers stragglers_;
+  std::map<std::string, parallel::CommTotals> logged_comm_;
   size_t planned_arena_ = 0;  // bytes, on a GPU
   size_t planned_scratch_ = 0;
   Request request_ = Request::kNone;
@@ -370,6 +376,7 @@ Status StepLoop::Step() {
   const parallel::Section section(session_.watchdog(), parallel::Phase::kStep,
                                   session_.global_step);
   const double started = ClockSeconds();
+  const double comm_before = parallel::CommSecondsOfThisThread();
   SALA_ASSIGN_OR_RETURN(const StepData data, LoadStep());
   request_ = data.request;
   double loss = 0;
@@ -396,7 +403,9 @@ Status StepLoop::Step() {
     progress_.bad_in_a_row = 0;
   }
   progress_.seconds += ClockSeconds() - started;
-  Report(data, values, update, lr, started);
+  const double comm_seconds = parallel::CommSecondsOfThisThread() - comm_before;
+  stragglers_.Add(ClockSeconds() - started, comm_seconds);
+  SALA_RETURN_IF_ERROR(Report(data, values, update, lr, started, comm_seconds));
   if (progress_.bad_in_a_row > config_.optimizer.max_bad_steps) {
     return NonFinite("the limit is " + std::to_string(config_.optimizer.max_bad_steps) +
                      " (optimizer.max_bad_steps)");
@@ -404,13 +413,21 @@ Status StepLoop::Step() {
   return OkStatus();
 }
 
-void StepLoop::Report(const StepData& data, const Values& values, const UpdateResult& update,
-                      double lr, double started) {
-  if (!session_.is_root()) return;
+Status StepLoop::Report(const StepData& data, const Values& values, const UpdateResult& update,
+                        double lr, double started, double comm_seconds) {
   const double step_seconds = ClockSeconds() - started;
   const double rate = static_cast<double>(data.counts.tokens) / step_seconds;
   const bool last = progress_.step == config_.batch.steps;
-  if (last || progress_.step % session_.config().run.log_every_steps == 0 || update.skipped) {
+  const bool logged =
+      last || progress_.step % session_.config().run.log_every_steps == 0 || update.skipped;
+  if (logged && session_.world().size() > 1) {
+    SALA_ASSIGN_OR_RETURN(const nlohmann::ordered_json line,
+                          stragglers_.Gather(session_.world(), session_.global_step));
+    session_.WriteStragglers(line);
+  }
+  if (!session_.is_root()) return OkStatus();
+  if (logged) {
+    const auto comm = parallel::ProcessCommLog().Totals();
     nlohmann::ordered_json line = {{"step", session_.global_step},
                                    {"stage", config_.position.stage},
                                    {"phase", config_.position.phase},
@@ -428,6 +445,9 @@ void StepLoop::Report(const StepData& data, const Values& values, const UpdateRe
     line["skipped"] = update.skipped;
     line["tokens_per_s"] = rate;
     line["step_ms"] = step_seconds * 1e3;
+    line["comm_ms"] = comm_seconds * 1e3;
+    line["comm"] = parallel::CommDelta(logged_comm_, comm);
+    logged_comm_ = comm;
     line["arena_peak_mib"] = static_cast<double>(session_.arena().peak_bytes()) / (1 << 20);
     line["data_crc"] = Hex32(data.crc);
     session_.WriteMetrics(line);
@@ -436,6 +456,7 @@ void StepLoop::Report(const StepData& data, const Values& values, const UpdateRe
                                       Format("%.4f", values.front().second) + "  lr " +
                                       Format("%.2e", lr) + "  " + Format("%.0f", rate) + " tok/s");
   session_.WriteStatus("training", config_.position.stage, session_.global_step);
+  return OkStatus();
 }
 
 StatusOr<double> StepLoop::Validate() {
@@ -480,6 +501,7 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
   if (progress_.step == 0) {
     SALA_ASSIGN_OR_RETURN(progress_.validation_before, Validate());
   }
+  logged_comm_ = parallel::ProcessCommLog().Totals();
   while (progress_.step < steps) {
     SALA_RETURN_IF_ERROR(Step());
     const bool last = progress_.step == steps;
@@ -503,6 +525,9 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
   task_.parameters().Settle();
   display_.Finish();
   ReportMemory();
+  if (session_.is_root()) {
+    for (const std::string& row : stragglers_.Table(session_.hosts())) SALA_LOG(Info) << row;
+  }
   // Another phase of the stage goes on from the store; another stage from the checkpoint.
   if (!config_.final_phase) SALA_RETURN_IF_ERROR(optimizer_.ReadAll(session_.ctx()));
   return progress_.Summary();

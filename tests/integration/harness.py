@@ -75,11 +75,13 @@ def succeed(arguments, ranks=None, **options):
 class Job:
     """A run in the background."""
 
-    def __init__(self, arguments, ranks=None, env=None):
+    def __init__(self, arguments, ranks=None, env=None, program=None):
+        """`program`: words to start in place of `sala arguments`."""
         self.ranks = ranks
         self._out = tempfile.TemporaryFile(mode="w+", dir=ROOT)
         self._err = tempfile.TemporaryFile(mode="w+", dir=ROOT)
-        self.process = subprocess.Popen(command(arguments, ranks), stdout=self._out, stderr=self._err, cwd=ROOT,
+        words = command(arguments, ranks) if program is None else [str(word) for word in program]
+        self.process = subprocess.Popen(words, stdout=self._out, stderr=self._err, cwd=ROOT,
                                         env={**os.environ, **(env or {})})
 
     def running(self):

@@ -47,8 +47,7 @@ TEST(FaultReportTest, ARankWithoutAFileIsTheCulprit) {
   EXPECT_THAT(
       report.paragraph,
       HasSubstr("ranks 0, 1@fa and rank 3@fb wait for 301 s in all_reduce number 8 of group "
-                "world (ranks 0-3, 40 bytes, sequence 8), in section step for 301 s, after "
-                "step 12"));
+                "world (ranks 0-3, 40 bytes, sequence 8), section step, after step 12"));
   EXPECT_EQ(report.paragraph.find('\n'), std::string::npos);
   EXPECT_EQ(report.divergence,
             "all_reduce number 8 of group world (ranks 0-3, 40 bytes, sequence 8): rank 0@fa: "
@@ -94,7 +93,9 @@ TEST(FaultReportTest, WhereNobodyIsMissingTheNetworkIsTheCause) {
       {Fault(0, 7, true), Fault(1, 7, true), Fault(2, 8, true), Fault(3, 8, true)}, kHosts);
   EXPECT_TRUE(report.culprits.empty());
   EXPECT_THAT(report.paragraph, HasSubstr("no rank is missing"));
-  EXPECT_THAT(report.paragraph, HasSubstr("ranks 0, 1@fa and ranks 2, 3@fb"));
+  EXPECT_THAT(report.paragraph, HasSubstr("carry it: ranks 0, 1@fa and ranks 2, 3@fb"));
+  EXPECT_THAT(report.paragraph, HasSubstr("ranks 0, 1@fa wait for 301 s in all_reduce number 8 "));
+  EXPECT_THAT(report.paragraph, HasSubstr("; ranks 2, 3@fb wait for 301 s in all_reduce number 9"));
 }
 
 TEST(FaultReportTest, ACallThatFellOutOfTheLogIsNotMissing) {
@@ -142,7 +143,7 @@ TEST_F(WatchdogDeathTest, AnExpiredSectionEndsTheProcess) {
         std::this_thread::sleep_for(std::chrono::seconds(60));
       },
       testing::ExitedWithCode(71),
-      "WATCHDOG: rank 0@fa did not arrive: outside of any collective, in section step for .* after "
+      "WATCHDOG: rank 0@fa did not arrive: outside of any collective for .*, section step, after "
       "step 41");
 }
 
