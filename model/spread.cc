@@ -127,15 +127,10 @@ Tensor Spread::SumContext(const Context& ctx, Arena& arena, const TokenShare& sh
   const int64_t width = terms.dim(1);
   const Tensor result = arena.New(ctx.activation(), {share.tokens(), width});
   const ArenaScope scope(arena);
-  Tensor wide = terms;
-  if (terms.dtype() != DType::kF32) {
-    wide = arena.New(DType::kF32, {share.total, width});
-    kernels::Cast(ctx, terms, wide);
-  }
   const Tensor sum =
       result.dtype() == DType::kF32 ? result : arena.New(DType::kF32, {share.tokens(), width});
   if (!Dry(ctx)) {
-    OrThrow(mesh_->cp_group().ReduceScatterSum(ConstTensor(FlatView(wide)),
+    OrThrow(mesh_->cp_group().ReduceScatterSum(ConstTensor(FlatView(terms)),
                                                Counts(share.cp_borders, width), FlatView(sum)));
   }
   if (result.dtype() != DType::kF32) kernels::Cast(ctx, sum, result);
