@@ -185,6 +185,10 @@ void Watchdog::Expire(const Frame& frame, double limit, int64_t step) {
     Sleep(kLeaveSeconds);
     _exit(kExit);
   }).detach();
+  // Another rank has given its verdict: this one was stopped, or late, and what it would write now,
+  // while the launcher ends the job, would hide that.
+  const std::string report = directory_ + "/" + kReport;
+  if (PathExists(report)) _exit(kExit);
 
   RankFault fault;
   fault.rank = rank_;
@@ -212,7 +216,6 @@ void Watchdog::Expire(const Frame& frame, double limit, int64_t step) {
     if (faults.size() >= hosts_.size()) break;
   }
   if (faults.empty()) faults.push_back(fault);  // the disk does not take files either
-  const std::string report = directory_ + "/" + kReport;
   if (faults.front().rank == rank_) {
     const FaultReport explained = ExplainFaults(faults, hosts_);
     SALA_LOG(Error) << MessageOf(MakeError(
@@ -327,6 +330,7 @@ struct Ranks {
     std::map<std::string, std::vector<int>> by_host;
     for (const int rank : ranks) by_host[HostOf(rank)].push_back(rank);
     std::vector<std::string> parts;
+    parts.reserve(by_host.size());
     for (const auto& [host, of_host] : by_host) parts.push_back(RanksText(of_host) + "@" + host);
     std::string text;
     for (size_t i = 0; i < parts.size(); ++i)
