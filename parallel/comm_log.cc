@@ -19,7 +19,7 @@ int64_t Sum(std::span<const int64_t> counts) {
 
 class RecordedCommunicator : public Communicator {
  public:
-  RecordedCommunicator(std::unique_ptr<Communicator> inner, CommLog::CommunicatorInfo info,
+  RecordedCommunicator(std::unique_ptr<Communicator> inner, const CommLog::CommunicatorInfo& info,
                        CommLog& log)
       : inner_(std::move(inner)), info_(info), log_(log), index_(log.AddCommunicator(info)) {}
 
@@ -90,7 +90,7 @@ class RecordedCommunicator : public Communicator {
         .id = info_.id + "." + std::to_string(splits_), .group = group(), .ranks = {}};
     for (const std::string& rank : all) info.ranks.push_back(std::stoi(rank));
     return std::unique_ptr<Communicator>(
-        std::make_unique<RecordedCommunicator>(std::move(part), std::move(info), log_));
+        std::make_unique<RecordedCommunicator>(std::move(part), info, log_));
   }
 
   CommLog& log() const { return log_; }
@@ -253,7 +253,7 @@ std::unique_ptr<Communicator> RecordedLike(const Communicator& like,
   CommLog::CommunicatorInfo info = recorded->info();
   info.id += "d";  // beside `like`, not one of its parts
   info.group = group;
-  return std::make_unique<RecordedCommunicator>(std::move(comm), std::move(info), recorded->log());
+  return std::make_unique<RecordedCommunicator>(std::move(comm), info, recorded->log());
 }
 
 void NameGroup(Communicator& comm, const std::string& group) {

@@ -14,6 +14,7 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "nlohmann/json.hpp"
+#include "parallel/mpi_communicator.h"
 
 namespace sala::parallel {
 namespace {
@@ -43,7 +44,8 @@ bool IsFaultFile(const std::string& name) {
 
 void Sleep(double seconds) { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); }
 
-std::vector<RankFault> ReadFaults(const std::string& logs) {
+// Those of one start of the run, or with "" all.
+std::vector<RankFault> ReadFaults(const std::string& logs, const std::string& start) {
   std::vector<RankFault> faults;
   const auto names = ListDirectory(logs);
   if (!names.ok()) return faults;
@@ -52,7 +54,8 @@ std::vector<RankFault> ReadFaults(const std::string& logs) {
     const auto text = ReadFile(logs + "/" + name);
     if (!text.ok()) continue;
     auto fault = RankFault::FromJson(*text);
-    if (fault.ok()) faults.push_back(std::move(fault).value());
+    if (fault.ok() && (start.empty() || fault->start == start))
+      faults.push_back(std::move(fault).value());
   }
   std::sort(faults.begin(), faults.end(),
             [](const RankFault& a, const RankFault& b) { return a.rank < b.rank; });
@@ -97,13 +100,28 @@ void WatchdogConfig::Bind(ConfigBinder& b) {
 
 // ---- the thread ----
 
+StatusOr<std::unique_ptr<Watchdog>> Watchdog::Start(const WatchdogConfig& config,
+                                                    const CommLog& log, std::string directory,
+                                                    Communicator& world) {
+  // Rank 0's process and time name the start.
+  const auto now = std::chrono::system_clock::now().time_since_epoch().count();
+  SALA_ASSIGN_OR_RETURN(
+      std::vector<std::string> hosts,
+      world.AllGatherText(HostName() + " " + std::to_string(getpid()) + "-" + std::to_string(now)));
+  const std::string start = hosts[0];
+  for (std::string& host : hosts) host.resize(host.find(' '));
+  return std::make_unique<Watchdog>(config, log, std::move(directory), world.rank(),
+                                    std::move(hosts), start);
+}
+
 Watchdog::Watchdog(const WatchdogConfig& config, const CommLog& log, std::string directory,
-                   int rank, std::vector<std::string> hosts)
+                   int rank, std::vector<std::string> hosts, std::string start)
     : config_(config),
       log_(log),
       directory_(std::move(directory)),
       rank_(rank),
       hosts_(std::move(hosts)),
+      start_(std::move(start)),
       thread_([this] { Watch(); }) {}
 
 Watchdog::~Watchdog() {
@@ -185,10 +203,20 @@ void Watchdog::Expire(const Frame& frame, double limit, int64_t step) {
     Sleep(kLeaveSeconds);
     _exit(kExit);
   }).detach();
+  // Another rank has given its verdict: this one was stopped, or late, and what it would write now,
+  // while the launcher ends the job, would hide that.
+  const std::string report = directory_ + "/" + kReport;
+  const std::string mark = "start: " + start_ + "\n";  // ends a report of this start
+  const auto reported = [&] {
+    const auto text = ReadFile(report);
+    return text.ok() && text->ends_with(mark);
+  };
+  if (reported()) _exit(kExit);
 
   RankFault fault;
   fault.rank = rank_;
   fault.host = hosts_[static_cast<size_t>(rank_)];
+  fault.start = start_;
   fault.section = std::string(NameOf(frame.phase));
   fault.seconds = frame.seconds;
   fault.step = step;
@@ -208,21 +236,20 @@ void Watchdog::Expire(const Frame& frame, double limit, int64_t step) {
 
   std::vector<RankFault> faults;
   for (const double start = ClockSeconds(); ClockSeconds() - start < kGatherSeconds; Sleep(0.05)) {
-    faults = ReadFaults(directory_);
+    faults = ReadFaults(directory_, start_);
     if (faults.size() >= hosts_.size()) break;
   }
   if (faults.empty()) faults.push_back(fault);  // the disk does not take files either
-  const std::string report = directory_ + "/" + kReport;
   if (faults.front().rank == rank_) {
     const FaultReport explained = ExplainFaults(faults, hosts_);
     SALA_LOG(Error) << MessageOf(MakeError(
         ExitCode::kDevice, "WATCHDOG",
         explained.paragraph + " Limit of the section: " + SecondsText(limit) + " (run.watchdog)." +
             (written.ok() ? "" : " The fault file was not written: " + MessageOf(written))));
-    static_cast<void>(WriteFileAtomically(report, explained.paragraph + "\n"));
+    static_cast<void>(WriteFileAtomically(report, explained.paragraph + "\n" + mark));
   } else {
     for (const double start = ClockSeconds();
-         !PathExists(report) && ClockSeconds() - start < kPrintSeconds;)
+         !reported() && ClockSeconds() - start < kPrintSeconds;)
       Sleep(0.05);
   }
   _exit(kExit);
@@ -231,8 +258,8 @@ void Watchdog::Expire(const Frame& frame, double limit, int64_t step) {
 // ---- fault files ----
 
 std::string RankFault::ToJson() const {
-  nlohmann::ordered_json json = {
-      {"rank", rank}, {"host", host}, {"section", section}, {"seconds", seconds}, {"step", step}};
+  nlohmann::ordered_json json = {{"rank", rank},       {"host", host},       {"start", start},
+                                 {"section", section}, {"seconds", seconds}, {"step", step}};
   json["communicators"] = nlohmann::ordered_json::object();
   for (const auto& [id, group] : groups)
     json["communicators"][id] = {{"group", group.name}, {"ranks", group.ranks}};
@@ -254,6 +281,7 @@ StatusOr<RankFault> RankFault::FromJson(const std::string& text) {
     RankFault fault;
     fault.rank = json.at("rank");
     fault.host = json.at("host");
+    fault.start = json.at("start");
     fault.section = json.at("section");
     fault.seconds = json.at("seconds");
     fault.step = json.at("step");
@@ -288,7 +316,7 @@ Status PrepareFaultDirectory(const std::string& logs, const std::vector<std::str
 }
 
 StatusOr<FaultReport> ExplainRun(const std::string& logs) {
-  const std::vector<RankFault> faults = ReadFaults(logs);
+  const std::vector<RankFault> faults = ReadFaults(logs, "");
   if (faults.empty()) {
     return MakeError(ExitCode::kNoInput, "FILE-MISSING",
                      logs +
@@ -327,6 +355,7 @@ struct Ranks {
     std::map<std::string, std::vector<int>> by_host;
     for (const int rank : ranks) by_host[HostOf(rank)].push_back(rank);
     std::vector<std::string> parts;
+    parts.reserve(by_host.size());
     for (const auto& [host, of_host] : by_host) parts.push_back(RanksText(of_host) + "@" + host);
     std::string text;
     for (size_t i = 0; i < parts.size(); ++i)

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <deque>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -49,12 +50,19 @@ struct WatchdogConfig {
 
 class Watchdog {
  public:
-  // `directory` is where fault files go, RUN/logs. `hosts` are those of all ranks.
+  // `directory` is where fault files go, RUN/logs. Collective: the ranks tell each other their
+  // hosts.
+  static StatusOr<std::unique_ptr<Watchdog>> Start(const WatchdogConfig& config, const CommLog& log,
+                                                   std::string directory, Communicator& world);
+  // `start` is a text that only the ranks of this start of the run have: files of others count as
+  // not there.
   Watchdog(const WatchdogConfig& config, const CommLog& log, std::string directory, int rank,
-           std::vector<std::string> hosts);
+           std::vector<std::string> hosts, std::string start);
   Watchdog(const Watchdog&) = delete;
   Watchdog& operator=(const Watchdog&) = delete;
   ~Watchdog();  // no limit holds any more
+
+  const std::vector<std::string>& hosts() const { return hosts_; }  // of all ranks
 
  private:
   friend class Section;
@@ -75,6 +83,7 @@ class Watchdog {
   const std::string directory_;
   const int rank_;
   const std::vector<std::string> hosts_;
+  const std::string start_;
 
   std::mutex mutex_;
   std::condition_variable ended_;
@@ -115,6 +124,7 @@ struct RankFault {
   };
   int rank = 0;
   std::string host;
+  std::string start;  // of the run, see Watchdog
   std::string section;
   double seconds = 0;
   int64_t step = -1;

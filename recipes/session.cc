@@ -116,7 +116,7 @@ Status Session::PrepareDirectory() {
   if (config_.run.break_lock) SALA_RETURN_IF_ERROR(RemoveTree(path("RUN.lock")));
   SALA_ASSIGN_OR_RETURN(RunLock lock, RunLock::Acquire(config_.run.dir));
   lock_.emplace(std::move(lock));
-  SALA_RETURN_IF_ERROR(parallel::PrepareFaultDirectory(path("logs"), hosts_));
+  SALA_RETURN_IF_ERROR(parallel::PrepareFaultDirectory(path("logs"), watchdog_->hosts()));
   if (config_.run.resume == "never" && !ListCheckpoints(checkpoint_root()).empty()) {
     return MakeError(
         ExitCode::kConfig, "RUN-EXISTS",
@@ -135,10 +135,9 @@ Status Session::PrepareDirectory() {
 StatusOr<std::unique_ptr<Session>> Session::Open(parallel::Communicator& world,
                                                  const PipelineConfig& config) {
   std::unique_ptr<Session> session(new Session(world, config));
-  SALA_ASSIGN_OR_RETURN(session->hosts_, world.AllGatherText(parallel::HostName()));
-  session->watchdog_ =
-      std::make_unique<parallel::Watchdog>(config.run.watchdog, parallel::ProcessCommLog(),
-                                           session->path("logs"), world.rank(), session->hosts_);
+  SALA_ASSIGN_OR_RETURN(session->watchdog_,
+                        parallel::Watchdog::Start(config.run.watchdog, parallel::ProcessCommLog(),
+                                                  session->path("logs"), world));
   const parallel::Section section(session->watchdog(), parallel::Phase::kInit);
   SALA_RETURN_IF_ERROR(session->OpenDevice());
   SALA_ASSIGN_OR_RETURN(session->mesh_,

@@ -6,7 +6,6 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "core/context.h"
 #include "core/device.h"
@@ -40,7 +39,6 @@ class Session {
   parallel::Communicator& world() { return world_; }
   parallel::Mesh& mesh() { return *mesh_; }
   parallel::Watchdog& watchdog() { return *watchdog_; }
-  const std::vector<std::string>& hosts() const { return hosts_; }  // of all ranks
   const Context& ctx() const { return ctx_; }
   Arena& arena() { return *arena_; }  // activations; ctx().scratch is another one
   Arena& scratch() { return *scratch_; }
@@ -93,7 +91,6 @@ class Session {
   std::optional<RunLock> lock_;  // rank 0
   std::unique_ptr<data::Tokenizer> tokenizer_;
   MetricsFile train_metrics_, valid_metrics_, straggler_metrics_;
-  std::vector<std::string> hosts_;
   std::unique_ptr<parallel::Watchdog> watchdog_;
 };
 

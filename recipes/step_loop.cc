@@ -526,7 +526,8 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
   display_.Finish();
   ReportMemory();
   if (session_.is_root()) {
-    for (const std::string& row : stragglers_.Table(session_.hosts())) SALA_LOG(Info) << row;
+    for (const std::string& row : stragglers_.Table(session_.watchdog().hosts()))
+      SALA_LOG(Info) << row;
   }
   // Another phase of the stage goes on from the store; another stage from the checkpoint.
   if (!config_.final_phase) SALA_RETURN_IF_ERROR(optimizer_.ReadAll(session_.ctx()));

@@ -137,7 +137,7 @@ TEST_F(WatchdogDeathTest, AnExpiredSectionEndsTheProcess) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   EXPECT_EXIT(
       {
-        Watchdog watchdog(Limits(0.2), log_, logs_, 0, {"fa"});
+        Watchdog watchdog(Limits(0.2), log_, logs_, 0, {"fa"}, "now");
         const Section run(watchdog, Phase::kInit);
         const Section step(watchdog, Phase::kStep, 41);
         std::this_thread::sleep_for(std::chrono::seconds(60));
@@ -147,8 +147,38 @@ TEST_F(WatchdogDeathTest, AnExpiredSectionEndsTheProcess) {
       "step 41");
 }
 
+// A hang before the files of an earlier start are moved aside.
+TEST_F(WatchdogDeathTest, FilesOfAnotherStartAreNotThere) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(
+      {
+        RankFault old = Fault(0, 7, true);
+        old.start = "before";
+        static_cast<void>(WriteFileAtomically(logs_ + "/fault-rank-00000.json", old.ToJson()));
+        static_cast<void>(
+            WriteFileAtomically(logs_ + "/fault-report.txt", "a verdict\nstart: before\n"));
+        Watchdog watchdog(Limits(0.2), log_, logs_, 1, {"fa", "fb"}, "now");
+        const Section step(watchdog, Phase::kStep, 41);
+        std::this_thread::sleep_for(std::chrono::seconds(60));
+      },
+      testing::ExitedWithCode(71), "WATCHDOG: rank 0@fa did not arrive and left no fault file");
+}
+
+TEST_F(WatchdogDeathTest, AVerdictThatIsThereIsNotGivenAgain) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(
+      {
+        static_cast<void>(
+            WriteFileAtomically(logs_ + "/fault-report.txt", "a verdict\nstart: now\n"));
+        Watchdog watchdog(Limits(0.2), log_, logs_, 0, {"fa"}, "now");
+        const Section step(watchdog, Phase::kStep, 41);
+        std::this_thread::sleep_for(std::chrono::seconds(60));
+      },
+      testing::ExitedWithCode(71), "^$");
+}
+
 TEST_F(WatchdogTest, SectionsInsideTheirLimitDoNothing) {
-  Watchdog watchdog(Limits(0.3), log_, logs_, 0, {"fa"});
+  Watchdog watchdog(Limits(0.3), log_, logs_, 0, {"fa"}, "now");
   const Section run(watchdog, Phase::kInit);
   // Together longer than the limit: each step starts anew, and what is outside has another limit.
   for (int i = 0; i < 4; ++i) {
@@ -160,7 +190,7 @@ TEST_F(WatchdogTest, SectionsInsideTheirLimitDoNothing) {
 }
 
 TEST_F(WatchdogTest, NoLimitIsNoLimit) {
-  Watchdog watchdog(Limits(0), log_, logs_, 0, {"fa"});
+  Watchdog watchdog(Limits(0), log_, logs_, 0, {"fa"}, "now");
   const Section step(watchdog, Phase::kStep, 1);
   std::this_thread::sleep_for(std::chrono::milliseconds(300));
   EXPECT_TRUE(ListDirectory(logs_)->empty());
