@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -324,6 +325,22 @@ def differences(run_a, run_b):
         result = run(["ckpt", "diff", a[stage], b[stage]])
         if result.code != 0:
             found.append(f"final checkpoint of {stage}: {result.out}{result.err}")
+    return found
+
+
+def relative_differences(checkpoint_a, checkpoint_b, kind):
+    """By tensor; tensors of equal bits are left out. Fails when the checkpoints hold other tensors."""
+    result = run(["ckpt", "diff", checkpoint_a, checkpoint_b])
+    found = {}
+    for line in result.out.splitlines():
+        words = line.split()
+        if words and words[0] == kind:
+            relative = re.search(r"relative (\S+)$", line)
+            if relative is None:
+                raise AssertionError(line)
+            found[words[1]] = float(relative.group(1))
+    if result.code not in (0, 65) or "tensors have the same bits" not in result.out:
+        raise AssertionError(result)
     return found
 
 

@@ -4,7 +4,6 @@ Gradients are compared through the first moments of a checkpoint after one updat
 exp_avg = (1 - beta1) * gradient, so relative differences are those of the gradients.
 """
 
-import re
 import unittest
 
 import harness as h
@@ -15,27 +14,11 @@ import harness as h
 GRADIENT_TOLERANCE = 1e-6
 
 
-def relative_differences(checkpoint_a, checkpoint_b, kind):
-    """By tensor; tensors of equal bits are left out. Fails when the checkpoints hold other tensors."""
-    result = h.run(["ckpt", "diff", checkpoint_a, checkpoint_b])
-    found = {}
-    for line in result.out.splitlines():
-        words = line.split()
-        if words and words[0] == kind:
-            relative = re.search(r"relative (\S+)$", line)
-            if relative is None:
-                raise AssertionError(line)
-            found[words[1]] = float(relative.group(1))
-    if result.code not in (0, 65) or "tensors have the same bits" not in result.out:
-        raise AssertionError(result)
-    return found
-
-
 class RanksCase(unittest.TestCase):
     def assert_same_gradients(self, checkpoint_a, checkpoint_b):
         names = h.succeed(["ckpt", "info", checkpoint_a, "--tensors"]).out
         self.assertIn("exp_avg ", names)
-        for tensor, relative in relative_differences(checkpoint_a, checkpoint_b, "exp_avg").items():
+        for tensor, relative in h.relative_differences(checkpoint_a, checkpoint_b, "exp_avg").items():
             self.assertLess(relative, GRADIENT_TOLERANCE, tensor)
 
     def assert_same_data(self, run_a, run_b):
@@ -81,7 +64,7 @@ class Pretrain(RanksCase):
     def test_gradients_of_other_data_are_not_equal(self):
         other = self.start("ranks-other-data", 1, "data.seed=2")
         first = [h.checkpoints(run)[0] for run in (self.runs[1], other)]
-        self.assertGreater(max(relative_differences(*first, "exp_avg").values()), 1000 * GRADIENT_TOLERANCE)
+        self.assertGreater(max(h.relative_differences(*first, "exp_avg").values()), 1000 * GRADIENT_TOLERANCE)
 
     def test_without_mpirun_is_one_rank(self):
         self.assertEqual(h.differences(self.runs[1], self.start("ranks-none", None)), [])
