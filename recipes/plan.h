@@ -36,7 +36,7 @@ struct MemoryPlan {
   int64_t optimizer = 0;    // moments; on a GPU the masters too
   int64_t exchange = 0;     // buffers of the thread beside the computation
   int64_t activations = 0;  // peak of the arena
-  int64_t work_space = 0;   // peak of scratch; on a GPU that of the loss only
+  int64_t work_space = 0;   // peak of scratch; on a GPU that of loss and products only
   int64_t host = 0;         // cuda: the float32 store and the saved moments in host memory
 
   int64_t buffers() const { return parameters + frozen + slots + gradients + optimizer + exchange; }

@@ -25,7 +25,13 @@ int64_t CeilDiv(int64_t n, int64_t d) { return (n + d - 1) / d; }
 // ---- work space of the CPU's kernels ----
 
 void GemmScratch(PassContext& ctx, int64_t m, int64_t n, int64_t k) {
-  if (ctx.cuda() || m == 0 || n == 0) return;
+  if (m == 0 || n == 0) return;
+  if (ctx.cuda()) {
+    // The library's, as for compute capability 9 (kernels/gemm/cuda/cublaslt.cc).
+    const MeterScope scope(ctx.scratch);
+    ctx.scratch.New(int64_t{64} << 20);
+    return;
+  }
   const int64_t threads = ctx.input.threads;
   const bool cut_rows = m >= n;
   const int64_t length = cut_rows ? m : n;

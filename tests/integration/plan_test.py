@@ -4,6 +4,7 @@ Runs have no validation and no checkpoint between their steps, so that the last 
 """
 
 import json
+import os
 import unittest
 
 import harness as h
@@ -169,6 +170,29 @@ class Memory(unittest.TestCase):
         self.assertLess(buffers[2], buffers[1])
         self.assertLess(buffers[3], buffers[2])
         self.assertLess(self.found["tp 2"][0]["buffers"], buffers[0] * 0.51)
+
+
+@unittest.skipUnless("SALA_CUDA_MODULE" in os.environ, "needs a CUDA module")
+class Cuda(unittest.TestCase):
+    """On the device: the same exchanges with activations of 2 bytes, and activations to the byte."""
+
+    LAYOUTS = {"zero_1": (2, {"zero_stage": 1}), "zero_3": (2, {"zero_stage": 3}), "cp_tp": (4, {"cp": 2, "tp": 2, "zero_stage": 2})}
+
+    def test_layouts(self):
+        shape = model(hidden_size=64, intermediate_size=96, head_dim=16, sparse_config=SPARSE, attn_use_output_gate=True)
+        for name, (ranks, parallel) in self.LAYOUTS.items():
+            with self.subTest(name):
+                folder = h.ROOT / "cuda" / name
+                content = {**stage(model=shape, batch=h.batch(2, sequences=4, micro=1), sparse_attention=True), "schedule": h.schedule(2),
+                           "data": h.data(h.ingest("long", documents=60, most_sentences=400), validation={"fraction": 0}),
+                           "parallel": {**parallel, "transport": "mpi"}}
+                config = h.write_stage(folder / "stage.yaml", content)
+                h.succeed(h.train(config, folder / "run", "run.device=cuda"), ranks=ranks)
+                planned = phases(plan(config, ranks, "run.device=cuda"))["only", "train"]["ranks"]
+                for expected, found in zip(planned, measured(folder / "run")["only", "train"]):
+                    self.assertEqual(expected["comm"], found["comm"])
+                    self.assertEqual(expected["memory"]["activations"], found["memory"]["activations"])
+                    self.assertAlmostEqual(expected["memory"]["work_space"] / found["memory"]["work_space"], 1, delta=MEMORY_TOLERANCE)
 
 
 class Command(unittest.TestCase):
