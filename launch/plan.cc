@@ -5,14 +5,11 @@
 #include <string>
 #include <vector>
 
-#include "core/checkpoint.h"
-#include "core/file.h"
 #include "data/tokenizer.h"
 #include "launch/command.h"
 #include "nlohmann/json.hpp"
 #include "recipes/checkpointing.h"
 #include "recipes/config.h"
-#include "recipes/hf_config.h"
 #include "recipes/plan.h"
 
 namespace sala::launch {
@@ -44,14 +41,7 @@ StatusOr<model::ModelConfig> StartingConfig(const recipes::StageConfig& stage) {
     SALA_RETURN_IF_ERROR(config.Resolve());
     return config;
   }
-  const std::string& path = stage.init_from->path;
-  if (PathExists(path + "/config.json") && !PathExists(path + "/manifest.json")) {
-    SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path + "/config.json"));
-    const auto json = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-    return recipes::ModelConfigFromHf(json, path + "/config.json");
-  }
-  SALA_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(path));
-  return recipes::ModelConfigOf(checkpoint);
+  return recipes::ModelConfigAt(stage.init_from->path);
 }
 
 const std::vector<std::pair<const char*, int64_t MemoryPlan::*>>& MemoryKinds() {

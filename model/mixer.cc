@@ -142,8 +142,8 @@ void SpreadSoftmaxBackward(const Context& ctx, Arena& arena, const ModelConfig& 
   }
   const ArenaScope scope(arena);
   // Documents of other ranges only get nothing from here.
-  const Tensor all_dk = arena.NewZeroed(s.all_k.dtype(), {s.all_k.dim(0), s.all_k.dim(1)});
-  const Tensor all_dv = arena.NewZeroed(s.all_v.dtype(), {s.all_v.dim(0), s.all_v.dim(1)});
+  const Tensor all_dk = arena.NewZeroed(DType::kF32, {s.all_k.dim(0), s.all_k.dim(1)});
+  const Tensor all_dv = arena.NewZeroed(DType::kF32, {s.all_v.dim(0), s.all_v.dim(1)});
   SoftmaxBackward(ctx, config, g, tables, s, dout, dq, all_dk, all_dv);
   for (const auto& [all, mine] : {std::pair(all_dk, dk), std::pair(all_dv, dv)}) {
     kernels::CopyColumns(ctx, spread.SumContext(ctx, arena, tables.share, all), mine);

@@ -341,10 +341,12 @@ void Model::Backward(const Context& ctx, Arena& arena, const Batch& batch,
   gradients.Enter(UnitOfEmbedding());
   if (!gradients.embedding.empty()) {
     const ArenaScope embedding_scope(arena);
-    kernels::EmbeddingBackward(ctx, state.tables.tokens,
-                               spread_.Gather(ctx, arena, state.tables.share, dx),
-                               static_cast<float>(config_.scale_emb), gradients.embedding,
-                               gradients.embedding.dim(0) * spread_.tp_rank());
+    const int64_t first_row = spread_.tp_size() == 1
+                                  ? kernels::kWholeTable
+                                  : gradients.embedding.dim(0) * spread_.tp_rank();
+    kernels::EmbeddingBackward(
+        ctx, state.tables.tokens, spread_.Gather(ctx, arena, state.tables.share, dx),
+        static_cast<float>(config_.scale_emb), gradients.embedding, first_row);
   }
   gradients.Leave(UnitOfEmbedding());
 }

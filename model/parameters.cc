@@ -209,7 +209,7 @@ ParameterStore::ParameterStore(std::vector<ParameterSpec> specs, DType dtype, De
   if (placement.kind == Placement::kShard) {
     elements = placement.partition.shard_size(placement.rank);
   } else if (placement.kind == Placement::kSlots) {
-    std::vector<int64_t> sizes(kSlots, 0);
+    std::vector<int64_t> sizes(kSlotCount, 0);
     for (int64_t u = 0; u < UnitCount(layers); ++u) {
       int64_t& size = sizes[static_cast<size_t>(SlotOf(u, layers))];
       const auto i = static_cast<size_t>(u);

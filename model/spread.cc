@@ -101,9 +101,9 @@ Tensor Spread::GatherGroup(const Context& ctx, Arena& arena, int64_t kv_heads,
   const int64_t tokens = x.dim(0);
   const int64_t width = x.dim(1);
   const Tensor all = arena.New(x.dtype(), {tokens, ranks * width});
-  if (Dry(ctx)) return all;
   const ArenaScope scope(arena);
   const Tensor rows = arena.New(x.dtype(), {ranks * tokens, width});
+  if (Dry(ctx)) return all;
   const auto group = mesh_->TensorSubgroup(static_cast<int>(ranks), /*background=*/false);
   OrThrow(group.status());
   OrThrow((*group)->AllGather(ConstTensor(FlatView(x)),
@@ -131,15 +131,10 @@ Tensor Spread::SumContext(const Context& ctx, Arena& arena, const TokenShare& sh
   const int64_t width = terms.dim(1);
   const Tensor result = arena.New(ctx.activation(), {share.tokens(), width});
   const ArenaScope scope(arena);
-  Tensor wide = terms;
-  if (terms.dtype() != DType::kF32) {
-    wide = arena.New(DType::kF32, {share.total, width});
-    kernels::Cast(ctx, terms, wide);
-  }
   const Tensor sum =
       result.dtype() == DType::kF32 ? result : arena.New(DType::kF32, {share.tokens(), width});
   if (!Dry(ctx)) {
-    OrThrow(mesh_->cp_group().ReduceScatterSum(ConstTensor(FlatView(wide)),
+    OrThrow(mesh_->cp_group().ReduceScatterSum(ConstTensor(FlatView(terms)),
                                                Counts(share.cp_borders, width), FlatView(sum)));
   }
   if (result.dtype() != DType::kF32) kernels::Cast(ctx, sum, result);

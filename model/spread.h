@@ -72,8 +72,8 @@ class Spread {
   // x [share.tokens(), W] of every cp rank -> [share.total, W], in the arena; x itself with one.
   Tensor GatherContext(const Context& ctx, Arena& arena, const TokenShare& share,
                        const Tensor& x) const;
-  // terms [share.total, W] of every cp rank, activation type: their float32 sum, this range's rows,
-  // in the activation type, in the arena.
+  // terms f32 [share.total, W] of every cp rank: their sum, this range's rows, in the activation
+  // type, in the arena.
   Tensor SumContext(const Context& ctx, Arena& arena, const TokenShare& share,
                     const Tensor& terms) const;
   // Of a state [N, D, D] that every range adds to: what enters this range, or, backwards, its

@@ -27,7 +27,7 @@ class UnitHooks {
 
 // Layers take turns in two slots, so that one can be filled while the other is in use; embedding
 // and head share a third, the final norm has the fourth.
-constexpr int64_t kSlots = 4;
+constexpr int64_t kSlotCount = 4;
 constexpr int64_t SlotOf(int64_t unit, int64_t layers) {
   if (unit == UnitOfEmbedding() || unit == UnitOfHead(layers)) return 2;
   return unit == UnitOfNorm(layers) ? 3 : unit % 2;
@@ -51,7 +51,7 @@ class SlotSchedule {
   void Want(int64_t u, const std::function<void(int64_t)>& fetch);
 
   std::vector<int64_t> sizes_;
-  std::vector<int64_t> held_ = std::vector<int64_t>(kSlots, -1);
+  std::vector<int64_t> held_ = std::vector<int64_t>(kSlotCount, -1);
   int64_t last_ = -1;
 };
 

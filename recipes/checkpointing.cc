@@ -133,6 +133,10 @@ StatusOr<std::string> TrySave(Session& session, const SaveRequest& request) {
   return all[0];
 }
 
+bool IsHfFolder(const std::string& path) {
+  return PathExists(path + "/config.json") && !PathExists(path + "/manifest.json");
+}
+
 // Checks the tensor list of a checkpoint against a store; one line naming what differs.
 Status CompareTensors(const Checkpoint& checkpoint, const model::ParameterStore& params,
                       const std::function<bool(const std::string&)>& allow_missing) {
@@ -244,13 +248,19 @@ Status LoadParameters(const Checkpoint& checkpoint, model::ParameterStore& param
   return OkStatus();
 }
 
+StatusOr<model::ModelConfig> ModelConfigAt(const std::string& path) {
+  if (IsHfFolder(path)) return HfFolderConfig(path);
+  SALA_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(path));
+  return ModelConfigOf(checkpoint);
+}
+
 StatusOr<LoadedModel> LoadModel(const std::string& path, const StoreLayout& layout) {
   LoadedModel loaded;
   const auto make_store = [&]() -> StatusOr<model::ParameterStore> {
     if (layout) return layout(loaded.config);
     return model::ParameterStore(model::ParameterSpecs(loaded.config));
   };
-  if (PathExists(path + "/config.json") && !PathExists(path + "/manifest.json")) {
+  if (IsHfFolder(path)) {
     SALA_ASSIGN_OR_RETURN(HfFolder folder, LoadHfFolder(path));
     loaded.config = std::move(folder.config);
     loaded.params = std::move(folder.params);

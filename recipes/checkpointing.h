@@ -63,6 +63,9 @@ struct LoadedModel {
   nlohmann::json origin;                 // {path, save_id} for the parent field
   std::string tokenizer_fingerprint;     // that it was trained with; "": not known
 };
+// The model at this path, a checkpoint or a folder, without its weights.
+StatusOr<model::ModelConfig> ModelConfigAt(const std::string& path);
+
 // How a model's parameters are laid out in host memory; empty: whole. CFG-MESH (78) when the model
 // cannot be cut like that.
 using StoreLayout =

@@ -303,13 +303,18 @@ StatusOr<std::string> TokenizerPathFor(const std::string& model_path, const std:
           ": no tokenizer in the run directory or beside the weights; name one with --tokenizer");
 }
 
+StatusOr<model::ModelConfig> HfFolderConfig(const std::string& directory) {
+  const std::string path = directory + "/config.json";
+  SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  const nlohmann::json json = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (json.is_discarded()) return DataError("IMP-FIELD", path + ": not valid JSON");
+  return ModelConfigFromHf(json, path);
+}
+
 StatusOr<HfFolder> LoadHfFolder(const std::string& directory) {
   const std::string config_path = directory + "/config.json";
-  SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(config_path));
-  const nlohmann::json json = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (json.is_discarded()) return DataError("IMP-FIELD", config_path + ": not valid JSON");
   HfFolder model;
-  SALA_ASSIGN_OR_RETURN(model.config, ModelConfigFromHf(json, config_path));
+  SALA_ASSIGN_OR_RETURN(model.config, HfFolderConfig(directory));
   SALA_ASSIGN_OR_RETURN(model.tokenizer_fingerprint, RecordedTokenizer(directory));
   const bool tied = std::exchange(model.config.tie_word_embeddings, false);
   if (PathExists(directory + "/pytorch_model.bin") &&

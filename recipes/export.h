@@ -64,4 +64,7 @@ struct HfFolder {
 // IMP-MISSING and IMP-EXTRA list tensors the configuration asks for or has no place for.
 StatusOr<HfFolder> LoadHfFolder(const std::string& directory);
 
+// Its config.json alone.
+StatusOr<model::ModelConfig> HfFolderConfig(const std::string& directory);
+
 }  // namespace sala::recipes

@@ -84,7 +84,7 @@ GradientReducer::GradientReducer(const Context& ctx, const model::ParameterStore
     }
   }
   pending_.assign(static_cast<size_t>(partition_.units()), 0);
-  in_slot_.assign(model::kSlots, -1);
+  in_slot_.assign(model::kSlotCount, -1);
   pool_ = std::make_unique<ThreadPool>(1);
   store_.set_hooks(this);
 }

@@ -179,11 +179,31 @@ void PrintConversionVerdict(const PipelineConfig& config, const Summaries& summa
   }
 }
 
-Status CheckInputs(Session& session, int64_t first_stage) {
-  for (size_t i = static_cast<size_t>(first_stage); i < session.config().stages.size(); ++i) {
+// The model that the first stage to run starts from: what its shapes do not allow is refused before
+// hours of other stages. Stages do not change them.
+StatusOr<model::ModelConfig> StartingShapes(Session& session, const Continuation& next) {
+  if (!next.resume.empty()) return ModelConfigAt(next.resume);
+  if (next.stage > 0) {
+    SALA_ASSIGN_OR_RETURN(const std::string result, StageResult(session, next.stage - 1));
+    return ModelConfigAt(result);
+  }
+  const StageConfig& stage = session.config().stages[0];
+  if (stage.init_from) return ModelConfigAt(stage.init_from->path);
+  model::ModelConfig config = stage.model.value_or(model::ModelConfig());
+  if (config.vocab_size == 0) config.vocab_size = session.tokenizer().vocab_size();
+  SALA_RETURN_IF_ERROR(config.Resolve());
+  return config;
+}
+
+Status CheckInputs(Session& session, const Continuation& next) {
+  SALA_ASSIGN_OR_RETURN(const model::ModelConfig shapes, StartingShapes(session, next));
+  for (size_t i = static_cast<size_t>(next.stage); i < session.config().stages.size(); ++i) {
     const StageConfig& stage = session.config().stages[i];
     const Status mesh = parallel::ResolveMesh(session.world().size(), stage.parallel).status();
     if (!mesh.ok()) return Annotate(mesh, "stage " + stage.name);
+    if (const std::string problem = shapes.TensorParallelProblem(stage.parallel.tp);
+        !problem.empty())
+      return MakeError(ExitCode::kConfig, "CFG-MESH", "stage " + stage.name + ": " + problem);
     const Status status = stage.kind == StageKind::kHalo ? CheckHaloInputs(session, stage)
                                                          : CheckPretrainInputs(session, stage);
     if (!status.ok()) return Annotate(status, "stage " + stage.name);
@@ -234,7 +254,7 @@ Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config) 
   session->WriteStatus("starting", config.stages[0].name, 0);
   auto next = Continue(*session);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, next.status()));
-  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, CheckInputs(*session, next->stage)));
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, CheckInputs(*session, *next)));
   Summaries summaries(*session);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, session->WriteConfig()));
   if (next->finished && summaries.Find(next->finished->stage) == nullptr)

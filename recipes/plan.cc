@@ -61,7 +61,7 @@ struct Layout {
 // Elements of the slots of a store with these borders (model::ParameterStore).
 int64_t SlotElements(const std::vector<int64_t>& borders) {
   const auto layers = static_cast<int64_t>(borders.size()) - 4;
-  std::vector<int64_t> sizes(model::kSlots, 0);
+  std::vector<int64_t> sizes(model::kSlotCount, 0);
   for (int64_t u = 0; u < model::UnitCount(layers); ++u) {
     int64_t& size = sizes[static_cast<size_t>(model::SlotOf(u, layers))];
     const auto i = static_cast<size_t>(u);

@@ -315,7 +315,7 @@ class ModelPass {
     RowSumsScratch(ctx_, tokens, g.d);
   }
 
-  // Model::Forward; `with_backward` decides nothing here.
+  // Model::Forward.
   Tables Forward(const std::vector<int32_t>& cu_seqlens, bool recompute) {
     const Tables tables = MakeTables(cu_seqlens);
     Embed();
@@ -431,10 +431,7 @@ class ModelPass {
   void SumContext(int64_t width) {
     Activations(share_.tokens(), width);
     const MeterScope scope(ctx_.arena);
-    if (ctx_.cuda()) {
-      Floats(share_.total * width);
-      Floats(share_.tokens() * width);
-    }
+    if (ctx_.cuda()) Floats(share_.tokens() * width);
     ctx_.Count("cp.reduce_scatter", (share_.total - share_.tokens()) * width * kFloat);
   }
 
@@ -470,8 +467,8 @@ class ModelPass {
   void SoftmaxBackward(const Tables& tables, const Heads& g) {
     const MeterScope scope(ctx_.arena);
     if (ctx_.cp_ranks > 1) {
-      Activations(share_.total, g.kv_width());
-      Activations(share_.total, g.kv_width());
+      Floats(share_.total * g.kv_width());
+      Floats(share_.total * g.kv_width());
     }
     if (!tables.dense.empty()) AttentionScratch(ctx_, g, tables.dense, share_, kDenseBlock, true);
     if (!tables.sparse.empty())
@@ -548,7 +545,7 @@ void CrossEntropyLoss(PassContext& ctx, const ModelPass& pass) {
 }
 
 // HiddenGradient of model/loss.cc.
-void HiddenGradient(PassContext&, ModelPass& pass) {
+void HiddenGradient(ModelPass& pass) {
   pass.Activations(pass.share().part(), pass.hidden());
   if (pass.summed()) pass.Activations(pass.share().tokens(), pass.hidden());
 }
@@ -563,7 +560,7 @@ void PassTrain(PassContext& ctx, const std::vector<int32_t>& cu_seqlens) {
   const MeterScope scope(ctx.arena);
   ModelPass pass(ctx, ctx.input.model, ctx.input.sparse_attention, ctx.enter);
   const Tables tables = pass.Forward(cu_seqlens, ctx.input.recompute);
-  HiddenGradient(ctx, pass);
+  HiddenGradient(pass);
   pass.EnterHead();
   pass.Gather(pass.hidden());
   CrossEntropyLoss(ctx, pass);
@@ -578,7 +575,7 @@ void PassDistil(PassContext& ctx, const std::vector<int32_t>& cu_seqlens) {
   teacher.ForwardOnly(cu_seqlens);
   const Tables tables = student.Forward(cu_seqlens, ctx.input.recompute);
   student.Gather(student.hidden());
-  HiddenGradient(ctx, student);
+  HiddenGradient(student);
   teacher.EnterHead();
   student.EnterHead();
   student.Gather(student.hidden());

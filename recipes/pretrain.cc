@@ -132,19 +132,15 @@ Status CheckModel(Session& session, const LoadedModel& loaded) {
 StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Model& model,
                                               const data::ValidationSet& set,
                                               const model::RunOptions& options) {
+  auto batches = HeldOutBatches(set, session.mesh());
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), batches.status()));
   std::vector<double> mine;  // of each sample: loss, targets, right ones
-  Status status = OkStatus();
-  for (int64_t i = session.mesh().dp_rank(); i < set.size(); i += session.mesh().dp_size()) {
-    auto sample = set.Get(i);
-    status = sample.status();
-    if (!status.ok()) break;
-    const model::Batch batch = MakeBatch({std::move(sample).value()});
+  for (const model::Batch& batch : *batches) {
     const auto result =
         model::EvaluateCrossEntropy(session.ctx(), session.arena(), model, batch, options);
     mine.insert(mine.end(), {result.loss_sum, static_cast<double>(result.targets),
                              static_cast<double>(result.correct)});
   }
-  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), status));
   SALA_ASSIGN_OR_RETURN(const std::vector<double> sums,
                         parallel::SumDealtItems(session.mesh(), mine, 3));
   ValidationResult result;

@@ -165,6 +165,21 @@ Status Session::WriteConfig() {
 Status Session::UseMesh(const parallel::MeshConfig& config) {
   mesh_.reset();
   SALA_ASSIGN_OR_RETURN(mesh_, parallel::Mesh::Create(world_, config, ctx_));
+  if (world_.size() == 1) return OkStatus();
+  SALA_ASSIGN_OR_RETURN(std::vector<std::string> hosts,
+                        mesh_->tp_group().AllGatherText(parallel::HostName()));
+  std::sort(hosts.begin(), hosts.end());
+  int64_t spread = hosts.front() == hosts.back() ? 0 : 1;
+  SALA_RETURN_IF_ERROR(world_.AllReduce(std::span<int64_t>(&spread, 1), parallel::Reduce::kMax));
+  if (!is_root()) return OkStatus();
+  const parallel::MeshConfig& mesh = mesh_->config();
+  SALA_LOG(Info) << "mesh: dp " << mesh.dp << " x cp " << mesh.cp << " x tp " << mesh.tp
+                 << ", ZeRO stage " << mesh.zero_stage;
+  if (spread != 0) {
+    SALA_LOG(Warn) << "parallel.tp is " << mesh.tp
+                   << ", and some of its groups span hosts: every layer exchanges activations over "
+                      "the network; choose a tp that divides the ranks of each host";
+  }
   return OkStatus();
 }
 

@@ -637,4 +637,18 @@ model::Batch MakeBatch(const std::vector<data::PackedSample>& samples) {
   return batch;
 }
 
+StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& set,
+                                                   const parallel::Mesh& mesh) {
+  std::vector<model::Batch> batches;
+  for (int64_t first = 0; first < set.size(); first += mesh.dp_size()) {
+    std::vector<data::PackedSample> samples;
+    if (const int64_t i = first + mesh.dp_rank(); i < set.size()) {
+      SALA_ASSIGN_OR_RETURN(data::PackedSample sample, set.Get(i));
+      samples.push_back(std::move(sample));
+    }
+    batches.push_back(MakeBatch(samples));
+  }
+  return batches;
+}
+
 }  // namespace sala::recipes

@@ -89,7 +89,12 @@ Status Stopped(Session& session, const std::string& stage);
 // as `rank_independent_sums` asks.
 Status CheckShares(const BatchConfig& batch, const parallel::MeshConfig& mesh);
 
-// Samples as one packed micro-batch, padding dropped.
+// Samples as one packed micro-batch, padding dropped; of none an empty one.
 model::Batch MakeBatch(const std::vector<data::PackedSample>& samples);
+
+// This rank's samples of a held-out set, a batch each: sample i is dealt to dp rank i mod DP. All
+// ranks have equally many, the last one may be empty: ranks exchange while they evaluate.
+StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& set,
+                                                   const parallel::Mesh& mesh);
 
 }  // namespace sala::recipes

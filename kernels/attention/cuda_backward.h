@@ -57,7 +57,7 @@ struct KeyTile {
   int32_t n = 0;         // tokens of the document
   int32_t key = 0;       // first key of the block
   int32_t head = 0;      // key/value head
-  int32_t run = 0;       // tokens .. key + run - 1, before the list
+  int32_t run = 0;       // the run ends before token key + run, then comes the list
   int32_t first = 0;     // the piece of the sequence, counted from token `key`
   int32_t last = 0;
   int32_t slot = -1;  // where its sums go; -1: to dk and dv

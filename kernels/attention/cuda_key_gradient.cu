@@ -307,11 +307,13 @@ __global__ void __launch_bounds__(kThreads)
       total.x += piece.x;
       total.y += piece.y;
     }
-    const KeyOutput& x = is_dv ? dv : dk;
-    const float factor = is_dv ? 1.0F : scale;
-    StoreKeyPair(
-        x, (sum.document + sum.key + element / d) * x.stride + int64_t{sum.head} * d + element % d,
-        total.x * factor, total.y * factor);
+    const int64_t token = sum.document + sum.key + element / d;
+    const int64_t channel = int64_t{sum.head} * d + element % d;
+    if (is_dv) {
+      StoreKeyPair(dv, token * dv.stride + channel, total.x, total.y);
+    } else {
+      StoreKeyPair(dk, token * dk.stride + channel, total.x * scale, total.y * scale);
+    }
   }
 }
 

@@ -66,8 +66,28 @@ __global__ void __launch_bounds__(kRowThreads) SquareKernel(Forward f) {
   if (threadIdx.x == 0) f.squares.mine[row] = square;
 }
 
-// kCut: the sums of the rows are there.
-template <int kPacks, bool kCut>
+// A block a row whose sum over all ranks is there: no need to hold it in registers.
+__global__ void __launch_bounds__(kRowThreads) CutForwardKernel(Forward f) {
+  const int64_t row = blockIdx.x;
+  const float r = 1.0F / sqrtf(f.squares.Total(row) / static_cast<float>(f.norm_width) + f.eps);
+  if (threadIdx.x == 0) f.rstd[row] = r;
+  for (int64_t column = threadIdx.x * 8; column < f.width; column += blockDim.x * 8) {
+    float o[8], weight[8];
+    Load8(f.o + row * f.o_stride + column, o);
+    Load8(f.weight + column, weight);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) o[j] *= r * weight[j];
+    if (f.z != nullptr) {
+      float z[8];
+      Load8(f.z + row * f.z_stride + column, z);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) o[j] *= FastSigmoid(z[j]);
+    }
+    Store8(f.y + row * f.y_stride + column, o);
+  }
+}
+
+template <int kPacks>
 __global__ void __launch_bounds__(kRowThreads) NormForwardKernel(Forward f) {
   SharedMemory shared;
   float* slots = shared.Take<float>(kRowThreads / kWarp);
@@ -86,8 +106,8 @@ __global__ void __launch_bounds__(kRowThreads) NormForwardKernel(Forward f) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) square += o[p][j] * o[p][j];
   }
-  square = kCut ? f.squares.Total(row) : BlockSum(square, slots);
-  const float r = 1.0F / sqrtf(square / static_cast<float>(f.norm_width) + f.eps);
+  square = BlockSum(square, slots);
+  const float r = 1.0F / sqrtf(square / static_cast<float>(f.width) + f.eps);
   if (threadIdx.x == 0) f.rstd[row] = r;
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
@@ -170,6 +190,7 @@ __global__ void __launch_bounds__(kRowThreads) DotKernel(Backward b) {
 
 // With n_i = o_i r w_i, dn = dy s and dz = dy n s (1 - s):
 //   do_i = r w_i dn_i - o_i r^3 mean_j(w_j dn_j o_j),   dw_i = sum over rows of dn_i o_i r
+// kCut: the sums of the rows over all ranks are there.
 template <int kPacks, bool kCut>
 __global__ void __launch_bounds__(kRowThreads) NormBackwardKernel(Backward b) {
   SharedMemory shared;
@@ -254,13 +275,6 @@ RowNumbers Numbers(const Op& op, const GatherBuffer& buffer, int64_t rows) {
 }
 
 template <bool kCut>
-void LaunchForward(const Op& op, const Forward& f) {
-  op.Launch(RowPacks(f.width) == 2 ? NormForwardKernel<2, kCut> : NormForwardKernel<4, kCut>,
-            dim3(static_cast<unsigned>(f.rows)), dim3(RowThreads(f.width)),
-            SharedBytes<float>(kRowThreads / kWarp), f);
-}
-
-template <bool kCut>
 void LaunchBackward(const Op& op, const Backward& b, int64_t blocks) {
   op.Launch(RowPacks(b.width) == 2 ? NormBackwardKernel<2, kCut> : NormBackwardKernel<4, kCut>,
             dim3(static_cast<unsigned>(blocks)), dim3(RowThreads(b.width)),
@@ -291,16 +305,21 @@ void cuda::OutputGateForward(const Context& ctx, const ConstTensor& o, const Con
                .squares = {}};
   if (!norm) {
     op.Launch(GateForwardKernel, dim3(PackBlocks(op, o.numel() / 8)), dim3(kPackThreads), 0, f);
-  } else if (shard.exchange == nullptr) {
-    LaunchForward<false>(op, f);
+    return;
+  }
+  const dim3 grid(static_cast<unsigned>(f.rows));
+  const dim3 block(RowThreads(f.width));
+  constexpr size_t kSlots = SharedBytes<float>(kRowThreads / kWarp);
+  if (shard.exchange == nullptr) {
+    op.Launch(RowPacks(f.width) == 2 ? NormForwardKernel<2> : NormForwardKernel<4>, grid, block,
+              kSlots, f);
   } else if (f.rows > 0) {
     const ArenaScope scope(*ctx.scratch);
     const GatherBuffer buffer(ctx, *shard.exchange, f.rows);
     f.squares = Numbers(op, buffer, f.rows);
-    op.Launch(SquareKernel, dim3(static_cast<unsigned>(f.rows)), dim3(RowThreads(f.width)),
-              SharedBytes<float>(kRowThreads / kWarp), f);
+    op.Launch(SquareKernel, grid, block, kSlots, f);
     buffer.Gather(ctx, *shard.exchange, f.rows);
-    LaunchForward<true>(op, f);
+    op.Launch(CutForwardKernel, grid, block, 0, f);
   }
 }
 

@@ -172,11 +172,8 @@ StatusOr<std::vector<std::pair<std::string, double>>> AlignTask::Evaluate(
 StatusOr<std::vector<std::pair<std::string, double>>> AlignTask::Validate(Session& session) {
   std::vector<std::pair<std::string, double>> none;
   if (held_out_ == nullptr || held_out_->size() == 0) return none;
-  std::vector<model::Batch> mine;
-  for (int64_t i = session.mesh().dp_rank(); i < held_out_->size(); i += session.mesh().dp_size()) {
-    SALA_ASSIGN_OR_RETURN(data::PackedSample sample, held_out_->Get(i));
-    mine.push_back(MakeBatch({std::move(sample)}));
-  }
+  SALA_ASSIGN_OR_RETURN(const std::vector<model::Batch> mine,
+                        HeldOutBatches(*held_out_, session.mesh()));
   SALA_ASSIGN_OR_RETURN(auto values, Evaluate(session.ctx(), session.arena(), mine));
   last_errors_.clear();
   for (size_t i = 2; i < values.size(); ++i) last_errors_.push_back(values[i].second);

@@ -75,16 +75,6 @@ StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const mod
                       .teacher_entropy = sums[kReportEntropy] / tokens};
 }
 
-StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& set,
-                                                   const parallel::Mesh& mesh) {
-  std::vector<model::Batch> batches;
-  for (int64_t i = mesh.dp_rank(); i < set.size(); i += mesh.dp_size()) {
-    SALA_ASSIGN_OR_RETURN(data::PackedSample sample, set.Get(i));
-    batches.push_back(MakeBatch({std::move(sample)}));
-  }
-  return batches;
-}
-
 StudentTask::StudentTask(const Context& ctx, parallel::Mesh& mesh, const model::Model& teacher,
                          Hybrid& student, const std::vector<model::Batch>& held_out)
     : teacher_(teacher),

@@ -39,10 +39,6 @@ StatusOr<DistilReport> CompareModels(const Context& ctx, Arena& arena, const mod
                                      const std::vector<model::Batch>& batches,
                                      const parallel::Mesh& mesh);
 
-// This rank's batches of a held-out set, dealt likewise.
-StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& set,
-                                                   const parallel::Mesh& mesh);
-
 // A student that is trained, and measured against its teacher on held-out batches.
 class StudentTask : public StepTask {
  public:

@@ -8,6 +8,7 @@
 #include "core/hash.h"
 #include "core/rng.h"
 #include "model/loss.h"
+#include "recipes/step_loop.h"
 
 namespace sala::recipes {
 namespace {
@@ -167,14 +168,18 @@ Status DivergedMixer(const std::string& layers) {
 Scorer::Scorer(const Context& ctx, Arena& arena, const parallel::Mesh& mesh,
                const model::Model& teacher, model::ParameterStore& mixers, const ScoreItems& items)
     : ctx_(ctx), arena_(arena), mesh_(mesh), teacher_(teacher), mixers_(mixers), items_(items) {
-  for (size_t i = static_cast<size_t>(mesh.dp_rank()); i < items.size();
-       i += static_cast<size_t>(mesh.dp_size())) {
-    mine_.push_back({.item = i, .stream = {}, .teacher_hidden = {}});
+  for (size_t first = 0; first < items.size(); first += static_cast<size_t>(mesh.dp_size())) {
+    const size_t i = first + static_cast<size_t>(mesh.dp_rank());
+    mine_.push_back({.item = i,
+                     .batch = i < items.size() ? items[i] : MakeBatch({}),
+                     .stream = {},
+                     .teacher_hidden = {}});
   }
 }
 
 std::vector<char> Scorer::Keep(const ConstTensor& x) const {
   std::vector<char> kept(static_cast<size_t>(x.numel()) * SizeOf(x.dtype()));
+  if (kept.empty()) return kept;
   if (ctx_.cuda()) {
     ctx_.gpu->Download(kept.data(), x.raw(), kept.size());
   } else {
@@ -188,6 +193,7 @@ Tensor Scorer::Take(const std::vector<char>& kept) const {
   const auto row = static_cast<size_t>(width) * SizeOf(ctx_.activation());
   const Tensor copy =
       arena_.New(ctx_.activation(), {static_cast<int64_t>(kept.size() / row), width});
+  if (kept.empty()) return copy;
   if (ctx_.cuda()) {
     ctx_.gpu->Upload(copy.raw(), kept.data(), kept.size());
   } else {
@@ -215,15 +221,16 @@ model::MixerTensors Scorer::Mixer(int64_t layer) const {
 
 void Scorer::Measure(const model::Model& model, const Mine& mine, const Tensor& hidden,
                      ItemValues* values) const {
-  const model::Batch& batch = items_[mine.item];
+  const model::Batch& batch = mine.batch;
   const ArenaScope scope(arena_);
   const auto ce = model::HeadCrossEntropy(ctx_, arena_, model, batch, hidden);
+  kernels::KlDivergenceResult kl;
+  if (&model != &teacher_)
+    kl = model::HeadKl(ctx_, arena_, teacher_, Take(mine.teacher_hidden), model, hidden, batch);
+  if (mine.item >= items_.size()) return;
   values->loss_sum[mine.item] = ce.loss_sum;
   values->correct[mine.item] = static_cast<double>(ce.correct);
-  if (&model == &teacher_) return;
-  values->kl_sum[mine.item] =
-      model::HeadKl(ctx_, arena_, teacher_, Take(mine.teacher_hidden), model, hidden, batch)
-          .loss_sum;
+  values->kl_sum[mine.item] = kl.loss_sum;
 }
 
 StatusOr<ItemValues> Scorer::RunTeacher() {
@@ -234,7 +241,7 @@ StatusOr<ItemValues> Scorer::RunTeacher() {
       if (layer == 0) mine.stream = Keep(x);
     };
     const Tensor hidden =
-        teacher_.ForwardOnly(ctx_, arena_, items_[mine.item], {}, 0, {}, nullptr, keep_first);
+        teacher_.ForwardOnly(ctx_, arena_, mine.batch, {}, 0, {}, nullptr, keep_first);
     mine.teacher_hidden = Keep(hidden);
     Measure(teacher_, mine, hidden, &values);
   }
@@ -249,8 +256,7 @@ StatusOr<ItemValues> Scorer::RunSwap(int64_t layer) {
   for (const Mine& mine : mine_) {
     const ArenaScope scope(arena_);
     const Tensor x = Take(mine.stream);
-    Measure(swapped, mine, swapped.ForwardOnly(ctx_, arena_, items_[mine.item], {}, layer, x),
-            &values);
+    Measure(swapped, mine, swapped.ForwardOnly(ctx_, arena_, mine.batch, {}, layer, x), &values);
   }
   SALA_RETURN_IF_ERROR(Share(&values));
   return values;
@@ -260,7 +266,7 @@ void Scorer::Advance(int64_t layer) {
   for (Mine& mine : mine_) {
     const ArenaScope scope(arena_);
     const Tensor x = Take(mine.stream);
-    teacher_.RunLayers(ctx_, arena_, items_[mine.item], {}, layer, layer + 1, x);
+    teacher_.RunLayers(ctx_, arena_, mine.batch, {}, layer, layer + 1, x);
     mine.stream = Keep(x);
   }
 }
@@ -291,7 +297,7 @@ StatusOr<double> Scorer::ScoreSet(const std::vector<int64_t>& replaced, ScoreTab
   ItemValues values = Empty();
   for (const Mine& mine : mine_) {
     const ArenaScope scope(arena_);
-    Measure(swapped, mine, swapped.ForwardOnly(ctx_, arena_, items_[mine.item], {}), &values);
+    Measure(swapped, mine, swapped.ForwardOnly(ctx_, arena_, mine.batch, {}), &values);
   }
   SALA_RETURN_IF_ERROR(Share(&values));
   const double kl = Summarise(items_, values).kl;

@@ -100,9 +100,11 @@ class Scorer {
   StatusOr<double> ScoreSet(const std::vector<int64_t>& replaced, ScoreTable* table);
 
  private:
-  // One of this rank's items.
+  // One of this rank's items. All ranks have equally many: the last one may have no number and an
+  // empty batch.
   struct Mine {
     size_t item;
+    model::Batch batch;
     // Kept in host memory, in the context's activation type: [T, H] each.
     std::vector<char> stream;  // teacher's residual stream at the input of the current layer
     std::vector<char> teacher_hidden;  // after the final norm

@@ -173,8 +173,8 @@ TOKEN_WISE = [
         name="output_gate_without_epsilon",
         kind="wrong factor",
         file="kernels/output_gate/cuda.cu",
-        old="const float r = 1.0F / sqrtf(square / static_cast<float>(f.norm_width) + f.eps);",
-        new="const float r = 1.0F / sqrtf(square / static_cast<float>(f.norm_width));",
+        old="const float r = 1.0F / sqrtf(square / static_cast<float>(f.width) + f.eps);",
+        new="const float r = 1.0F / sqrtf(square / static_cast<float>(f.width));",
         tests="OutputGateCuda.AgreesWithReference"),
     Fault(
         name="output_gate_wide_rows_read_the_wrong_input",
@@ -187,8 +187,8 @@ TOKEN_WISE = [
         name="output_gate_keeps_no_rstd",
         kind="unset output",
         file="kernels/output_gate/cuda.cu",
-        old="  if (threadIdx.x == 0) f.rstd[row] = r;\n",
-        new="",
+        old="  if (threadIdx.x == 0) f.rstd[row] = r;\n#pragma unroll\n",
+        new="#pragma unroll\n",
         tests="OutputGateCuda.AgreesWithReference"),
     Fault(
         name="output_gate_mean_of_a_part_over_its_own_columns",

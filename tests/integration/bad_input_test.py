@@ -147,9 +147,25 @@ class Configuration(BadInputCase):
         path = self.config(model=h.model(num_key_value_heads=3))
         self.refuse_training(path, 78, "CFG-MODEL", "num_key_value_heads", "3", "4")
 
-    def test_axes_that_are_not_there(self):
-        self.refuse_training(self.base, 78, "CFG-MESH", "parallel.tp", sets=["parallel.tp=2"])
-        self.refuse_training(self.base, 78, "CFG-MESH", "parallel.dp is 5", sets=["parallel.dp=5"])
+    def test_meshes_of_other_sizes(self):
+        self.refuse_training(self.base, 78, "CFG-MESH", "parallel.cp 1 x parallel.tp 3 = 3", sets=["parallel.tp=3"])
+        self.refuse_training(self.base, 78, "CFG-MESH", "parallel.dp 5 x cp 1 x tp 1 = 5", sets=["parallel.dp=5"])
+        self.refuse_training(self.base, 78, "CFG-MESH", "parallel.dp 2 x cp 2", sets=["parallel.dp=2", "parallel.cp=2"])
+
+    def test_heads_that_tensor_ranks_do_not_divide(self):
+        result = self.refuse(h.train(self.base, self.run_directory(), "parallel.tp=3"), 78, "CFG-MESH", "stage only",
+                             "num_attention_heads is 4", ranks=3)
+        self.assertNotIn("learning rate", result.err)  # before anything is trained
+
+    def test_tensor_ranks_of_a_later_stage(self):
+        stages = [self.stage, {**h.pretrain("later", 2), "parallel": {"tp": 3}}]
+        pipeline = h.write_pipeline(h.ROOT / "bad" / "later-mesh", stages)
+        self.refuse(h.train(pipeline, self.run_directory()), 78, "CFG-MESH", "stage later", "num_attention_heads", ranks=3)
+        self.assertEqual(h.checkpoints(self.run_directory()), [])
+
+    def test_key_value_heads_that_do_not_fit(self):
+        path = self.config(model=h.model(num_attention_heads=12, num_key_value_heads=4))
+        self.refuse(h.train(path, self.run_directory(), "parallel.tp=3"), 78, "CFG-MESH", "num_key_value_heads is 4", ranks=3)
 
     def test_first_stage_without_a_model(self):
         stage = {key: value for key, value in self.stage.items() if key != "model"}

@@ -65,7 +65,8 @@ class RanksCase(unittest.TestCase):
         self.wait_for_a_checkpoint()
 
     def wait_for_a_checkpoint(self):
-        self.assertTrue(self.job.wait_for(lambda: h.checkpoints(self.run_directory), "a checkpoint"))
+        started = self.job.wait_for(lambda: h.checkpoints(self.run_directory), "a checkpoint")
+        self.assertTrue(started, None if started else self.job.result())
         self.pids = ranks_of(self.run_directory)
         self.assertEqual(sorted(self.pids), list(range(RANKS)))
 
