@@ -1,17 +1,41 @@
 #include "core/buffer.h"
 
+#include <malloc.h>
+
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
 
 #include "core/check.h"
+#include "core/memory.h"
 
 namespace sala {
+namespace {
+
+std::atomic<int64_t> host_bytes{0};
+std::atomic<int64_t> host_peak{0};
+
+// What the allocator gave: the same number when it is taken back, without a place to keep it.
+void CountHost(void* pointer, int64_t sign) {
+  const int64_t now = host_bytes +=
+      sign * static_cast<int64_t>(pointer == nullptr ? 0 : malloc_usable_size(pointer));
+  int64_t peak = host_peak;
+  while (now > peak && !host_peak.compare_exchange_weak(peak, now)) {
+  }
+}
+
+}  // namespace
+
+int64_t HostBufferBytes() { return host_bytes; }
+int64_t HostBufferPeakBytes() { return host_peak; }
 
 void BufferFree::operator()(void* pointer) const {
   if (device != nullptr) {
     device->Free(pointer);
   } else {
+    CountHost(pointer, -1);
     std::free(pointer);
   }
 }
@@ -30,6 +54,7 @@ Buffer::Buffer(size_t bytes, Device* device) : bytes_(bytes) {
   data_ = {std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment),
            BufferFree{}};
   SALA_CHECK(data_ != nullptr) << "out of memory: " << bytes << " bytes";
+  CountHost(data_.get(), 1);
   std::memset(data_.get(), 0, bytes);
 }
 

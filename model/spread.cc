@@ -38,17 +38,21 @@ Spread::Spread(parallel::Mesh& mesh) : mesh_(&mesh) {
 }
 
 // Ranges of many tokens begin at multiples of 16, which products prefer.
-TokenShare Spread::Share(int64_t total) const {
+TokenShare ShareTokens(int64_t total, int cp_rank, int cp_size, int tp_rank, int tp_size) {
   TokenShare share;
   share.total = total;
-  const int64_t alignment = total >= int64_t{64} * cp_size() * tp_size() ? 16 : 1;
-  share.cp_borders = parallel::FlatPartition::Even(total, cp_size(), alignment).begin;
-  share.begin = share.cp_borders[static_cast<size_t>(cp_rank())];
-  share.end = share.cp_borders[static_cast<size_t>(cp_rank()) + 1];
-  share.tp_borders = parallel::FlatPartition::Even(share.tokens(), tp_size(), 1).begin;
-  share.part_begin = share.tp_borders[static_cast<size_t>(tp_rank())];
-  share.part_end = share.tp_borders[static_cast<size_t>(tp_rank()) + 1];
+  const int64_t alignment = total >= int64_t{64} * cp_size * tp_size ? 16 : 1;
+  share.cp_borders = parallel::FlatPartition::Even(total, cp_size, alignment).begin;
+  share.begin = share.cp_borders[static_cast<size_t>(cp_rank)];
+  share.end = share.cp_borders[static_cast<size_t>(cp_rank) + 1];
+  share.tp_borders = parallel::FlatPartition::Even(share.tokens(), tp_size, 1).begin;
+  share.part_begin = share.tp_borders[static_cast<size_t>(tp_rank)];
+  share.part_end = share.tp_borders[static_cast<size_t>(tp_rank) + 1];
   return share;
+}
+
+TokenShare Spread::Share(int64_t total) const {
+  return ShareTokens(total, cp_rank(), cp_size(), tp_rank(), tp_size());
 }
 
 Tensor Spread::Gather(const Context& ctx, Arena& arena, const TokenShare& share,

@@ -37,6 +37,9 @@ struct TokenShare {
   int64_t part() const { return part_end - part_begin; }
 };
 
+// How T tokens are cut, as the rank with these places in its groups sees it.
+TokenShare ShareTokens(int64_t total, int cp_rank, int cp_size, int tp_rank, int tp_size);
+
 class Spread {
  public:
   Spread() = default;  // one rank

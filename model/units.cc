@@ -16,8 +16,10 @@ void SlotSchedule::Want(int64_t u, const std::function<void(int64_t)>& fetch) {
 
 void SlotSchedule::Enter(int64_t u, const std::function<void(int64_t)>& fetch) {
   Want(u, fetch);
+  // A layer that runs again before its backward pass says nothing new about the direction.
+  if (u == last_) return;
   // Forwards to the head, or backwards to the first layer.
-  const int64_t next = u >= last_ ? u + 1 : u - 1;
+  const int64_t next = u > last_ ? u + 1 : u - 1;
   const bool exists = next < static_cast<int64_t>(sizes_.size()) && next > UnitOfEmbedding();
   last_ = u;
   if (exists && SlotOf(next, layers()) != SlotOf(u, layers())) Want(next, fetch);

@@ -13,23 +13,55 @@ namespace {
 // another; a multiple of the alignment of shards.
 int64_t NormPiece(int64_t n) { return std::max<int64_t>(1, (n + 4095) / 4096) * 16; }
 
-parallel::UnitPartition MakePartition(const model::ParameterStore& layout, int ranks,
-                                      bool rank_independent) {
-  const std::vector<int64_t>& borders = layout.unit_borders();
+}  // namespace
+
+parallel::UnitPartition GradientPartition(const std::vector<int64_t>& borders, int ranks,
+                                          bool rank_independent) {
   std::vector<int64_t> alignments;
   for (size_t u = 0; rank_independent && u + 1 < borders.size(); ++u)
     alignments.push_back(NormPiece(borders[u + 1] - borders[u]));
   return {borders, ranks, alignments};
 }
 
-}  // namespace
+std::vector<int64_t> NormBorders(const parallel::UnitPartition& partition, int64_t unit,
+                                 bool rank_independent) {
+  std::vector<int64_t> borders;
+  const int64_t end = partition.unit_end(unit);
+  if (rank_independent) {
+    const int64_t piece = NormPiece(partition.unit_size(unit));
+    for (int64_t at = partition.unit_begin(unit); at < end; at += piece) borders.push_back(at);
+  } else {
+    for (int r = 0; r < partition.ranks(); ++r) borders.push_back(partition.begin(unit, r));
+  }
+  borders.push_back(end);
+  return borders;
+}
+
+std::vector<std::vector<CopyRange>> CopyRanges(const std::vector<model::ParameterSpec>& specs,
+                                               int64_t units) {
+  std::vector<std::vector<CopyRange>> ranges(static_cast<size_t>(units));
+  for (const model::ParameterSpec& spec : specs) {
+    if (spec.copies == 1) continue;
+    std::vector<CopyRange>& unit = ranges[static_cast<size_t>(spec.unit)];
+    // Gaps between tensors are zero on all ranks.
+    const bool next = !unit.empty() && unit.back().copies == spec.copies &&
+                      spec.offset - unit.back().end < 16 && spec.offset >= unit.back().end;
+    if (next) {
+      unit.back().end = spec.offset + spec.numel;
+    } else {
+      unit.push_back({spec.offset, spec.offset + spec.numel, spec.copies});
+    }
+  }
+  return ranges;
+}
 
 GradientReducer::GradientReducer(const Context& ctx, const model::ParameterStore& layout,
                                  parallel::Mesh& mesh, bool rank_independent)
     : ctx_(ctx),
       mesh_(mesh),
       by_hand_(rank_independent),
-      partition_(MakePartition(layout, mesh.param_size(), rank_independent)) {
+      partition_(
+          GradientPartition(layout.unit_borders(), mesh.param_size(), rank_independent)) {
   SALA_CHECK(!rank_independent || mesh.zero_stage() <= 1) << "ZeRO stage " << mesh.zero_stage();
   const model::Placement whole = sliced() ? model::Placement::Slots() : model::Placement();
   store_ = model::ParameterStore(layout.specs(), DType::kF32, ctx.gpu, whole);
@@ -37,34 +69,18 @@ GradientReducer::GradientReducer(const Context& ctx, const model::ParameterStore
     shard_ = model::ParameterStore(layout.specs(), DType::kF32, ctx.gpu,
                                    model::Placement::Shard(partition_, mesh.param_rank()));
   }
-  for (int64_t u = 0; u < partition_.units(); ++u) {
-    std::vector<int64_t>& borders = norm_borders_.emplace_back();
-    const int64_t end = partition_.unit_end(u);
-    if (rank_independent) {
-      const int64_t piece = NormPiece(partition_.unit_size(u));
-      for (int64_t at = partition_.unit_begin(u); at < end; at += piece) borders.push_back(at);
-    } else {
-      for (int r = 0; r < mesh.param_size(); ++r) borders.push_back(partition_.begin(u, r));
-    }
-    borders.push_back(end);
-  }
-  copies_.resize(static_cast<size_t>(partition_.units()));
-  for (const model::ParameterSpec& spec : store_.specs()) {
-    if (spec.copies == 1) continue;
-    std::vector<Copies>& unit = copies_[static_cast<size_t>(spec.unit)];
-    parallel::Communicator* group = &mesh.background_tp_group();
-    if (spec.copies < mesh.tp_size()) {
-      auto part = mesh.TensorSubgroup(static_cast<int>(spec.copies), /*background=*/true);
-      parallel::OrThrow(part.status());
-      group = *part;
-    }
-    // Gaps between tensors are zero on all ranks.
-    const bool next = !unit.empty() && unit.back().group == group &&
-                      spec.offset - unit.back().end < 16 && spec.offset >= unit.back().end;
-    if (next) {
-      unit.back().end = spec.offset + spec.numel;
-    } else {
-      unit.push_back({spec.offset, spec.offset + spec.numel, group});
+  for (int64_t u = 0; u < partition_.units(); ++u)
+    norm_borders_.push_back(NormBorders(partition_, u, rank_independent));
+  for (const std::vector<CopyRange>& ranges : CopyRanges(store_.specs(), partition_.units())) {
+    std::vector<Copies>& unit = copies_.emplace_back();
+    for (const CopyRange& range : ranges) {
+      parallel::Communicator* group = &mesh.background_tp_group();
+      if (range.copies < mesh.tp_size()) {
+        auto part = mesh.TensorSubgroup(static_cast<int>(range.copies), /*background=*/true);
+        parallel::OrThrow(part.status());
+        group = *part;
+      }
+      unit.push_back({range.begin, range.end, group});
     }
   }
   pending_.assign(static_cast<size_t>(partition_.units()), 0);

@@ -18,6 +18,21 @@
 
 namespace sala::recipes {
 
+// How a gradient with these unit borders is cut over `ranks` ranks, and the borders of the pieces
+// of a unit that the global norm is added from.
+parallel::UnitPartition GradientPartition(const std::vector<int64_t>& borders, int ranks,
+                                          bool rank_independent);
+std::vector<int64_t> NormBorders(const parallel::UnitPartition& partition, int64_t unit,
+                                 bool rank_independent);
+
+// Elements [begin, end) of the flat buffer that `copies` tensor ranks hold alike: what is summed
+// over them in one call. By unit.
+struct CopyRange {
+  int64_t begin, end, copies;
+};
+std::vector<std::vector<CopyRange>> CopyRanges(const std::vector<model::ParameterSpec>& specs,
+                                               int64_t units);
+
 class GradientReducer : public model::UnitHooks {
  public:
   // `layout` is that of the parameters. The mesh must outlive this. With `rank_independent`

@@ -126,6 +126,7 @@ Status Session::PrepareDirectory() {
   }
   SALA_ASSIGN_OR_RETURN(train_metrics_, MetricsFile::Open(path("metrics/train.jsonl")));
   SALA_ASSIGN_OR_RETURN(valid_metrics_, MetricsFile::Open(path("metrics/valid.jsonl")));
+  SALA_ASSIGN_OR_RETURN(rank_metrics_, MetricsFile::Open(path("metrics/ranks.jsonl")));
   if (world_.size() > 1) {
     SALA_ASSIGN_OR_RETURN(straggler_metrics_, MetricsFile::Open(path("metrics/stragglers.jsonl")));
   }
@@ -206,6 +207,10 @@ void Session::WriteValidation(const nlohmann::ordered_json& line) {
 
 void Session::WriteStragglers(const nlohmann::ordered_json& line) {
   if (is_root()) WarnOnce(straggler_metrics_.Write(line));
+}
+
+void Session::WriteRanks(const nlohmann::ordered_json& line) {
+  if (is_root()) WarnOnce(rank_metrics_.Write(line));
 }
 
 void Session::WriteSummary(const nlohmann::ordered_json& rows) {

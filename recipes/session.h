@@ -62,6 +62,7 @@ class Session {
   void WriteMetrics(const nlohmann::ordered_json& line);     // metrics/train.jsonl
   void WriteValidation(const nlohmann::ordered_json& line);  // metrics/valid.jsonl
   void WriteStragglers(const nlohmann::ordered_json& line);  // metrics/stragglers.jsonl
+  void WriteRanks(const nlohmann::ordered_json& line);       // metrics/ranks.jsonl
   void WriteStatus(const std::string& state, const std::string& stage,
                    int64_t step);                         // status.json
   void WriteSummary(const nlohmann::ordered_json& rows);  // summary.json
@@ -90,7 +91,7 @@ class Session {
   std::unique_ptr<parallel::Mesh> mesh_;
   std::optional<RunLock> lock_;  // rank 0
   std::unique_ptr<data::Tokenizer> tokenizer_;
-  MetricsFile train_metrics_, valid_metrics_, straggler_metrics_;
+  MetricsFile train_metrics_, valid_metrics_, straggler_metrics_, rank_metrics_;
   std::unique_ptr<parallel::Watchdog> watchdog_;
 };
 

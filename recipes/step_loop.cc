@@ -13,6 +13,7 @@
 #include "core/cuda_module.h"
 #include "core/hash.h"
 #include "core/log.h"
+#include "core/memory.h"
 #include "core/progress.h"
 #include "kernels/tensor_ops/tensor_ops.h"
 #include "parallel/comm_log.h"
@@ -139,6 +140,7 @@ class StepLoop {
   void ReserveTree();
   Status PlanMemory();
   void ReportMemory() const;
+  Status ReportRanks();  // collective
   StatusOr<StepData> LoadStep();
   Status Step();
   StatusOr<Values> RunMicroBatches(const StepData& data, double* loss);
@@ -164,7 +166,10 @@ class StepLoop {
   ProgressDisplay display_;
   Progress progress_;
   Stragglers stragglers_;
-  std::map<std::string, parallel::CommTotals> logged_comm_;
+  // Totals when the last logged step and when this step had its summed gradient: nothing runs
+  // beside the computation then, so the difference is exact.
+  std::map<std::string, parallel::CommTotals> logged_comm_, summed_comm_;
+  nlohmann::ordered_json comm_ = nlohmann::ordered_json::object();  // of the last logged step
   size_t planned_arena_ = 0;  // bytes, on a GPU
   size_t planned_scratch_ = 0;
   Request request_ = Request::kNone;
@@ -277,6 +282,26 @@ void StepLoop::ReportMemory() const {
                  << (planned_scratch_ >> 10) << ")";
 }
 
+// What every rank exchanged in the last logged step, and the memory it needed.
+Status StepLoop::ReportRanks() {
+  const nlohmann::ordered_json mine = {
+      {"comm", comm_},
+      {"memory",
+       {{"buffers", HostBufferPeakBytes()},
+        {"activations", session_.arena().peak_bytes()},
+        {"work_space", session_.scratch().peak_bytes()},
+        {"resident", ResidentPeakBytes()}}}};
+  SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all,
+                        session_.world().AllGatherText(mine.dump()));
+  auto ranks = nlohmann::ordered_json::array();
+  for (const std::string& text : all) ranks.push_back(nlohmann::ordered_json::parse(text));
+  session_.WriteRanks({{"step", session_.global_step},
+                       {"stage", config_.position.stage},
+                       {"phase", config_.position.phase},
+                       {"ranks", ranks}});
+  return OkStatus();
+}
+
 StatusOr<StepData> StepLoop::LoadStep() {
   parallel::Communicator& group = session_.mesh().dp_group();
   const int64_t batch = config_.batch.global_batch_sequences();
@@ -381,6 +406,8 @@ Status StepLoop::Step() {
   request_ = data.request;
   double loss = 0;
   SALA_ASSIGN_OR_RETURN(const Values values, RunMicroBatches(data, &loss));
+  SALA_RETURN_IF_ERROR(reducer_.Finish());
+  summed_comm_ = parallel::ProcessCommLog().Totals();
   const double lr = LearningRate(config_.schedule, progress_.step, config_.batch.steps);
   SALA_ASSIGN_OR_RETURN(const UpdateResult update,
                         optimizer_.Update(session_.ctx(), lr, std::isfinite(loss)));
@@ -425,9 +452,12 @@ Status StepLoop::Report(const StepData& data, const Values& values, const Update
                           stragglers_.Gather(session_.world(), session_.global_step));
     session_.WriteStragglers(line);
   }
+  if (logged) {
+    comm_ = parallel::CommDelta(logged_comm_, summed_comm_);
+    logged_comm_ = summed_comm_;
+  }
   if (!session_.is_root()) return OkStatus();
   if (logged) {
-    const auto comm = parallel::ProcessCommLog().Totals();
     nlohmann::ordered_json line = {{"step", session_.global_step},
                                    {"stage", config_.position.stage},
                                    {"phase", config_.position.phase},
@@ -446,8 +476,7 @@ Status StepLoop::Report(const StepData& data, const Values& values, const Update
     line["tokens_per_s"] = rate;
     line["step_ms"] = step_seconds * 1e3;
     line["comm_ms"] = comm_seconds * 1e3;
-    line["comm"] = parallel::CommDelta(logged_comm_, comm);
-    logged_comm_ = comm;
+    line["comm"] = comm_;
     line["arena_peak_mib"] = static_cast<double>(session_.arena().peak_bytes()) / (1 << 20);
     line["data_crc"] = Hex32(data.crc);
     session_.WriteMetrics(line);
@@ -501,6 +530,7 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
   if (progress_.step == 0) {
     SALA_ASSIGN_OR_RETURN(progress_.validation_before, Validate());
   }
+  SALA_RETURN_IF_ERROR(session_.mesh().queue().WaitAll());
   logged_comm_ = parallel::ProcessCommLog().Totals();
   while (progress_.step < steps) {
     SALA_RETURN_IF_ERROR(Step());
@@ -525,6 +555,7 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
   task_.parameters().Settle();
   display_.Finish();
   ReportMemory();
+  SALA_RETURN_IF_ERROR(ReportRanks());
   if (session_.is_root()) {
     for (const std::string& row : stragglers_.Table(session_.watchdog().hosts()))
       SALA_LOG(Info) << row;

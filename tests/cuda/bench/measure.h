@@ -34,7 +34,7 @@ struct Case {
   std::string name;  // with `tokens`, what rows of other programs are matched by
   std::string shape;
   int64_t tokens = 0;
-  double flops = 0;       // useful work of one call (work.h); 0: limited by memory alone
+  double flops = 0;       // useful work of one call (model/work.h); 0: limited by memory alone
   double bytes = 0;       // useful traffic of one call
   double set_bytes = 0;   // memory of one set of operands
   bool available = true;  // the module has the operation

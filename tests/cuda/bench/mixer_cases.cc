@@ -9,7 +9,7 @@
 #include "kernels/cuda_kernels.h"
 #include "tests/cuda/bench/cases.h"
 #include "tests/cuda/bench/shapes.h"
-#include "tests/cuda/bench/work.h"
+#include "model/work.h"
 
 namespace sala::bench {
 namespace {
@@ -72,7 +72,7 @@ void DenseCases(Bench& bench, const model::ModelConfig& model, int64_t tokens) {
   what.shape = p.Shape();
   what.tokens = tokens;
   what.name = "dense_attention_forward";
-  what.flops = 4 * p.width() * CausalPairs(tokens);
+  what.flops = 4 * p.width() * model::CausalPairs(tokens);
   what.set_bytes = p.Bytes(false);
   bench.Run(what, [&](Arena& arena, int sets) {
     std::vector<Operands> all;
@@ -165,7 +165,7 @@ void SparseCases(Bench& bench, const model::ModelConfig& model, int64_t tokens) 
   });
   what.name = "select_blocks";
   what.bytes = 0;
-  what.flops = 2 * p.width() * SelectionKeys(config, tokens);
+  what.flops = 2 * p.width() * model::SelectionKeys(config, tokens);
   what.set_bytes = 2 * t * (p.width() + p.kv_width()) + list_bytes;
   what.note = "key compression included";
   bench.Run(what, [&](Arena& arena, int sets) {
@@ -192,7 +192,7 @@ void SparseCases(Bench& bench, const model::ModelConfig& model, int64_t tokens) 
     bench.device().Upload(blocks.raw(), drawn.data(), drawn.size() * sizeof(int32_t));
     what.note = shared ? "64 neighbours chose the same free blocks" : "each token chose by itself";
     what.name = "sparse_attention_forward" + suffix;
-    what.flops = 4 * p.width() * SparsePairs(config, tokens);
+    what.flops = 4 * p.width() * model::SparsePairs(config, tokens);
     what.set_bytes = p.Bytes(false);
     bench.Run(what, [&](Arena& arena, int sets) {
       std::vector<Operands> all;

@@ -13,7 +13,7 @@
 #include "nlohmann/json.hpp"
 #include "tests/cuda/bench/cases.h"
 #include "tests/cuda/bench/shapes.h"
-#include "tests/cuda/bench/work.h"
+#include "model/work.h"
 
 namespace sala::bench {
 namespace {
@@ -160,7 +160,7 @@ void RunModel(Bench& bench, const Kind& kind, int64_t layers, int64_t tokens, bo
     bench.Skip(what, "the module has no Lightning attention");
     return;
   }
-  const ForwardWork work = ForwardWorkOf(config, kind.sparse, tokens);
+  const model::ForwardWork work = model::ForwardWorkOf(config, kind.sparse, tokens);
   const double head = 2 * static_cast<double>(config.vocab_size * config.hidden_size);
   what.flops = training ? work.step() : work.forward() - head * static_cast<double>(tokens - 1);
   // A training step runs each layer's forward pass twice.

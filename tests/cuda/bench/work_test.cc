@@ -1,5 +1,5 @@
 // The counting rules against numbers worked out by hand for the 9B model.
-#include "tests/cuda/bench/work.h"
+#include "model/work.h"
 
 #include <gtest/gtest.h>
 
@@ -12,7 +12,7 @@ constexpr double kGiga = 1e9;
 
 TEST(BenchWork, ParametersOfTheReleasedModel) {
   // 8 layers of 52.4M + 201.3M, 24 of 83.9M + 201.3M, head 300.8M.
-  EXPECT_NEAR(ProductParameters(ReleasedModel()), 9.176e9, 0.001e9);
+  EXPECT_NEAR(model::ProductParameters(ReleasedModel()), 9.176e9, 0.001e9);
 }
 
 // GFLOP per token of the forward pass at these lengths: 18.35 of products, 0.050 of Lightning, and
@@ -24,7 +24,7 @@ TEST(BenchWork, ForwardPassOfTheReleasedModel) {
   };
   for (const Row& row : {Row{4096, 0.27, 0, 56.0}, Row{32768, 0.73, 0.08, 57.5},
                          Row{131072, 0.78, 0.34, 57.9}, Row{532480, 0.80, 1.36, 59.0}}) {
-    const ForwardWork work = ForwardWorkOf(ReleasedModel(), true, row.n);
+    const model::ForwardWork work = model::ForwardWorkOf(ReleasedModel(), true, row.n);
     const double unit = kGiga * static_cast<double>(row.n);
     EXPECT_NEAR(work.products / unit, 18.35, 0.01);
     EXPECT_NEAR(work.lightning / unit, 0.050, 0.001);
@@ -51,10 +51,10 @@ TEST(BenchWork, PairsBySummingOverTokens) {
       keys += static_cast<double>(std::max(int64_t{0}, (t + 1) / 4 - 1) +
                                   std::max(int64_t{0}, (t + 1) / 16 - 1));
     }
-    EXPECT_EQ(SparsePairs(config, n), pairs) << n;
-    EXPECT_EQ(SelectionKeys(config, n), keys) << n;
+    EXPECT_EQ(model::SparsePairs(config, n), pairs) << n;
+    EXPECT_EQ(model::SelectionKeys(config, n), keys) << n;
   }
-  EXPECT_EQ(CausalPairs(4), 10);
+  EXPECT_EQ(model::CausalPairs(4), 10);
 }
 
 TEST(BenchWork, StacksKeepTheProportionsOfTheModel) {
@@ -64,8 +64,8 @@ TEST(BenchWork, StacksKeepTheProportionsOfTheModel) {
     EXPECT_EQ(hybrid.mixer(layer), model::MixerType::kLightning);
   EXPECT_FALSE(TeacherStack(false, 4).has_lightning());
   // Per token and layer, a quarter of the products of 8 softmax and 24 Lightning layers.
-  const double per_layer = (ProductParameters(hybrid) - 73448.0 * 4096) / 4;
-  const double released = (ProductParameters(ReleasedModel()) - 73448.0 * 4096) / 32;
+  const double per_layer = (model::ProductParameters(hybrid) - 73448.0 * 4096) / 4;
+  const double released = (model::ProductParameters(ReleasedModel()) - 73448.0 * 4096) / 32;
   EXPECT_EQ(per_layer, released);
 }
 

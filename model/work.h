@@ -20,7 +20,7 @@
 
 #include "model/config.h"
 
-namespace sala::bench {
+namespace sala::model {
 
 // Pairs of a query and a key in one document of n tokens.
 double CausalPairs(int64_t n);
@@ -29,7 +29,7 @@ double SparsePairs(const kernels::SparseAttentionConfig& config, int64_t n);
 double SelectionKeys(const kernels::SparseAttentionConfig& config, int64_t n);
 
 // Elements of all weight matrices that a token is multiplied with, the head included.
-double ProductParameters(const model::ModelConfig& config);
+double ProductParameters(const ModelConfig& config);
 
 // Floating-point operations of the forward pass over one document of n tokens.
 struct ForwardWork {
@@ -40,6 +40,6 @@ struct ForwardWork {
   double forward() const { return products + attention + selection + lightning; }
   double step() const { return 3 * (products + attention + lightning) + selection; }
 };
-ForwardWork ForwardWorkOf(const model::ModelConfig& config, bool sparse, int64_t n);
+ForwardWork ForwardWorkOf(const ModelConfig& config, bool sparse, int64_t n);
 
-}  // namespace sala::bench
+}  // namespace sala::model

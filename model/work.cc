@@ -1,10 +1,10 @@
-#include "tests/cuda/bench/work.h"
+#include "model/work.h"
 
 #include <algorithm>
 
 #include "model/parameters.h"
 
-namespace sala::bench {
+namespace sala::model {
 
 double CausalPairs(int64_t n) {
   const auto x = static_cast<double>(n);
@@ -30,22 +30,22 @@ double SelectionKeys(const kernels::SparseAttentionConfig& config, int64_t n) {
   return keys;
 }
 
-double ProductParameters(const model::ModelConfig& config) {
+double ProductParameters(const ModelConfig& config) {
   double n = static_cast<double>(config.vocab_size * config.hidden_size);
-  for (const model::ParameterSpec& spec : model::ParameterSpecs(config)) {
-    if (spec.kind == model::ParameterKind::kMatrix) n += static_cast<double>(spec.numel);
+  for (const ParameterSpec& spec : ParameterSpecs(config)) {
+    if (spec.kind == ParameterKind::kMatrix) n += static_cast<double>(spec.numel);
   }
   return n;
 }
 
-ForwardWork ForwardWorkOf(const model::ModelConfig& config, bool sparse, int64_t n) {
+ForwardWork ForwardWorkOf(const ModelConfig& config, bool sparse, int64_t n) {
   ForwardWork work;
   work.products = 2 * ProductParameters(config) * static_cast<double>(n);
   const bool selects = sparse && n >= config.sparse.dense_len;
   const double pairs = selects ? SparsePairs(config.sparse, n) : CausalPairs(n);
   const double keys = selects ? SelectionKeys(config.sparse, n) : 0;
   for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
-    if (config.mixer(layer) == model::MixerType::kSoftmax) {
+    if (config.mixer(layer) == MixerType::kSoftmax) {
       const auto width = static_cast<double>(config.attention_width());
       work.attention += 4 * width * pairs;
       work.selection += 2 * width * keys;
@@ -57,4 +57,4 @@ ForwardWork ForwardWorkOf(const model::ModelConfig& config, bool sparse, int64_t
   return work;
 }
 
-}  // namespace sala::bench
+}  // namespace sala::model

@@ -1,0 +1,17 @@
+// What this process uses of the host's memory, for the metrics of a run and to hold its plan
+// against.
+#pragma once
+
+#include <cstdint>
+
+namespace sala {
+
+// Bytes of all Buffers in host memory (core/buffer.h), now and the most there ever were.
+int64_t HostBufferBytes();
+int64_t HostBufferPeakBytes();
+
+// The most physical memory the process had (VmHWM of Linux), libraries and their buffers included;
+// 0 where the system does not say.
+int64_t ResidentPeakBytes();
+
+}  // namespace sala

@@ -1,0 +1,190 @@
+// sala plan: what a configuration will need on so many ranks, without running it.
+#include <algorithm>
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "data/tokenizer.h"
+#include "launch/command.h"
+#include "nlohmann/json.hpp"
+#include "recipes/checkpointing.h"
+#include "recipes/config.h"
+#include "recipes/plan.h"
+
+namespace sala::launch {
+namespace {
+
+using recipes::CommPlan;
+using recipes::MemoryPlan;
+using recipes::NamedPlan;
+using recipes::RankPlan;
+
+struct PlanOptions {
+  std::string config;
+  std::vector<std::string> sets;
+  std::string stage;
+  std::string device;
+  int ranks = 1;
+  bool json = false;
+};
+
+// What a stage at the head of the run starts from: only shapes are read.
+StatusOr<model::ModelConfig> StartingConfig(const recipes::StageConfig& stage) {
+  if (stage.model) {
+    model::ModelConfig config = *stage.model;
+    if (config.vocab_size == 0) {
+      SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
+                            data::LoadTokenizer(stage.tokenizer));
+      config.vocab_size = tokenizer->vocab_size();
+    }
+    SALA_RETURN_IF_ERROR(config.Resolve());
+    return config;
+  }
+  return recipes::ModelConfigAt(stage.init_from->path);
+}
+
+const std::vector<std::pair<const char*, int64_t MemoryPlan::*>>& MemoryKinds() {
+  static const std::vector<std::pair<const char*, int64_t MemoryPlan::*>> kinds = {
+      {"parameters", &MemoryPlan::parameters},
+      {"frozen", &MemoryPlan::frozen},
+      {"slots", &MemoryPlan::slots},
+      {"gradients", &MemoryPlan::gradients},
+      {"optimizer", &MemoryPlan::optimizer},
+      {"exchange", &MemoryPlan::exchange},
+      {"activations", &MemoryPlan::activations},
+      {"work_space", &MemoryPlan::work_space}};
+  return kinds;
+}
+
+nlohmann::ordered_json ToJson(const RankPlan& rank) {
+  auto comm = nlohmann::ordered_json::object();
+  for (const auto& [name, count] : rank.comm)
+    comm[name] = {{"calls", count.calls}, {"bytes", count.bytes}};
+  auto memory = nlohmann::ordered_json::object();
+  for (const auto& [name, kind] : MemoryKinds()) memory[name] = rank.memory.*kind;
+  memory["buffers"] = rank.memory.buffers();
+  memory["total"] = rank.memory.total();
+  memory["host"] = rank.memory.host;
+  return {{"comm", comm}, {"memory", memory}};
+}
+
+nlohmann::ordered_json ToJson(const NamedPlan& plan, const std::vector<RankPlan>& ranks) {
+  const recipes::PlanInput& input = plan.input;
+  auto all = nlohmann::ordered_json::array();
+  for (const RankPlan& rank : ranks) all.push_back(ToJson(rank));
+  return {{"phase", plan.phase},
+          {"mesh",
+           {{"dp", input.mesh.dp},
+            {"cp", input.mesh.cp},
+            {"tp", input.mesh.tp},
+            {"zero_stage", input.mesh.zero_stage}}},
+          {"steps", input.batch.steps},
+          {"tokens_per_step", input.batch.global_batch_tokens},
+          {"parameters", recipes::TrainedParameters(input)},
+          {"flop_per_step", recipes::StepFlop(input)},
+          {"ranks", all}};
+}
+
+void PrintTable(const std::string& stage, const NamedPlan& plan,
+                const std::vector<RankPlan>& ranks) {
+  const recipes::PlanInput& input = plan.input;
+  const auto largest = std::max_element(
+      ranks.begin(), ranks.end(),
+      [](const RankPlan& a, const RankPlan& b) { return a.memory.total() < b.memory.total(); });
+  std::printf("\n%s / %s: dp %lld x cp %lld x tp %lld, ZeRO %lld, %s\n", stage.c_str(),
+              plan.phase.c_str(), static_cast<long long>(input.mesh.dp),
+              static_cast<long long>(input.mesh.cp), static_cast<long long>(input.mesh.tp),
+              static_cast<long long>(input.mesh.zero_stage),
+              input.device == DeviceKind::kCuda ? "cuda" : "cpu");
+  std::printf("  %-26s %s\n", "steps", WithCommas(input.batch.steps).c_str());
+  std::printf("  %-26s %s\n", "tokens per step",
+              WithCommas(input.batch.global_batch_tokens).c_str());
+  std::printf("  %-26s %s\n", "trained parameters",
+              WithCommas(recipes::TrainedParameters(input)).c_str());
+  std::printf("  %-26s %.3e\n", "floating-point operations", recipes::StepFlop(input));
+  std::printf("  memory of rank %lld, the largest\n",
+              static_cast<long long>(largest - ranks.begin()));
+  for (const auto& [name, kind] : MemoryKinds()) {
+    const int64_t bytes = largest->memory.*kind;
+    if (bytes > 0) std::printf("    %-24s %s\n", name, ByteText(bytes).c_str());
+  }
+  std::printf("    %-24s %s\n", "total", ByteText(largest->memory.total()).c_str());
+  if (largest->memory.host > 0)
+    std::printf("    %-24s %s\n", "host memory beside it", ByteText(largest->memory.host).c_str());
+  CommPlan most;
+  for (const RankPlan& rank : ranks) {
+    for (const auto& [name, count] : rank.comm) {
+      recipes::CommCount& to = most[name];
+      to.calls = std::max(to.calls, count.calls);
+      to.bytes = std::max(to.bytes, count.bytes);
+    }
+  }
+  std::printf("  exchanged in a step, the most of a rank\n");
+  for (const auto& [name, count] : most) {
+    std::printf("    %-24s %12s calls  %s\n", name.c_str(), WithCommas(count.calls).c_str(),
+                ByteText(count.bytes).c_str());
+  }
+}
+
+Status Plan(const PlanOptions& options) {
+  std::vector<std::string> sets = options.sets;
+  if (!options.device.empty()) sets.push_back("run.device=" + options.device);
+  SALA_ASSIGN_OR_RETURN(const recipes::PipelineConfig config,
+                        recipes::LoadPipeline(options.config, sets));
+  const auto named = [&](const recipes::StageConfig& stage) { return stage.name == options.stage; };
+  if (!options.stage.empty() && std::none_of(config.stages.begin(), config.stages.end(), named)) {
+    return MakeError(ExitCode::kUsage, "USAGE",
+                     options.config + " has no stage '" + options.stage + "'");
+  }
+  SALA_ASSIGN_OR_RETURN(model::ModelConfig model, StartingConfig(config.stages[0]));
+  auto stages = nlohmann::ordered_json::array();
+  for (const recipes::StageConfig& stage : config.stages) {
+    auto plans = recipes::PlanStage(stage, config.run, options.ranks, &model);
+    if (!plans.ok()) return Annotate(plans.status(), "stage " + stage.name);
+    if (!options.stage.empty() && !named(stage)) continue;
+    auto phases = nlohmann::ordered_json::array();
+    for (const NamedPlan& plan : *plans) {
+      std::vector<RankPlan> ranks;
+      for (int rank = 0; rank < options.ranks; ++rank) {
+        ranks.push_back(
+            recipes::PlanRank(plan.input, rank, recipes::FullMicroBatches(plan.input, rank)));
+      }
+      if (options.json) {
+        phases.push_back(ToJson(plan, ranks));
+      } else {
+        PrintTable(stage.name, plan, ranks);
+      }
+    }
+    stages.push_back({{"stage", stage.name}, {"phases", phases}});
+  }
+  if (options.json) {
+    const nlohmann::ordered_json all = {{"ranks", options.ranks}, {"stages", stages}};
+    std::printf("%s\n", all.dump(1).c_str());
+  }
+  return OkStatus();
+}
+
+}  // namespace
+
+void AddPlanCommand(CommandLine& line) {
+  auto options = std::make_shared<PlanOptions>();
+  CLI::App* command = AddCommand(
+      line.app, "plan", "memory, exchanges and work of a step on so many ranks, without running it",
+      "sala plan configs/tiny/pipeline.yaml --ranks 8 --set "
+      "stable.parallel.zero_stage=3 --stage stable");
+  command->add_option("config", options->config, "pipeline or stage file")->required();
+  command->add_option("--ranks", options->ranks, "ranks of the job")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command
+      ->add_option("--set", options->sets,
+                   "KEY.KEY=VALUE over the file; in a pipeline STAGE.KEY=VALUE")
+      ->allow_extra_args(false);  // one value each, so that the file may follow
+  command->add_option("--stage", options->stage, "this stage only");
+  command->add_option("--device", options->device, "cpu or cuda (run.device)");
+  command->add_flag("--json", options->json, "every rank, as one JSON object");
+  line.OnUse(command, [options] { return Plan(*options); });
+}
+
+}  // namespace sala::launch
