@@ -140,6 +140,66 @@ TEST(Checkpoint, RoundTripOfBoxesFlatRangesAndScalars) {
   EXPECT_EQ(counter, 77);
 }
 
+// Every range of every box of a matrix that is stored in column halves and, its moment, in pieces
+// that end in the middle of a row.
+TEST(Checkpoint, BoxesAreReadAcrossSlices) {
+  const TempDir root;
+  const SampleSave sample;
+  const Checkpoint checkpoint = Checkpoint::Open(sample.Save(root.path(), 1).value()).value();
+  for (int64_t row = 0; row < 4; ++row) {
+    for (int64_t column = 0; column < 6; ++column) {
+      for (int64_t rows = 1; row + rows <= 4; ++rows) {
+        for (int64_t columns = 1; column + columns <= 6; ++columns) {
+          for (const TensorKind kind : {TensorKind::kParam, TensorKind::kExpAvg}) {
+            const std::vector<float>& whole =
+                kind == TensorKind::kParam ? sample.weight : sample.moment;
+            std::vector<float> box;
+            for (int64_t i = 0; i < rows * columns; ++i) {
+              const int64_t at = (row + i / columns) * 6 + column + i % columns;
+              box.push_back(whole[static_cast<size_t>(at)]);
+            }
+            for (int64_t begin = 0; begin <= rows * columns; begin += 2) {
+              for (int64_t end = begin; end <= rows * columns; ++end) {
+                std::vector<float> values(static_cast<size_t>(end - begin));
+                ASSERT_TRUE(checkpoint
+                                .ReadBoxF32(kWeight, kind, {row, column}, {rows, columns}, begin,
+                                            end, values.data())
+                                .ok());
+                ASSERT_EQ(values, std::vector<float>(box.begin() + begin, box.begin() + end))
+                    << "[" << row << ", " << column << "] of " << rows << " x " << columns;
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  std::vector<float> values(2);
+  ASSERT_TRUE(
+      checkpoint.ReadBoxF32("norm.weight", TensorKind::kParam, {1}, {2}, 0, 2, values.data()).ok());
+  EXPECT_THAT(values, ElementsAre(-2, 3));
+}
+
+TEST(Checkpoint, ADamagedSliceIsNoticedByTheBoxesThatTouchIt) {
+  const TempDir root;
+  const SampleSave sample;
+  const std::string directory = sample.Save(root.path(), 1).value();
+  const Hdf5Reader file = Hdf5Reader::Open(directory + "/model-00001.h5").value();
+  FlipBit(directory + "/model-00001.h5",
+          file.Info(std::string("param/") + kWeight + "#0").value().byte_offset + 5);
+  const Checkpoint checkpoint = Checkpoint::Open(directory).value();
+  std::vector<float> values(12);
+  const auto read = [&](int64_t first_column, int64_t columns, int64_t begin, int64_t end) {
+    return checkpoint.ReadBoxF32(kWeight, TensorKind::kParam, {0, first_column}, {4, columns},
+                                 begin, end, values.data());
+  };
+  EXPECT_TRUE(read(0, 3, 0, 12).ok()) << "the other half is whole";
+  EXPECT_EQ(values, sample.ColumnHalf(0));
+  EXPECT_EQ(ErrorCodeOf(read(3, 3, 11, 12)), "CKPT-CRC") << "any element checks its whole slice";
+  EXPECT_EQ(ErrorCodeOf(read(2, 2, 0, 8)), "CKPT-CRC");
+  EXPECT_TRUE(read(2, 2, 6, 7).ok()) << "the range ends before the damaged half";
+}
+
 TEST(Checkpoint, RunsOfBoxesOfEveryRank) {
   // Against the definition: walk the box element by element.
   const std::vector<int64_t> shape = {3, 4, 2, 5};

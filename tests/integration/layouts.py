@@ -96,9 +96,12 @@ class Case:
         self.one = h.ROOT / "runs" / name / "one"
         h.succeed(h.train(self.config, self.one))
 
+    def directory(self, layout, *sets):
+        return h.ROOT / "runs" / self.name / "-".join(str(word) for word in (*layout, *sets)).replace("/", "")
+
     def start(self, layout, *sets):
         """Result and run directory of the measured stage on a layout, from the same checkpoint before it as the one rank's."""
-        run = h.ROOT / "runs" / self.name / "-".join(str(word) for word in (*layout, *sets)).replace("/", "")
+        run = self.directory(layout, *sets)
         if self.index > 0:
             h.copy_run(self.one, run)
             for checkpoint in h.checkpoints(run):

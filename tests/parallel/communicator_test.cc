@@ -155,6 +155,41 @@ TEST(CommunicatorTest, AllGatherInPiecesMovesWhatOneWould) {
   }
 }
 
+TEST(CommunicatorTest, ShiftGoesToTheNeighbourAndDoesNotWrapAround) {
+  for (int by = 1 - world->size(); by < world->size(); ++by) {
+    if (by == 0) continue;
+    for (const int64_t n :
+         {int64_t{0}, int64_t{1}, int64_t{100'000}}) {  // also above MPI's eager size
+      std::vector<float> send(static_cast<size_t>(n));
+      for (int64_t i = 0; i < n; ++i) send[static_cast<size_t>(i)] = Value(world->rank(), i);
+      std::vector<float> recv(send.size(), -7.0F);
+      ASSERT_TRUE(world->Shift(ConstTensor(send.data(), {n}), Tensor(recv.data(), {n}), by).ok());
+      const int sender = world->rank() - by;
+      const bool exists = 0 <= sender && sender < world->size();
+      for (int64_t i = 0; i < n; ++i) {
+        ASSERT_EQ(recv[static_cast<size_t>(i)], exists ? Value(sender, i) : -7.0F)
+            << "by " << by << ", element " << i;
+      }
+    }
+  }
+}
+
+TEST(CommunicatorTest, AllReduceSumAddsByTheTreeOverRanks) {
+  Buffer work;
+  // Fewer elements than ranks, a number that ranks do not divide; work space that is too large.
+  for (const int64_t n : {int64_t{1000}, int64_t{0}, int64_t{1}, int64_t{7}}) {
+    std::vector<float> values;
+    for (int64_t i = 0; i < n; ++i) values.push_back(Value(world->rank(), i));
+    ASSERT_TRUE(AllReduceSum(*world, Tensor(values.data(), {n}), nullptr, &work).ok());
+    for (int64_t i = 0; i < n; ++i) {
+      const auto expected = TreeSum<float>(0, world->size(), [i](int r) { return Value(r, i); });
+      EXPECT_EQ(std::memcmp(&values[static_cast<size_t>(i)], &expected, sizeof(float)), 0)
+          << values[static_cast<size_t>(i)] << " " << expected;
+    }
+  }
+  EXPECT_EQ(work.bytes() > 0, world->size() > 1);
+}
+
 TEST(CommunicatorTest, SplitMakesGroups) {
   auto part = world->Split(world->rank() % 2);
   ASSERT_TRUE(part.ok());

@@ -140,6 +140,46 @@ TEST_P(DeviceCommunicator, AllGatherMovesEveryBitInPlaceAndOutOfPlace) {
   }
 }
 
+TEST_P(DeviceCommunicator, ShiftMovesEveryBitAndDoesNotWrapAround) {
+  for (int by = 1 - world->size(); by < world->size(); ++by) {
+    if (by == 0) continue;
+    for (const int64_t n : {int64_t{16}, (int64_t{1} << 20) + 48}) {
+      const std::vector<float> values = Values(n);
+      std::vector<float> expected(static_cast<size_t>(n), -7.0F);
+      ASSERT_TRUE(
+          world->Shift(ConstTensor(values.data(), {n}), Tensor(expected.data(), {n}), by).ok());
+      const Buffer send = Upload(values);
+      const Buffer recv = Upload(std::vector<float>(static_cast<size_t>(n), -7.0F));
+      const Status status = comm().Shift(ConstTensor(View(send, 0, n)), View(recv, 0, n), by);
+      ASSERT_TRUE(status.ok()) << MessageOf(status);
+      EXPECT_EQ(Download(recv, n), expected) << "by " << by;
+    }
+  }
+}
+
+TEST_P(DeviceCommunicator, AllReduceSumIsTheSameOnEveryRank) {
+  Buffer work;
+  Buffer host_work;
+  for (const int64_t n : {int64_t{4096}, int64_t{16}, int64_t{7}}) {
+    std::vector<float> expected = Values(n);
+    const Buffer values = Upload(expected);
+    ASSERT_TRUE(AllReduceSum(*world, Tensor(expected.data(), {n}), nullptr, &host_work).ok());
+    const Status status = AllReduceSum(comm(), View(values, 0, n), device, &work);
+    ASSERT_TRUE(status.ok()) << MessageOf(status);
+    const std::vector<float> found = Download(values, n);
+    // In any order: as for ReduceScatterSum.
+    const double bound =
+        GetParam() == Way::kNcclFree ? world->size() * world->size() * 0x1p26 * 0x1p-24 : 0.0;
+    for (size_t i = 0; i < found.size(); ++i) ASSERT_NEAR(found[i], expected[i], bound) << i;
+    // The bits of rank 0 are those of all.
+    std::vector<float> first = found;
+    ASSERT_TRUE(
+        world->Broadcast({reinterpret_cast<char*>(first.data()), first.size() * sizeof(float)}, 0)
+            .ok());
+    EXPECT_EQ(std::memcmp(first.data(), found.data(), found.size() * sizeof(float)), 0);
+  }
+}
+
 TEST_P(DeviceCommunicator, HostMemoryGoesTheWayOfTheHost) {
   double value = world->rank() + 0.5;
   ASSERT_TRUE(comm().AllReduce(std::span<double>(&value, 1), Reduce::kSum).ok());
