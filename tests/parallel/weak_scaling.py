@@ -79,10 +79,9 @@ def main():
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
     arguments = parser.parse_args()
     h.SALA, h.MPIRUN = os.path.abspath(arguments.sala), arguments.mpirun
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], stdout=subprocess.PIPE, text=True, check=False,
-                            cwd=pathlib.Path(__file__).parent).stdout.strip()
+    version = subprocess.run([h.SALA, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     cores = len(os.sched_getaffinity(0))
-    print(f"hardware: {hardware()}; load before: {os.getloadavg()[0]:.1f}; commit {commit}")
+    print(f"hardware: {hardware()}; load before: {os.getloadavg()[0]:.1f}; {version}")
     print("command: " + " ".join(["python3", "tests/parallel/weak_scaling.py", "--sala", "SALA", "--mpirun", "MPIRUN"]) + "\n")
     print("| kind | ranks | step ms | to one rank | useful work a rank | per core | collectives ms, median (most) of ranks | "
           "slowest / median rank | MB a rank and step |")
