@@ -97,9 +97,9 @@ Tensor Spread::GatherGroup(const Context& ctx, Arena& arena, int64_t kv_heads,
   const int64_t tokens = x.dim(0);
   const int64_t width = x.dim(1);
   const Tensor all = arena.New(x.dtype(), {tokens, ranks * width});
-  if (Dry(ctx)) return all;
   const ArenaScope scope(arena);
   const Tensor rows = arena.New(x.dtype(), {ranks * tokens, width});
+  if (Dry(ctx)) return all;
   const auto group = mesh_->TensorSubgroup(static_cast<int>(ranks), /*background=*/false);
   OrThrow(group.status());
   OrThrow((*group)->AllGather(ConstTensor(FlatView(x)),

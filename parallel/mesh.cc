@@ -65,7 +65,7 @@ StatusOr<std::unique_ptr<Communicator>> Mesh::Group(int64_t colour, const std::s
   NameGroup(*group, name);
   if (!ctx.cuda()) return group;
   const Communicator& host_group = *group;  // lives on inside the one for device memory
-  if (nccl) {
+  if (nccl && group->size() > 1) {
     SALA_ASSIGN_OR_RETURN(
         group, MakeNcclCommunicator(std::move(group), ctx, ctx.gpu->options().deterministic));
   } else {
@@ -79,11 +79,11 @@ Status Mesh::MakeGroups(const Context& ctx, bool nccl) {
   const int64_t cp = world_.rank() / config_.tp % config_.cp;
   const int64_t dp = world_.rank() / config_.tp / config_.cp;
   const int64_t replica = dp * config_.cp + cp;
-  SALA_ASSIGN_OR_RETURN(dp_group_, Group(cp * config_.tp + tp, "dp", ctx, nccl));
+  SALA_ASSIGN_OR_RETURN(dp_group_, Group(cp * config_.tp + tp, "dp", {}, nccl));
   SALA_ASSIGN_OR_RETURN(cp_group_, Group(dp * config_.tp + tp, "cp", ctx, nccl));
   SALA_ASSIGN_OR_RETURN(tp_group_, Group(replica, "tp", ctx, nccl));
   SALA_ASSIGN_OR_RETURN(param_group_, Group(tp, "param", ctx, nccl));
-  SALA_ASSIGN_OR_RETURN(sample_group_, Group(dp, "sample", ctx, nccl));
+  SALA_ASSIGN_OR_RETURN(sample_group_, Group(dp, "sample", {}, nccl));
   const bool threaded = !ctx.cuda() && world_.thread_safe() && world_.size() > 1;
   if (threaded) {
     SALA_ASSIGN_OR_RETURN(background_param_, Group(tp, "param", ctx, nccl));

@@ -45,7 +45,8 @@ StatusOr<MeshConfig> ResolveMesh(int ranks, const MeshConfig& config);
 
 class Mesh {
  public:
-  // With a GPU context the groups carry its memory. Collective.
+  // With a GPU context the cp, tp and param groups carry its memory; those of one rank need no NCCL
+  // for it. Collective.
   static StatusOr<std::unique_ptr<Mesh>> Create(Communicator& world, const MeshConfig& config,
                                                 const Context& ctx = {});
 
@@ -81,6 +82,20 @@ class Mesh {
     return background_tp_ ? *background_tp_ : *tp_group_;
   }
 
+  // While a step is only planned, on a dry device (recipes/step_loop.cc): nothing is exchanged, and
+  // who exchanges around the use of a unit (model/units.h) does nothing.
+  class Planning {
+   public:
+    explicit Planning(Mesh& mesh) : mesh_(mesh) { mesh_.planning_ = true; }
+    Planning(const Planning&) = delete;
+    Planning& operator=(const Planning&) = delete;
+    ~Planning() { mesh_.planning_ = false; }
+
+   private:
+    Mesh& mesh_;
+  };
+  bool planning() const { return planning_; }
+
   const MeshConfig& config() const { return config_; }  // dp resolved
   int64_t zero_stage() const { return config_.zero_stage; }
   const char* transport() const { return transport_; }  // of device memory: "MPI", "NCCL"
@@ -98,6 +113,7 @@ class Mesh {
   std::map<std::pair<int, bool>, std::unique_ptr<Communicator>> tensor_subgroups_;
   std::unique_ptr<CommQueue> queue_;  // ends before the groups it uses
   const char* transport_ = "MPI";
+  bool planning_ = false;
 };
 
 }  // namespace sala::parallel

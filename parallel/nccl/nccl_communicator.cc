@@ -268,6 +268,7 @@ Status NcclCommunicator::Shift(const ConstTensor& send, const Tensor& recv, int 
 
 StatusOr<std::unique_ptr<Communicator>> NcclCommunicator::Split(int colour) {
   SALA_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> part, host_->Split(colour));
+  if (part->size() == 1) return MakeStagedCommunicator(std::move(part), device_);
   return MakeNccl(std::move(part), ctx_, ordered_);
 }
 

@@ -140,6 +140,47 @@ TEST_P(DeviceCommunicator, AllGatherMovesEveryBitInPlaceAndOutOfPlace) {
   }
 }
 
+TEST_P(DeviceCommunicator, ShiftHandsOnAndWrapsNothingAround) {
+  constexpr int64_t kFloats = 1003;
+  for (int by = 1 - world->size(); by < world->size(); ++by) {
+    if (by == 0) continue;
+    const auto of = [](int rank) {
+      return std::vector<float>(static_cast<size_t>(kFloats), static_cast<float>(rank) + 0.25F);
+    };
+    const std::vector<float> kept(static_cast<size_t>(kFloats), -7.0F);
+    const Buffer send = Upload(of(world->rank()));
+    const Buffer recv = Upload(kept);
+    const Status status =
+        comm().Shift(ConstTensor(View(send, 0, kFloats)), View(recv, 0, kFloats), by);
+    ASSERT_TRUE(status.ok()) << MessageOf(status);
+    const int from = world->rank() - by;
+    EXPECT_EQ(Download(recv, kFloats), 0 <= from && from < world->size() ? of(from) : kept) << by;
+    EXPECT_EQ(Download(send, kFloats), of(world->rank()));
+  }
+}
+
+// Those who pass the same colour, of which one is alone.
+TEST_P(DeviceCommunicator, PartsCarryDeviceMemoryToo) {
+  const bool alone = world->rank() == world->size() - 1;
+  const auto part = comm().Split(alone ? 1 : 0);
+  ASSERT_TRUE(part.ok()) << MessageOf(part.status());
+  const int n = alone ? 1 : world->size() - 1;
+  ASSERT_EQ((*part)->size(), n);
+  const std::vector<int64_t> counts(static_cast<size_t>(n), 16);
+  const Buffer send = Upload(std::vector<float>(static_cast<size_t>(16 * n), 1.5F));
+  const Buffer recv = Upload(std::vector<float>(static_cast<size_t>(16 * n), NAN));
+  const Status summed =
+      (*part)->ReduceScatterSum(ConstTensor(View(send, 0, 16 * n)), counts, View(recv, 0, 16));
+  ASSERT_TRUE(summed.ok()) << MessageOf(summed);
+  const std::vector<float> expected(16, 1.5F * static_cast<float>(n));
+  EXPECT_EQ(Download(recv, 16), expected);
+  const Status gathered =
+      (*part)->AllGather(ConstTensor(View(recv, 0, 16)), counts, View(send, 0, 16 * n));
+  ASSERT_TRUE(gathered.ok()) << MessageOf(gathered);
+  EXPECT_EQ(Download(send, 16 * n),
+            std::vector<float>(static_cast<size_t>(16 * n), 1.5F * static_cast<float>(n)));
+}
+
 TEST_P(DeviceCommunicator, HostMemoryGoesTheWayOfTheHost) {
   double value = world->rank() + 0.5;
   ASSERT_TRUE(comm().AllReduce(std::span<double>(&value, 1), Reduce::kSum).ok());
