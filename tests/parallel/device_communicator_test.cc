@@ -192,6 +192,63 @@ TEST_P(DeviceCommunicator, HostMemoryGoesTheWayOfTheHost) {
   EXPECT_TRUE(comm().Barrier().ok());
 }
 
+// On the emulator work of a stream runs when somebody waits for it: who does not wait, in one
+// direction or the other, sees old values.
+TEST(SideStreamOfNccl, RunsBesideTheComputationAndInOrderWithIt) {
+  ThreadPool pool(1);
+  Arena scratch(size_t{1} << 20, device);
+  const Context ctx = {DeviceKind::kCuda, &pool, &scratch, device};
+  auto side = MakeSideStream(*device);
+  ASSERT_TRUE(side.ok()) << MessageOf(side.status());
+  auto host = world->Split(0);
+  ASSERT_TRUE(host.ok());
+  auto comm = MakeNcclCommunicator(std::move(*host), ctx, /*ordered=*/true, side->get());
+  ASSERT_TRUE(comm.ok()) << MessageOf(comm.status());
+  CommQueue queue(/*threaded=*/false, side->get());
+
+  // More exchanges than the side stream has events for, each of other values.
+  constexpr size_t kExchanges = 70;
+  const int n = world->size();
+  const std::vector<int64_t> counts(static_cast<size_t>(n), 16);
+  const auto floats = [n](size_t i) {
+    return std::vector<float>(static_cast<size_t>(16 * n), static_cast<float>(i + 1));
+  };
+  std::vector<Buffer> sends, recvs;
+  for (size_t i = 0; i < kExchanges; ++i) {
+    sends.emplace_back(floats(0).size() * sizeof(float), device);
+    recvs.emplace_back(16 * sizeof(float), device);
+    device->Zero(recvs[i].data(), recvs[i].bytes());
+  }
+  device->Synchronize();
+  std::vector<CommQueue::Ticket> tickets;
+  for (size_t i = 0; i < kExchanges; ++i) {
+    // What the compute stream has been given and not done yet.
+    const std::vector<float> values = floats(i);
+    device->Upload(sends[i].data(), values.data(), values.size() * sizeof(float));
+    tickets.push_back(queue.Submit([&, i] {
+      return (*comm)->ReduceScatterSum(
+          ConstTensor(Tensor(sends[i].data(), DType::kF32, {16 * n}, DeviceKind::kCuda)), counts,
+          Tensor(recvs[i].data(), DType::kF32, {16}, DeviceKind::kCuda));
+    }));
+  }
+  EXPECT_FALSE(queue.idle());
+  if (device->info().emulated && n > 1) {
+    EXPECT_EQ(*static_cast<const float*>(recvs.back().data()), 0.0F) << "somebody has waited";
+  }
+  const auto check = [&](size_t i) {
+    const Status status = queue.Wait(tickets[i]);
+    ASSERT_TRUE(status.ok()) << MessageOf(status);
+    std::vector<float> found(16);
+    device->Download(found.data(), recvs[i].data(), found.size() * sizeof(float));
+    EXPECT_EQ(found, std::vector<float>(16, static_cast<float>(n) * static_cast<float>(i + 1)))
+        << i;
+  };
+  check(0);
+  check(kExchanges - 1);
+  EXPECT_TRUE(queue.idle());
+  check(kExchanges / 2);
+}
+
 std::string NameOf(const ::testing::TestParamInfo<Way>& way) {
   constexpr const char* kNames[] = {"Staged", "NcclOrdered", "NcclFree"};
   return kNames[static_cast<int>(way.param)];
