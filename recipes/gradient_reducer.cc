@@ -156,7 +156,7 @@ Status GradientReducer::Reduce(int64_t unit) {
     term = Tensor(term_.data(), DType::kF32, {end - begin}, all.device());
     SALA_RETURN_IF_ERROR(group.ReduceScatterSum(ConstTensor(all), partition_.counts(unit), term));
   }
-  Context beside = ctx_;
+  Context beside = mesh_.Beside(ctx_);
   beside.pool = pool_.get();
   kernels::Add(beside, term, shard_.Flat(begin, end));
   return OkStatus();
