@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/clock.h"
+#include "core/device.h"
 #include "core/log.h"
 
 namespace sala::parallel {
@@ -36,7 +37,11 @@ void CommQueue::Drain() {
   if (side_ != nullptr) {
     const auto until = std::chrono::steady_clock::now() + kPatience;
     while (done_ < last_ && std::chrono::steady_clock::now() < until) {
-      if (side_->Passed(last_)) done_ = last_;
+      try {
+        if (side_->Passed(last_)) done_ = last_;
+      } catch (const DeviceError&) {
+        done_ = last_;  // after a fault of the GPU nothing runs on it any more
+      }
       std::this_thread::sleep_for(kBetweenQuestions);
     }
   }

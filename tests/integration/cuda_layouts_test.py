@@ -14,6 +14,7 @@ only share out micro-batches, no rounding changes at all: GRADIENT_TOLERANCE of 
 """
 
 import math
+import subprocess
 import unittest
 
 import harness as h
@@ -189,6 +190,21 @@ class OtherLayouts(unittest.TestCase):
             self.assertNotEqual(line["loss_hex"], expected["loss_hex"])
             self.assertAlmostEqual(line["loss"] / expected["loss"], 1, delta=BF16_LOSS)
             self.assertAlmostEqual(line["grad_norm"] / expected["grad_norm"], 1, delta=BF16_GRADIENT)
+
+
+class Errors(unittest.TestCase):
+    @unittest.skipUnless(EMULATED, "failures are injected by the emulator")
+    def test_a_failing_launch_ends_all_while_exchanges_are_under_way(self):
+        # With ZeRO-3 the next layer's parameters are being gathered when the launch fails.
+        config = h.write_stage(h.ROOT / "layouts" / "errors.yaml", stage(1, 2))
+        fault = "SALA_SIMT_FAIL=launch:SwiGluForward"
+        for transport in ("mpi", "nccl"):
+            sets = ["run.device=cuda", "parallel.zero_stage=3", f"parallel.transport={transport}"]
+            program = h.command(h.train(config, h.ROOT / "runs" / f"layouts-error-{transport}", *sets))
+            for name, job in {"one": ["-np", "1", *program, ":", "-np", "1", "-x", fault, *program], "all": ["-np", "2", "-x", fault, *program]}.items():
+                result = subprocess.run([h.MPIRUN, *job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=h.ROOT, timeout=60, check=False)
+                self.assertEqual(result.returncode, 71, f"{transport}, {name}: {result.stderr}")
+                self.assertRegex(result.stderr, r"CUDA-FAILED: SwiGluForward \[\d+, \d+\] bf16: .*, rank [01] on ", f"{transport}, {name}")
 
 
 class Stages(LayoutsCase):
