@@ -409,6 +409,7 @@ void ComputeParameters::Settle() {
 }
 
 void ComputeParameters::Enter(int64_t unit) {
+  if (mesh_ == nullptr || mesh_->planning()) return;
   if (sharded_) slots_.Enter(unit, [this](int64_t u) { Fetch(u); });
   parallel::CommQueue::Ticket& ticket = pending_[static_cast<size_t>(unit)];
   if (ticket == 0) return;

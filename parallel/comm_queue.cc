@@ -7,22 +7,24 @@
 #include <utility>
 
 #include "core/clock.h"
+#include "core/device.h"
 #include "core/log.h"
 
 namespace sala::parallel {
 namespace {
 
 constexpr std::chrono::seconds kPatience{5};
+constexpr std::chrono::microseconds kBetweenQuestions{20};  // to a GPU
 
 }  // namespace
 
-CommQueue::CommQueue(bool threaded) : threaded_(threaded) {
+CommQueue::CommQueue(bool threaded, SideStream* side) : threaded_(threaded), side_(side) {
   if (threaded) thread_ = std::thread([this] { Run(); });
 }
 
 CommQueue::~CommQueue() {
-  if (!threaded_) return;
   Drain();
+  if (!threaded_) return;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     ending_ = true;
@@ -32,8 +34,21 @@ CommQueue::~CommQueue() {
 }
 
 void CommQueue::Drain() {
+  if (side_ != nullptr) {
+    const auto until = std::chrono::steady_clock::now() + kPatience;
+    while (done_ < last_ && std::chrono::steady_clock::now() < until) {
+      try {
+        if (side_->Passed(last_)) done_ = last_;
+      } catch (const DeviceError&) {
+        done_ = last_;  // after a fault of the GPU nothing runs on it any more
+      }
+      std::this_thread::sleep_for(kBetweenQuestions);
+    }
+  }
   std::unique_lock<std::mutex> lock(mutex_);
-  if (completed_.wait_for(lock, kPatience, [this] { return done_ == last_; })) return;
+  if (completed_.wait_for(lock, side_ == nullptr ? kPatience : std::chrono::seconds(0),
+                          [this] { return done_ == last_; }))
+    return;
   SALA_LOG(Error) << "COMM-FAILED: an exchange beside the computation does not complete: this rank "
                      "or another one has failed; see the lines above and the other ranks' logs";
   _exit(static_cast<int>(ExitCode::kDevice));
@@ -46,8 +61,14 @@ bool CommQueue::idle() const {
 
 CommQueue::Ticket CommQueue::Submit(std::function<Status()> operation) {
   if (!threaded_) {
+    if (side_ != nullptr) side_->Follow();
     if (status_.ok()) status_ = RunOne(operation);
-    done_ = ++last_;
+    ++last_;
+    if (side_ != nullptr) {
+      side_->Mark(last_);
+    } else {
+      done_ = last_;
+    }
     return last_;
   }
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -58,9 +79,26 @@ CommQueue::Ticket CommQueue::Submit(std::function<Status()> operation) {
 
 Status CommQueue::Wait(Ticket ticket) {
   const double started = ClockSeconds();
+  if (side_ != nullptr) {
+    status_ = WaitForSide(ticket);
+    seconds_waited_ += ClockSeconds() - started;
+    return status_;
+  }
   std::unique_lock<std::mutex> lock(mutex_);
   completed_.wait(lock, [this, ticket] { return done_ >= ticket; });
   seconds_waited_ += ClockSeconds() - started;
+  return status_;
+}
+
+Status CommQueue::WaitForSide(Ticket ticket) {
+  while (status_.ok() && done_ < ticket) {
+    if (side_->Passed(ticket)) {
+      done_ = ticket;
+      break;
+    }
+    SALA_RETURN_IF_ERROR(side_->Failure());
+    std::this_thread::sleep_for(kBetweenQuestions);
+  }
   return status_;
 }
 

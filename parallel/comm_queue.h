@@ -2,9 +2,13 @@
 // order in which they were submitted, which must be the same on all ranks. They use communicators
 // that the main thread does not (Mesh::background_param_group).
 //
-// Where MPI may not be called from two threads, and on a GPU, whose exchanges are ordered with the
-// compute stream by themselves, the queue has no thread and runs each operation when it is
-// submitted.
+// On a GPU with NCCL the operations are queued on a stream beside the compute stream when they are
+// submitted: by the main thread, so that all ranks give the exchanges of all groups to NCCL in the
+// same order, which it asks for. Each sees what the compute stream was given before, and Wait waits
+// for it, asking for errors of other ranks meanwhile.
+//
+// Where MPI may not be called from two threads, and where device memory travels over MPI, the queue
+// has neither: each operation runs when it is submitted.
 #pragma once
 
 #include <condition_variable>
@@ -16,11 +20,32 @@
 
 #include "core/status.h"
 
+namespace sala {
+class Device;
+}  // namespace sala
+
 namespace sala::parallel {
+
+// The stream beside the compute stream of a GPU.
+class SideStream {
+ public:
+  virtual ~SideStream() = default;
+  // The same GPU and its memory; kernels and copies of it run on this stream.
+  virtual Device& device() = 0;
+  // What is queued on it from now on comes after what the compute stream was given so far.
+  virtual void Follow() = 0;
+  // Point `ticket`, one more than the last, lies behind what was queued so far.
+  virtual void Mark(int64_t ticket) = 0;
+  // Whether everything in front of that point is done. Does not wait.
+  virtual bool Passed(int64_t ticket) = 0;
+  // An error of another rank in what is under way.
+  virtual Status Failure() = 0;
+};
 
 class CommQueue {
  public:
-  explicit CommQueue(bool threaded);
+  // `side`, which must outlive the queue, is for a GPU and without the thread.
+  explicit CommQueue(bool threaded, SideStream* side = nullptr);
   CommQueue(const CommQueue&) = delete;
   CommQueue& operator=(const CommQueue&) = delete;
   ~CommQueue();  // as Drain
@@ -45,8 +70,10 @@ class CommQueue {
  private:
   void Run();
   Status RunOne(const std::function<Status()>& operation);
+  Status WaitForSide(Ticket ticket);
 
   bool threaded_;
+  SideStream* side_;
   mutable std::mutex mutex_;
   std::condition_variable submitted_, completed_;
   std::deque<std::function<Status()>> waiting_;

@@ -83,6 +83,8 @@ Status AllGatherInPieces(Communicator& comm, std::span<const float> send,
 // values f32, flat, wherever they lie: becomes the sum over ranks, the same bits on every rank.
 // `work` keeps the memory it needs (a rank's share of the values) for the next call.
 Status AllReduceSum(Communicator& comm, const Tensor& values, Device* device, Buffer* work);
+// Floats of work memory that it takes for n values.
+int64_t AllReduceWork(const Communicator& comm, int64_t n);
 
 // A failed exchange where there is no Status to return, in the middle of a layer. It ends the run
 // (launch/train.cc): what the other ranks are doing is not known.

@@ -163,12 +163,27 @@ std::unique_ptr<Communicator> MakeStagedCommunicator(std::unique_ptr<Communicato
   return std::make_unique<StagedCommunicator>(std::move(host), device);
 }
 
-StatusOr<std::unique_ptr<Communicator>> MakeNcclCommunicator(std::unique_ptr<Communicator> host,
-                                                             const Context& ctx, bool ordered) {
+namespace {
+
+StatusOr<const NcclInterface*> LoadNccl() {
   SALA_ASSIGN_OR_RETURN(const CudaModuleInterface* module, LoadCudaModule());
   const auto* nccl = static_cast<const NcclInterface*>(module->find("nccl"));
   SALA_CHECK(nccl != nullptr) << "the CUDA module is built with NCCL";
-  return nccl->make(std::move(host), ctx, ordered);
+  return nccl;
+}
+
+}  // namespace
+
+StatusOr<std::unique_ptr<Communicator>> MakeNcclCommunicator(std::unique_ptr<Communicator> host,
+                                                             const Context& ctx, bool ordered,
+                                                             SideStream* side) {
+  SALA_ASSIGN_OR_RETURN(const NcclInterface* nccl, LoadNccl());
+  return nccl->make(std::move(host), ctx, ordered, side);
+}
+
+StatusOr<std::unique_ptr<SideStream>> MakeSideStream(Device& compute) {
+  SALA_ASSIGN_OR_RETURN(const NcclInterface* nccl, LoadNccl());
+  return nccl->make_side(compute);
 }
 
 StatusOr<HostRanks> RanksOfThisHost(Communicator& comm, const std::string& host) {

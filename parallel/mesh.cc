@@ -59,15 +59,16 @@ StatusOr<bool> DevicesAreDistinct(Communicator& world, const Device& device) {
 
 // The ranks that call with the same colour, in rank order.
 StatusOr<std::unique_ptr<Communicator>> Mesh::Group(int64_t colour, const std::string& name,
-                                                    const Context& ctx, bool nccl) {
+                                                    const Context& ctx, bool nccl,
+                                                    SideStream* side) {
   SALA_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> group,
                         world_.Split(static_cast<int>(colour)));
   NameGroup(*group, name);
   if (!ctx.cuda()) return group;
   const Communicator& host_group = *group;  // lives on inside the one for device memory
-  if (nccl) {
+  if (nccl && group->size() > 1) {
     SALA_ASSIGN_OR_RETURN(
-        group, MakeNcclCommunicator(std::move(group), ctx, ctx.gpu->options().deterministic));
+        group, MakeNcclCommunicator(std::move(group), ctx, ctx.gpu->options().deterministic, side));
   } else {
     group = MakeStagedCommunicator(std::move(group), *ctx.gpu);
   }
@@ -79,17 +80,20 @@ Status Mesh::MakeGroups(const Context& ctx, bool nccl) {
   const int64_t cp = world_.rank() / config_.tp % config_.cp;
   const int64_t dp = world_.rank() / config_.tp / config_.cp;
   const int64_t replica = dp * config_.cp + cp;
-  SALA_ASSIGN_OR_RETURN(dp_group_, Group(cp * config_.tp + tp, "dp", ctx, nccl));
+  SALA_ASSIGN_OR_RETURN(dp_group_, Group(cp * config_.tp + tp, "dp", {}, nccl));
   SALA_ASSIGN_OR_RETURN(cp_group_, Group(dp * config_.tp + tp, "cp", ctx, nccl));
   SALA_ASSIGN_OR_RETURN(tp_group_, Group(replica, "tp", ctx, nccl));
-  SALA_ASSIGN_OR_RETURN(param_group_, Group(tp, "param", ctx, nccl));
-  SALA_ASSIGN_OR_RETURN(sample_group_, Group(dp, "sample", ctx, nccl));
-  const bool threaded = !ctx.cuda() && world_.thread_safe() && world_.size() > 1;
-  if (threaded) {
-    SALA_ASSIGN_OR_RETURN(background_param_, Group(tp, "param", ctx, nccl));
-    SALA_ASSIGN_OR_RETURN(background_tp_, Group(replica, "tp", ctx, nccl));
+  if (nccl) {
+    SALA_ASSIGN_OR_RETURN(side_, MakeSideStream(*ctx.gpu));
   }
-  queue_ = std::make_unique<CommQueue>(threaded);
+  SALA_ASSIGN_OR_RETURN(param_group_, Group(tp, "param", side_ ? Context{} : ctx, nccl));
+  SALA_ASSIGN_OR_RETURN(sample_group_, Group(dp, "sample", {}, nccl));
+  const bool threaded = !ctx.cuda() && world_.thread_safe() && world_.size() > 1;
+  if (threaded || side_) {
+    SALA_ASSIGN_OR_RETURN(background_param_, Group(tp, "param", ctx, nccl, side_.get()));
+    SALA_ASSIGN_OR_RETURN(background_tp_, Group(replica, "tp", ctx, nccl, side_.get()));
+  }
+  queue_ = std::make_unique<CommQueue>(threaded, side_.get());
   return OkStatus();
 }
 
@@ -116,7 +120,8 @@ StatusOr<std::unique_ptr<Mesh>> Mesh::Create(Communicator& world, const MeshConf
 StatusOr<Communicator*> Mesh::TensorSubgroup(int n, bool background) {
   std::unique_ptr<Communicator>& group = tensor_subgroups_[{n, background}];
   if (!group) {
-    SALA_ASSIGN_OR_RETURN(group, tp_group().Split(tp_rank() / n));
+    Communicator& all = background && side_ ? *background_tp_ : *tp_group_;
+    SALA_ASSIGN_OR_RETURN(group, all.Split(tp_rank() / n));
     NameGroup(*group, "kv");
   }
   return group.get();

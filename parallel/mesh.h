@@ -45,7 +45,8 @@ StatusOr<MeshConfig> ResolveMesh(int ranks, const MeshConfig& config);
 
 class Mesh {
  public:
-  // With a GPU context the groups carry its memory. Collective.
+  // With a GPU context the cp, tp and background groups carry its memory; those of one rank need no
+  // NCCL for it. Collective.
   static StatusOr<std::unique_ptr<Mesh>> Create(Communicator& world, const MeshConfig& config,
                                                 const Context& ctx = {});
 
@@ -80,6 +81,26 @@ class Mesh {
   Communicator& background_tp_group() const {
     return background_tp_ ? *background_tp_ : *tp_group_;
   }
+  // Where kernels of what runs beside the computation go, with the device of `ctx` in its place.
+  Context Beside(const Context& ctx) const {
+    Context beside = ctx;
+    if (side_) beside.gpu = &side_->device();
+    return beside;
+  }
+
+  // While a step is only planned, on a dry device (recipes/step_loop.cc): nothing is exchanged, and
+  // who exchanges around the use of a unit (model/units.h) does nothing.
+  class Planning {
+   public:
+    explicit Planning(Mesh& mesh) : mesh_(mesh) { mesh_.planning_ = true; }
+    Planning(const Planning&) = delete;
+    Planning& operator=(const Planning&) = delete;
+    ~Planning() { mesh_.planning_ = false; }
+
+   private:
+    Mesh& mesh_;
+  };
+  bool planning() const { return planning_; }
 
   const MeshConfig& config() const { return config_; }  // dp resolved
   int64_t zero_stage() const { return config_.zero_stage; }
@@ -88,16 +109,19 @@ class Mesh {
  private:
   Mesh(Communicator& world, const MeshConfig& config) : world_(world), config_(config) {}
   StatusOr<std::unique_ptr<Communicator>> Group(int64_t colour, const std::string& name,
-                                                const Context& ctx, bool nccl);
+                                                const Context& ctx, bool nccl,
+                                                SideStream* side = nullptr);
   Status MakeGroups(const Context& ctx, bool nccl);
 
   Communicator& world_;
   MeshConfig config_;
+  std::unique_ptr<SideStream> side_;  // on a GPU with NCCL
   std::unique_ptr<Communicator> dp_group_, cp_group_, tp_group_, param_group_, sample_group_;
   std::unique_ptr<Communicator> background_param_, background_tp_;
   std::map<std::pair<int, bool>, std::unique_ptr<Communicator>> tensor_subgroups_;
   std::unique_ptr<CommQueue> queue_;  // ends before the groups it uses
   const char* transport_ = "MPI";
+  bool planning_ = false;
 };
 
 }  // namespace sala::parallel

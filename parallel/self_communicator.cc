@@ -3,8 +3,8 @@
 
 #include "core/check.h"
 #include "parallel/communicator.h"
-#include "parallel/partition.h"
 #include "parallel/mpi_communicator.h"
+#include "parallel/partition.h"
 
 namespace sala::parallel {
 namespace {
@@ -88,11 +88,16 @@ Status Communicator::Shift(const ConstTensor&, const Tensor&, int by) {
   return OkStatus();
 }
 
+// The first rank's share is the largest; never none, so that there is an address.
+int64_t AllReduceWork(const Communicator& comm, int64_t n) {
+  return comm.size() == 1 || n == 0 ? 0 : FlatPartition::Even(n, comm.size(), 1).counts[0] + 1;
+}
+
 Status AllReduceSum(Communicator& comm, const Tensor& values, Device* device, Buffer* work) {
   if (comm.size() == 1 || values.numel() == 0) return OkStatus();
   const std::vector<int64_t> counts = FlatPartition::Even(values.numel(), comm.size(), 1).counts;
   const int64_t mine = counts[static_cast<size_t>(comm.rank())];
-  const size_t bytes = static_cast<size_t>(counts[0] + 1) * sizeof(float);
+  const size_t bytes = static_cast<size_t>(AllReduceWork(comm, values.numel())) * sizeof(float);
   if (work->bytes() < bytes) *work = Buffer(bytes, device);
   const Tensor share(work->data(), DType::kF32, {mine}, values.device());
   SALA_RETURN_IF_ERROR(comm.ReduceScatterSum(ConstTensor(values), counts, share));

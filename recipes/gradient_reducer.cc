@@ -83,10 +83,25 @@ GradientReducer::GradientReducer(const Context& ctx, const model::ParameterStore
       unit.push_back({range.begin, range.end, group});
     }
   }
+  ReserveWork();
   pending_.assign(static_cast<size_t>(partition_.units()), 0);
   in_slot_.assign(model::kSlotCount, -1);
   pool_ = std::make_unique<ThreadPool>(1);
   store_.set_hooks(this);
+}
+
+// Before the first step, so that memory that is planned counts it.
+void GradientReducer::ReserveWork() {
+  int64_t term = 0;
+  int64_t work = 0;
+  for (int64_t u = 0; u < partition_.units(); ++u) {
+    if (sliced() && !alone())
+      term = std::max(term, partition_.counts(u)[static_cast<size_t>(mesh_.param_rank())]);
+    for (const Copies& copies : copies_[static_cast<size_t>(u)])
+      work = std::max(work, parallel::AllReduceWork(*copies.group, copies.end - copies.begin));
+  }
+  term_ = Buffer(static_cast<size_t>(term) * sizeof(float), ctx_.gpu);
+  work_ = Buffer(static_cast<size_t>(work) * sizeof(float), ctx_.gpu);
 }
 
 GradientReducer::~GradientReducer() { mesh_.queue().Drain(); }
@@ -105,7 +120,7 @@ void GradientReducer::BeginStep() {
 void GradientReducer::BeginMicroBatch(bool last) { last_ = last; }
 
 void GradientReducer::Enter(int64_t unit) {
-  if (!sliced()) return;
+  if (!sliced() || mesh_.planning()) return;
   const auto layers = partition_.units() - 3;
   int64_t& held = in_slot_[static_cast<size_t>(model::SlotOf(unit, layers))];
   if (held == unit && pending_[static_cast<size_t>(unit)] == 0) return;  // goes on: a tied head
@@ -121,6 +136,7 @@ void GradientReducer::Enter(int64_t unit) {
 }
 
 void GradientReducer::Leave(int64_t unit) {
+  if (mesh_.planning()) return;
   if (sliced() || (last_ && !by_hand_)) Submit(unit);
 }
 
@@ -153,12 +169,10 @@ Status GradientReducer::Reduce(int64_t unit) {
   }
   Tensor term = all;
   if (!alone()) {
-    const size_t bytes = static_cast<size_t>(end - begin) * sizeof(float);
-    if (term_.bytes() < bytes) term_ = Buffer(bytes, ctx_.gpu);
     term = Tensor(term_.data(), DType::kF32, {end - begin}, all.device());
     SALA_RETURN_IF_ERROR(group.ReduceScatterSum(ConstTensor(all), partition_.counts(unit), term));
   }
-  Context beside = ctx_;
+  Context beside = mesh_.Beside(ctx_);
   beside.pool = pool_.get();
   kernels::Add(beside, term, shard_.Flat(begin, end));
   return OkStatus();

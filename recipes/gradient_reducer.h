@@ -72,6 +72,7 @@ class GradientReducer : public model::UnitHooks {
   void Submit(int64_t unit);
   Status Reduce(int64_t unit);
   Status SumCopies(int64_t unit);
+  void ReserveWork();
 
   // Values that several tensor ranks hold, one behind the other in a unit.
   struct Copies {
@@ -91,7 +92,7 @@ class GradientReducer : public model::UnitHooks {
   std::vector<parallel::CommQueue::Ticket> pending_;  // [units], 0: not submitted
   std::vector<int64_t> in_slot_;                      // stage 2 and 3: unit that used a slot last
   bool last_ = false;
-  Buffer work_;
+  Buffer work_;                       // of sums over copies
   std::unique_ptr<ThreadPool> pool_;  // of the thread beside the computation
 };
 

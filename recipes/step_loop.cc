@@ -253,8 +253,16 @@ Status StepLoop::PlanMemory() {
   const model::Batch batch =
       FullDocuments(config_.batch.seq_len_tokens, config_.batch.micro_batch_sequences);
   std::vector<double> sums(task_.SumNames().size(), 0.0);
-  SALA_RETURN_IF_ERROR(task_.MicroBatch(
-      plan, arena, batch, {.targets = batch.targets(), .tokens = batch.size()}, gradients_, sums));
+  const auto comm_before = parallel::ProcessCommLog().Totals();
+  {
+    const parallel::Mesh::Planning planning(session_.mesh());
+    SALA_RETURN_IF_ERROR(task_.MicroBatch(plan, arena, batch,
+                                          {.targets = batch.targets(), .tokens = batch.size()},
+                                          gradients_, sums));
+  }
+  // A rank that cannot be planned would leave the others waiting.
+  const auto exchanged = parallel::CommDelta(comm_before, parallel::ProcessCommLog().Totals());
+  SALA_CHECK(exchanged.empty()) << "planning memory has exchanged " << exchanged.dump();
   planned_arena_ = arena.peak_bytes();
   planned_scratch_ = scratch.peak_bytes();
   session_.ReserveMemory(0, 0);

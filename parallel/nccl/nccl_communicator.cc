@@ -2,11 +2,13 @@
 //
 // Collectives run on a stream of their own, ordered with the compute stream by events. The host
 // waits for each one in small steps and asks NCCL for errors of other ranks meanwhile: a rank that
-// died makes the others end instead of waiting for ever. Joining, and the first exchange, which
-// connects the ranks, wait inside NCCL instead, for as long as its own time limits say.
+// died makes the others end instead of waiting for ever. With a side stream it does not wait: the
+// exchanges are ordered with that stream, and CommQueue asks. Joining, and the first exchange,
+// which connects the ranks, wait inside NCCL instead, for as long as its own time limits say.
 #include <nccl.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <exception>
 #include <numeric>
@@ -27,14 +29,72 @@ namespace {
 // Floats of a segment that are exchanged and added at once: [ranks, kPiece] of device memory.
 constexpr int64_t kPiece = int64_t{1} << 20;
 
+class NcclCommunicator;
+
+class NcclSide : public SideStream {
+ public:
+  explicit NcclSide(CudaDevice& compute)
+      : compute_(compute), device_(compute.options(), compute.kernel_table()) {
+    Cuda(cudaEventCreateWithFlags(&ready_, cudaEventDisableTiming), "cudaEventCreate");
+    for (cudaEvent_t& mark : marks_)
+      Cuda(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "cudaEventCreate");
+  }
+  ~NcclSide() override {
+    cudaEventDestroy(ready_);
+    for (cudaEvent_t mark : marks_) cudaEventDestroy(mark);
+  }
+
+  Device& device() override { return device_; }
+  void Follow() override {
+    Cuda(cudaEventRecord(ready_, compute_.cuda_stream()), "cudaEventRecord");
+    Cuda(cudaStreamWaitEvent(device_.cuda_stream(), ready_, 0), "cudaStreamWaitEvent");
+  }
+  void Mark(int64_t ticket) override {
+    last_ = ticket;
+    Cuda(cudaEventRecord(EventOf(ticket), device_.cuda_stream()), "cudaEventRecord");
+  }
+  // Where the point's event was recorded again since, the oldest that is left, which lies behind.
+  bool Passed(int64_t ticket) override {
+    const cudaError_t state = cudaEventQuery(EventOf(std::max(ticket, last_ + 1 - kMarks)));
+    if (state != cudaErrorNotReady) Cuda(state, "exchange beside the computation");
+    return state == cudaSuccess;
+  }
+  Status Failure() override;
+
+  void Add(NcclCommunicator* comm) { comms_.push_back(comm); }
+  void Remove(NcclCommunicator* comm) {
+    comms_.erase(std::find(comms_.begin(), comms_.end(), comm));
+  }
+
+ private:
+  static constexpr int64_t kMarks = 64;
+
+  cudaEvent_t EventOf(int64_t ticket) const { return marks_[static_cast<size_t>(ticket % kMarks)]; }
+  void Cuda(cudaError_t result, const char* operation) const {
+    CheckCuda(result, operation, "", device_.options());
+  }
+
+  CudaDevice& compute_;
+  CudaDevice device_;
+  cudaEvent_t ready_ = nullptr;
+  std::array<cudaEvent_t, kMarks> marks_ = {};
+  int64_t last_ = 0;
+  std::vector<NcclCommunicator*> comms_;
+};
+
 class NcclCommunicator : public Communicator {
  public:
-  NcclCommunicator(std::unique_ptr<Communicator> host, const Context& ctx, bool ordered)
+  NcclCommunicator(std::unique_ptr<Communicator> host, const Context& ctx, bool ordered,
+                   NcclSide* side)
       : host_(std::move(host)),
         ctx_(ctx),
         device_(*static_cast<CudaDevice*>(ctx.gpu)),
-        ordered_(ordered) {}
+        ordered_(ordered),
+        side_(side) {
+    if (side_ != nullptr) side_->Add(this);
+  }
   ~NcclCommunicator() override {
+    if (side_ != nullptr) side_->Remove(this);
     // Where an exception passes, other ranks may wait in an exchange: no orderly end is to be had.
     if (comm_ != nullptr && std::uncaught_exceptions() > 0) {
       ncclCommAbort(comm_);
@@ -80,6 +140,15 @@ class NcclCommunicator : public Communicator {
   Status Shift(const ConstTensor& send, const Tensor& recv, int by) override;
   StatusOr<std::unique_ptr<Communicator>> Split(int colour) override;
 
+  // What NCCL has found out about exchanges that are under way.
+  Status Failure() {
+    constexpr char kOperation[] = "exchange beside the computation";
+    SALA_RETURN_IF_ERROR(Usable(kOperation));
+    ncclResult_t other = ncclSuccess;
+    SALA_RETURN_IF_ERROR(Check(ncclCommGetAsyncError(comm_, &other), "ncclCommGetAsyncError"));
+    return Check(other, kOperation);
+  }
+
  private:
   // The communicator is given up at once: memory that is freed on the way out would wait for the
   // device, and the device for the exchange.
@@ -119,11 +188,17 @@ class NcclCommunicator : public Communicator {
   Context ctx_;
   CudaDevice& device_;
   bool ordered_;
+  NcclSide* side_;  // null: exchanges are ordered with the compute stream, and awaited
   ncclComm_t comm_ = nullptr;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t ready_ = nullptr, done_ = nullptr;
   float* work_ = nullptr;  // [ranks, kPiece]
 };
+
+Status NcclSide::Failure() {
+  for (NcclCommunicator* comm : comms_) SALA_RETURN_IF_ERROR(comm->Failure());
+  return OkStatus();
+}
 
 Status NcclCommunicator::Init() {
   Cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
@@ -145,6 +220,7 @@ Status NcclCommunicator::Init() {
 Status NcclCommunicator::End(const char* operation) {
   Cuda(cudaEventRecord(done_, stream_), "cudaEventRecord");
   Cuda(cudaStreamWaitEvent(device_.cuda_stream(), done_, 0), "cudaStreamWaitEvent");
+  if (side_ != nullptr) return OkStatus();
   while (true) {
     const cudaError_t state = cudaEventQuery(done_);
     if (state == cudaSuccess) return OkStatus();
@@ -268,20 +344,29 @@ Status NcclCommunicator::Shift(const ConstTensor& send, const Tensor& recv, int 
 
 StatusOr<std::unique_ptr<Communicator>> NcclCommunicator::Split(int colour) {
   SALA_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> part, host_->Split(colour));
-  return MakeNccl(std::move(part), ctx_, ordered_);
+  if (part->size() == 1) return MakeStagedCommunicator(std::move(part), device_);
+  return MakeNccl(std::move(part), ctx_, ordered_, side_);
 }
 
 }  // namespace
 
 StatusOr<std::unique_ptr<Communicator>> MakeNccl(std::unique_ptr<Communicator> host,
-                                                 const Context& ctx, bool ordered) {
-  auto nccl = std::make_unique<NcclCommunicator>(std::move(host), ctx, ordered);
+                                                 const Context& ctx, bool ordered,
+                                                 SideStream* side) {
+  Context on = ctx;
+  if (side != nullptr) on.gpu = &side->device();
+  auto nccl = std::make_unique<NcclCommunicator>(std::move(host), on, ordered,
+                                                 static_cast<NcclSide*>(side));
   SALA_RETURN_IF_ERROR(nccl->Init());
   return std::unique_ptr<Communicator>(std::move(nccl));
 }
 
+std::unique_ptr<SideStream> MakeSide(Device& compute) {
+  return std::make_unique<NcclSide>(static_cast<CudaDevice&>(compute));
+}
+
 const NcclInterface& NcclTable() {
-  static constexpr NcclInterface table = {.make = &MakeNccl};
+  static constexpr NcclInterface table = {.make = &MakeNccl, .make_side = &MakeSide};
   return table;
 }
 

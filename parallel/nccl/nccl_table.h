@@ -8,7 +8,9 @@
 namespace sala::parallel {
 
 StatusOr<std::unique_ptr<Communicator>> MakeNccl(std::unique_ptr<Communicator> host,
-                                                 const Context& ctx, bool ordered);
+                                                 const Context& ctx, bool ordered,
+                                                 SideStream* side);
+std::unique_ptr<SideStream> MakeSide(Device& compute);
 const NcclInterface& NcclTable();
 
 }  // namespace sala::parallel

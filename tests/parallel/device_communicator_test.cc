@@ -180,6 +180,28 @@ TEST_P(DeviceCommunicator, AllReduceSumIsTheSameOnEveryRank) {
   }
 }
 
+// Those who pass the same colour, of which one is alone.
+TEST_P(DeviceCommunicator, PartsCarryDeviceMemoryToo) {
+  const bool alone = world->rank() == world->size() - 1;
+  const auto part = comm().Split(alone ? 1 : 0);
+  ASSERT_TRUE(part.ok()) << MessageOf(part.status());
+  const int n = alone ? 1 : world->size() - 1;
+  ASSERT_EQ((*part)->size(), n);
+  const std::vector<int64_t> counts(static_cast<size_t>(n), 16);
+  const Buffer send = Upload(std::vector<float>(static_cast<size_t>(16 * n), 1.5F));
+  const Buffer recv = Upload(std::vector<float>(static_cast<size_t>(16 * n), NAN));
+  const Status summed =
+      (*part)->ReduceScatterSum(ConstTensor(View(send, 0, 16 * n)), counts, View(recv, 0, 16));
+  ASSERT_TRUE(summed.ok()) << MessageOf(summed);
+  const std::vector<float> expected(16, 1.5F * static_cast<float>(n));
+  EXPECT_EQ(Download(recv, 16), expected);
+  const Status gathered =
+      (*part)->AllGather(ConstTensor(View(recv, 0, 16)), counts, View(send, 0, 16 * n));
+  ASSERT_TRUE(gathered.ok()) << MessageOf(gathered);
+  EXPECT_EQ(Download(send, 16 * n),
+            std::vector<float>(static_cast<size_t>(16 * n), 1.5F * static_cast<float>(n)));
+}
+
 TEST_P(DeviceCommunicator, HostMemoryGoesTheWayOfTheHost) {
   double value = world->rank() + 0.5;
   ASSERT_TRUE(comm().AllReduce(std::span<double>(&value, 1), Reduce::kSum).ok());
@@ -189,6 +211,63 @@ TEST_P(DeviceCommunicator, HostMemoryGoesTheWayOfTheHost) {
   ASSERT_TRUE(texts.ok());
   EXPECT_EQ(texts->back(), std::to_string(n - 1));
   EXPECT_TRUE(comm().Barrier().ok());
+}
+
+// On the emulator work of a stream runs when somebody waits for it: who does not wait, in one
+// direction or the other, sees old values.
+TEST(SideStreamOfNccl, RunsBesideTheComputationAndInOrderWithIt) {
+  ThreadPool pool(1);
+  Arena scratch(size_t{1} << 20, device);
+  const Context ctx = {DeviceKind::kCuda, &pool, &scratch, device};
+  auto side = MakeSideStream(*device);
+  ASSERT_TRUE(side.ok()) << MessageOf(side.status());
+  auto host = world->Split(0);
+  ASSERT_TRUE(host.ok());
+  auto comm = MakeNcclCommunicator(std::move(*host), ctx, /*ordered=*/true, side->get());
+  ASSERT_TRUE(comm.ok()) << MessageOf(comm.status());
+  CommQueue queue(/*threaded=*/false, side->get());
+
+  // More exchanges than the side stream has events for, each of other values.
+  constexpr size_t kExchanges = 70;
+  const int n = world->size();
+  const std::vector<int64_t> counts(static_cast<size_t>(n), 16);
+  const auto floats = [n](size_t i) {
+    return std::vector<float>(static_cast<size_t>(16 * n), static_cast<float>(i + 1));
+  };
+  std::vector<Buffer> sends, recvs;
+  for (size_t i = 0; i < kExchanges; ++i) {
+    sends.emplace_back(floats(0).size() * sizeof(float), device);
+    recvs.emplace_back(16 * sizeof(float), device);
+    device->Zero(recvs[i].data(), recvs[i].bytes());
+  }
+  device->Synchronize();
+  std::vector<CommQueue::Ticket> tickets;
+  for (size_t i = 0; i < kExchanges; ++i) {
+    // What the compute stream has been given and not done yet.
+    const std::vector<float> values = floats(i);
+    device->Upload(sends[i].data(), values.data(), values.size() * sizeof(float));
+    tickets.push_back(queue.Submit([&, i] {
+      return (*comm)->ReduceScatterSum(
+          ConstTensor(Tensor(sends[i].data(), DType::kF32, {16 * n}, DeviceKind::kCuda)), counts,
+          Tensor(recvs[i].data(), DType::kF32, {16}, DeviceKind::kCuda));
+    }));
+  }
+  EXPECT_FALSE(queue.idle());
+  if (device->info().emulated && n > 1) {
+    EXPECT_EQ(*static_cast<const float*>(recvs.back().data()), 0.0F) << "somebody has waited";
+  }
+  const auto check = [&](size_t i) {
+    const Status status = queue.Wait(tickets[i]);
+    ASSERT_TRUE(status.ok()) << MessageOf(status);
+    std::vector<float> found(16);
+    device->Download(found.data(), recvs[i].data(), found.size() * sizeof(float));
+    EXPECT_EQ(found, std::vector<float>(16, static_cast<float>(n) * static_cast<float>(i + 1)))
+        << i;
+  };
+  check(0);
+  check(kExchanges - 1);
+  EXPECT_TRUE(queue.idle());
+  check(kExchanges / 2);
 }
 
 std::string NameOf(const ::testing::TestParamInfo<Way>& way) {

@@ -74,6 +74,30 @@ TEST_F(TensorOpsCuda, AddRoundsOnce) {
   }
 }
 
+TEST_F(TensorOpsCuda, CopyColumnsCopiesStridedRowsAndNothingElse) {
+  std::mt19937 rng(66);
+  for (int64_t rows : {0, 1, 5, kSlowBuild ? 40 : 3001}) {
+    for (DType dtype : {DType::kF32, DType::kBF16}) {
+      const Matrix values = RandomBf16(rows, 40, rng);
+      const Matrix old = RandomBf16(rows, 64, rng);
+      const DeviceMatrix from(dtype, values, 8), to(dtype, old, 16);
+      CopyColumns(ctx(), from.tensor().Columns(8, 32), to.tensor().Columns(40, 64));
+      Matrix expected = old;
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < 24; ++c) expected.at(r, 40 + c) = values.at(r, 8 + c);
+      }
+      EXPECT_TRUE(to.Download().SameBits(expected));
+      EXPECT_TRUE(to.GapsUntouched());
+    }
+  }
+}
+
+TEST_F(TensorOpsCuda, RefusesColumnsThatAreNoWholeUnits) {
+  const DeviceMatrix a(DType::kBF16, 2, 16), b(DType::kBF16, 2, 16);
+  EXPECT_DEATH(CopyColumns(ctx(), a.tensor().Columns(4, 12), b.tensor().Columns(0, 8)),
+               "expected rows of whole units of 16 bytes");
+}
+
 TEST_F(TensorOpsCuda, RefusesSumsOfTwoTypes) {
   const DeviceMatrix a(DType::kF32, 1, 8), b(DType::kBF16, 1, 8);
   EXPECT_DEATH(Add(ctx(), a.vector(), b.vector()), "found \\[8\\] f32 and \\[8\\] bf16, expected");

@@ -38,6 +38,24 @@ TEST(TensorOps, AddIsOneAdditionAnElementForAnyThreads) {
   }
 }
 
+TEST(TensorOps, CopyColumnsCopiesStridedRowsAndNothingElse) {
+  std::mt19937 rng(63);
+  for (int64_t rows : {0, 1, 5, 300}) {
+    for (int threads : {1, 3}) {
+      Matrix from = Matrix::Random(rows, 12, rng, 3);
+      Matrix to = Matrix::Random(rows, 20, rng, 1);
+      Matrix expected = to;
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < 7; ++c) expected.at(r, 9 + c) = from.at(r, 2 + c);
+      }
+      KernelTest test(threads);
+      CopyColumns(test.ctx(), from.tensor().Columns(2, 9), to.tensor().Columns(9, 16));
+      EXPECT_TRUE(to.SameBits(expected));
+      EXPECT_TRUE(to.GapsUntouched());
+    }
+  }
+}
+
 TEST(TensorOpsDeathTest, RefusesTensorsThatDoNotFit) {
   KernelTest test;
   Matrix a(1, 4), b(1, 5), strided(2, 2, 1);
