@@ -109,7 +109,7 @@ class Case:
                     shutil.rmtree(checkpoint)
             shutil.rmtree(run / "metrics")
             shutil.rmtree(run / "halo", ignore_errors=True)
-        return h.run(h.train(self.config, run, *layout.sets(self.stage), *sets), ranks=layout.ranks, limit=60), run
+        return h.run(h.train(self.config, run, *layout.sets(self.stage), *sets), ranks=layout.ranks), run
 
     def run(self, layout, *sets):
         result, run = self.start(layout, *sets)
