@@ -111,7 +111,7 @@ class Exchanges(unittest.TestCase):
 
 
 class Memory(unittest.TestCase):
-    """A model of 6.6 M parameters, 26 MB a copy: buffers of other kinds would show."""
+    """A model of 6.2 M parameters, 25 MB a copy: a buffer that the plan forgets would show."""
 
     LAYOUTS = {
         "one rank": (1, {}),

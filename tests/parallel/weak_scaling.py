@@ -22,7 +22,7 @@ import tempfile
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "integration"))
 import harness as h  # noqa: E402
 
-STEPS = 8
+STEPS = 5
 WARM = 2
 SEQ = 256
 MODEL = h.model(hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
