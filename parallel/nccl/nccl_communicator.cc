@@ -50,12 +50,11 @@ class NcclSide : public SideStream {
     Cuda(cudaStreamWaitEvent(device_.cuda_stream(), ready_, 0), "cudaStreamWaitEvent");
   }
   void Mark(int64_t ticket) override {
-    last_ = ticket;
     Cuda(cudaEventRecord(EventOf(ticket), device_.cuda_stream()), "cudaEventRecord");
   }
-  // Where the point's event was recorded again since, the oldest that is left, which lies behind.
+  // Where the event was used again since, it stands for a later point: passing it is passing both.
   bool Passed(int64_t ticket) override {
-    const cudaError_t state = cudaEventQuery(EventOf(std::max(ticket, last_ + 1 - kMarks)));
+    const cudaError_t state = cudaEventQuery(EventOf(ticket));
     if (state != cudaErrorNotReady) Cuda(state, "exchange beside the computation");
     return state == cudaSuccess;
   }
@@ -78,7 +77,6 @@ class NcclSide : public SideStream {
   CudaDevice device_;
   cudaEvent_t ready_ = nullptr;
   std::array<cudaEvent_t, kMarks> marks_ = {};
-  int64_t last_ = 0;
   std::vector<NcclCommunicator*> comms_;
 };
 

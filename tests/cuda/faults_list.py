@@ -361,6 +361,13 @@ TOKEN_WISE = [
         new="Store1(to + i, v);",
         tests="TensorOpsCuda.AddRoundsOnce"),
     Fault(
+        name="columns_lose_the_last_unit_of_a_row",
+        kind="off by one",
+        file="kernels/tensor_ops/cuda.cu",
+        old="to[i / width * to_stride + i % width] =",
+        new="to[i / width * to_stride + i % (width - 1)] =",
+        tests="TensorOpsCuda.CopyColumnsCopiesStridedRowsAndNothingElse"),
+    Fault(
         name="cast_looks_at_one_address_only",
         kind="misaligned access",
         file="kernels/tensor_ops/cuda.cu",

@@ -264,10 +264,12 @@ TEST(SideStreamOfNccl, RunsBesideTheComputationAndInOrderWithIt) {
     EXPECT_EQ(found, std::vector<float>(16, static_cast<float>(n) * static_cast<float>(i + 1)))
         << i;
   };
-  check(0);
+  ASSERT_TRUE(queue.Wait(tickets.front()).ok());
+  EXPECT_FALSE(queue.idle());
   check(kExchanges - 1);
   EXPECT_TRUE(queue.idle());
   check(kExchanges / 2);
+  check(0);
 }
 
 std::string NameOf(const ::testing::TestParamInfo<Way>& way) {
