@@ -3,8 +3,8 @@
 
 #include "core/check.h"
 #include "parallel/communicator.h"
-#include "parallel/partition.h"
 #include "parallel/mpi_communicator.h"
+#include "parallel/partition.h"
 
 namespace sala::parallel {
 namespace {

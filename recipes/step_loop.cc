@@ -174,7 +174,7 @@ class StepLoop {
   // beside the computation then, so the difference is exact.
   std::map<std::string, parallel::CommTotals> logged_comm_, summed_comm_;
   nlohmann::ordered_json comm_ = nlohmann::ordered_json::object();  // of the last logged step
-  size_t planned_arena_ = 0;  // bytes, on a GPU
+  size_t planned_arena_ = 0;                                        // bytes, on a GPU
   size_t planned_scratch_ = 0;
   Request request_ = Request::kNone;
 };
@@ -288,13 +288,12 @@ void StepLoop::ReportMemory() const {
 
 // What every rank exchanged in the last logged step, and the memory it needed.
 Status StepLoop::ReportRanks() {
-  const nlohmann::ordered_json mine = {
-      {"comm", comm_},
-      {"memory",
-       {{"buffers", HostBufferPeakBytes()},
-        {"activations", session_.arena().peak_bytes()},
-        {"work_space", session_.scratch().peak_bytes()},
-        {"resident", ResidentPeakBytes()}}}};
+  const nlohmann::ordered_json mine = {{"comm", comm_},
+                                       {"memory",
+                                        {{"buffers", HostBufferPeakBytes()},
+                                         {"activations", session_.arena().peak_bytes()},
+                                         {"work_space", session_.scratch().peak_bytes()},
+                                         {"resident", ResidentPeakBytes()}}}};
   SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all,
                         session_.world().AllGatherText(mine.dump()));
   auto ranks = nlohmann::ordered_json::array();

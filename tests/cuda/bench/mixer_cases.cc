@@ -7,9 +7,9 @@
 
 #include "core/check.h"
 #include "kernels/cuda_kernels.h"
+#include "model/work.h"
 #include "tests/cuda/bench/cases.h"
 #include "tests/cuda/bench/shapes.h"
-#include "model/work.h"
 
 namespace sala::bench {
 namespace {

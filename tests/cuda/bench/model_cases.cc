@@ -10,10 +10,10 @@
 #include "kernels/cuda_kernels.h"
 #include "model/loss.h"
 #include "model/model.h"
+#include "model/work.h"
 #include "nlohmann/json.hpp"
 #include "tests/cuda/bench/cases.h"
 #include "tests/cuda/bench/shapes.h"
-#include "model/work.h"
 
 namespace sala::bench {
 namespace {
