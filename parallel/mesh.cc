@@ -11,9 +11,11 @@
 namespace sala::parallel {
 
 void MeshConfig::Bind(ConfigBinder& b) {
-  b.Field("dp", &dp, {.min = 0});
-  b.Field("cp", &cp, {.min = 1});
-  b.Field("tp", &tp, {.min = 1});
+  // Their product must not overflow.
+  constexpr double kMost = 1 << 20;
+  b.Field("dp", &dp, {.min = 0, .max = kMost});
+  b.Field("cp", &cp, {.min = 1, .max = kMost});
+  b.Field("tp", &tp, {.min = 1, .max = kMost});
   b.Field("zero_stage", &zero_stage, {.min = 0, .max = 3});
   b.Enum("transport", &transport,
          {{"auto", Transport::kAuto}, {"mpi", Transport::kMpi}, {"nccl", Transport::kNccl}});

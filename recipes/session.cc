@@ -141,8 +141,12 @@ StatusOr<std::unique_ptr<Session>> Session::Open(parallel::Communicator& world,
                                                   session->path("logs"), world));
   const parallel::Section section(session->watchdog(), parallel::Phase::kInit);
   SALA_RETURN_IF_ERROR(session->OpenDevice());
-  SALA_ASSIGN_OR_RETURN(session->mesh_,
-                        parallel::Mesh::Create(world, config.stages[0].parallel, session->ctx_));
+  // Of data ranks only until a stage brings its own (UseMesh): the first one may be done, and need
+  // not fit the ranks of today.
+  SALA_ASSIGN_OR_RETURN(
+      session->mesh_,
+      parallel::Mesh::Create(world, {.transport = config.stages[0].parallel.transport},
+                             session->ctx_));
   auto tokenizer = data::LoadTokenizer(config.stages[0].tokenizer);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, tokenizer.status()));
   session->tokenizer_ = std::move(tokenizer).value();

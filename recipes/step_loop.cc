@@ -154,6 +154,10 @@ class StepLoop {
   StatusOr<double> Validate();
   Status NonFinite(const std::string& why) const;
   Status Save(bool final_step);
+  // That this thread has spent in collectives, or waiting for those beside the computation.
+  double CommSeconds() const {
+    return parallel::CommSecondsOfThisThread() + session_.mesh().queue().seconds_waited();
+  }
 
   Session& session_;
   const StepLoopConfig& config_;
@@ -408,7 +412,7 @@ Status StepLoop::Step() {
   const parallel::Section section(session_.watchdog(), parallel::Phase::kStep,
                                   session_.global_step);
   const double started = ClockSeconds();
-  const double comm_before = parallel::CommSecondsOfThisThread();
+  const double comm_before = CommSeconds();
   SALA_ASSIGN_OR_RETURN(const StepData data, LoadStep());
   request_ = data.request;
   double loss = 0;
@@ -437,7 +441,7 @@ Status StepLoop::Step() {
     progress_.bad_in_a_row = 0;
   }
   progress_.seconds += ClockSeconds() - started;
-  const double comm_seconds = parallel::CommSecondsOfThisThread() - comm_before;
+  const double comm_seconds = CommSeconds() - comm_before;
   stragglers_.Add(ClockSeconds() - started, comm_seconds);
   SALA_RETURN_IF_ERROR(Report(data, values, update, lr, started, comm_seconds));
   if (progress_.bad_in_a_row > config_.optimizer.max_bad_steps) {
@@ -511,6 +515,9 @@ StatusOr<double> StepLoop::Validate() {
 }
 
 Status StepLoop::Save(bool final_step) {
+  // A save may be the end of the loop, which must not meet gathering that needs longer than
+  // CommQueue::Drain waits.
+  task_.parameters().Settle();
   optimizer_.ReadShard(session_.ctx());
   SaveRequest request;
   request.position = config_.position;

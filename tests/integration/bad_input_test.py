@@ -151,6 +151,8 @@ class Configuration(BadInputCase):
         self.refuse_training(self.base, 78, "CFG-MESH", "parallel.cp 1 x parallel.tp 3 = 3", sets=["parallel.tp=3"])
         self.refuse_training(self.base, 78, "CFG-MESH", "parallel.dp 5 x cp 1 x tp 1 = 5", sets=["parallel.dp=5"])
         self.refuse_training(self.base, 78, "CFG-MESH", "parallel.dp 2 x cp 2", sets=["parallel.dp=2", "parallel.cp=2"])
+        # The product of the two is 0 in 64 bits.
+        self.refuse_training(self.base, 78, "CFG-RANGE", "parallel.cp", "4294967296", sets=["parallel.cp=4294967296", "parallel.tp=4294967296"])
 
     def test_heads_that_tensor_ranks_do_not_divide(self):
         result = self.refuse(h.train(self.base, self.run_directory(), "parallel.tp=3"), 78, "CFG-MESH", "stage only",

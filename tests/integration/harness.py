@@ -138,6 +138,32 @@ class Job:
         return Result(code, *texts)
 
 
+# Gathers on the thread beside the computation, which is not the process's first one, take their time.
+_SLOW_GATHERS = """
+#define _GNU_SOURCE
+#include <mpi.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int MPI_Allgatherv(const void* send, int n, MPI_Datatype type, void* all, const int* counts, const int* offsets,
+                   MPI_Datatype all_type, MPI_Comm comm) {
+  if (syscall(SYS_gettid) != getpid()) usleep(MICROSECONDS);
+  return PMPI_Allgatherv(send, n, type, all, counts, offsets, all_type, comm);
+}
+"""
+
+
+def slow_gathers(seconds):
+    """Environment of a run whose gathers beside the computation take this much longer, as over a slow network."""
+    compiler = shutil.which("mpicc")
+    if compiler is None:
+        raise unittest.SkipTest("not installed: mpicc")
+    source = ROOT / f"slow-{seconds}.c"
+    source.write_text(_SLOW_GATHERS)
+    library = source.with_suffix(".so")
+    subprocess.run([compiler, f"-DMICROSECONDS={round(seconds * 1e6)}", "-shared", "-fPIC", "-o", library, source], check=True)
+    return {"LD_PRELOAD": str(library)}
+
+
 # ---- data ----
 
 _WORDS = {

@@ -99,6 +99,17 @@ def tensors(folder):
     return found
 
 
+class RanksOfDoneStages(unittest.TestCase):
+    def test_only_what_is_left_must_fit_the_ranks(self):
+        first = h.pretrain("base", 2, first=True, parallel=Layout(dp=2).section())
+        config = h.write_pipeline(h.ROOT / "done", [first, h.pretrain("next", 4)])
+        run = h.ROOT / "runs" / "done"
+        h.succeed(h.train(config, run), ranks=2)
+        shutil.rmtree(h.final_checkpoints(run)["next"])
+        h.succeed(h.train(config, run), ranks=3)
+        self.assertEqual(h.manifest(h.final_checkpoints(run)["next"])["topology"]["world"], 3)
+
+
 class Stages(unittest.TestCase):
     LAYOUTS = {"base": Layout(dp=2), "halo": Layout(tp=2), "stable": Layout(dp=1, cp=2, tp=1, zero=3), "long": Layout(cp=2, zero=0),
                "tuned": Layout(tp=2, zero=2)}

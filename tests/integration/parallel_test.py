@@ -4,6 +4,7 @@ Gradients are compared through the first moments of a checkpoint after one updat
 exp_avg = (1 - beta1) * gradient, so relative differences are those of the gradients.
 """
 
+import json
 import unittest
 
 import harness as h
@@ -175,6 +176,22 @@ class RankIndependentSums(unittest.TestCase):
         self.assertEqual(result.code, 78, result)
         self.assertEqual(len(result.error_lines), 1, result)
         self.assertIn("CFG-MESH: stage only: batch.rank_independent_sums", result.err)
+
+
+class SlowNetwork(unittest.TestCase):
+    def test_waiting_beside_the_computation_is_no_computing(self):
+        # With stage 3 a step begins with fetching, of which nothing is hidden behind computing for long: six units and more,
+        # one after the other.
+        stage = h.pretrain("only", 4, first=True, parallel={"zero_stage": 3}, checkpoint={"every_steps": 0},
+                           data=h.data(h.ingest("prose"), validation={"fraction": 0}))
+        config = h.write_stage(h.ROOT / "slow-network" / "stage.yaml", stage)
+        run = h.ROOT / "runs" / "slow-network"
+        h.succeed(h.train(config, run, "run.log_every_steps=1"), ranks=2, env=h.slow_gathers(0.2))
+        waits = 6 * 0.2 * 1e3  # ms; a step of this model computes for some ms
+        for text in (run / "metrics" / "stragglers.jsonl").read_text().splitlines():
+            line = json.loads(text)
+            self.assertLess(max(line["max_ms"]), waits / 2, line)
+            self.assertGreater(min(line["comm_ms"]), waits, line)
 
 
 if __name__ == "__main__":

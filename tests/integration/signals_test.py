@@ -107,6 +107,16 @@ class Stop(SignalCase):
         self.stop(lambda job: job.process.send_signal(h.SIGTERM), None)
 
 
+class SlowNetwork(SignalCase):
+    def test_a_stop_waits_for_the_parameters_under_way(self):
+        self.run_directory = h.ROOT / "runs" / "slow-network"
+        job = h.Job(h.train(config(), self.run_directory, "validation.every_steps=0"), ranks=2, env=h.slow_gathers(1.5))
+        # After the handlers are there, before the first step is done: seven units then take longer than any patience for errors.
+        self.assertTrue(job.wait_for((self.run_directory / "status.json").exists, "the run's beginning"))
+        job.signal_rank(0, h.SIGUSR2)
+        self.assert_stopped(job.result())
+
+
 class Term(SignalCase):
     def test_term_to_the_launcher_leaves_a_run_that_goes_on(self):
         # mpirun passes SIGTERM on and kills what is left soon after, so a checkpoint may or may not be complete; what is
