@@ -146,6 +146,7 @@ Status Plan(const PlanOptions& options) {
     auto phases = nlohmann::ordered_json::array();
     for (const NamedPlan& plan : *plans) {
       std::vector<RankPlan> ranks;
+      ranks.reserve(static_cast<size_t>(options.ranks));
       for (int rank = 0; rank < options.ranks; ++rank) {
         ranks.push_back(
             recipes::PlanRank(plan.input, rank, recipes::FullMicroBatches(plan.input, rank)));

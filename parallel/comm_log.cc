@@ -175,14 +175,12 @@ int64_t CommLog::Begin(size_t communicator, CommKind kind, int64_t bytes) {
 }
 
 void CommLog::End(int64_t sequence, int64_t bytes) {
-  const double now = ClockSeconds();
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto entry = std::find_if(running_.begin(), running_.end(),
                                   [&](const CommEntry& e) { return e.sequence == sequence; });
   CommTotals& totals = communicators_[entry->communicator].totals[static_cast<size_t>(entry->kind)];
   ++totals.calls;
   totals.bytes += bytes;
-  totals.seconds += now - entry->start;
   CommEntry& kept = ring_[static_cast<size_t>(sequence) % kKept];
   if (kept.sequence == sequence) {
     kept.running = false;
@@ -222,7 +220,6 @@ std::map<std::string, CommTotals> CommLog::Totals() const {
           all[counters.info.group + "." + std::string(NameOf(static_cast<CommKind>(kind)))];
       sum.calls += part.calls;
       sum.bytes += part.bytes;
-      sum.seconds += part.seconds;
     }
   }
   return all;

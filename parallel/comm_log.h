@@ -52,7 +52,6 @@ struct CommEntry {
 struct CommTotals {
   int64_t calls = 0;
   int64_t bytes = 0;
-  double seconds = 0;
 };
 
 class CommLog {

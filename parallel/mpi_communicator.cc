@@ -76,8 +76,10 @@ std::vector<int> Displacements(const std::vector<int>& counts) {
   return offsets;
 }
 
-// Floats of a segment that are exchanged and added at once.
-constexpr int64_t kSumPiece = int64_t{1} << 18;
+// Floats that are exchanged and added at once, of all segments together; but no less than
+// kLeastPiece of each.
+constexpr int64_t kSumFloats = int64_t{1} << 20;
+constexpr int64_t kLeastPiece = int64_t{1} << 12;
 
 class MpiCommunicator : public Communicator {
  public:
@@ -137,10 +139,11 @@ class MpiCommunicator : public Communicator {
     const std::vector<int> send_offsets = Displacements(send_counts);
     // In pieces, so that work space stays small.
     const int64_t most = *std::max_element(counts.begin(), counts.end());
-    work_.resize(static_cast<size_t>(std::min(most, kSumPiece) * size_));
-    for (int64_t done = 0; done < most; done += kSumPiece) {
-      const auto piece = [done](int n) {
-        return static_cast<int>(std::clamp<int64_t>(n - done, 0, kSumPiece));
+    const int64_t limit = std::max(kLeastPiece, kSumFloats / size_);
+    work_.resize(static_cast<size_t>(std::min(most, limit) * size_));
+    for (int64_t done = 0; done < most; done += limit) {
+      const auto piece = [done, limit](int n) {
+        return static_cast<int>(std::clamp<int64_t>(n - done, 0, limit));
       };
       std::vector<int> piece_counts;
       std::vector<int> piece_offsets;

@@ -57,6 +57,7 @@ class GradientReducer : public model::UnitHooks {
   void BeginMicroBatch(bool last);
   // Every rank has its pieces of the sum, with stage 0 all of it. Collective.
   Status Finish();
+  bool rank_independent() const { return by_hand_; }
   // Elements [begin, end) of the flat buffer, inside one of this rank's pieces (stage 0: anywhere),
   // after Finish.
   Tensor Summed(int64_t begin, int64_t end);

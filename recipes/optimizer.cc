@@ -137,7 +137,8 @@ Status Optimizer::ReadAll(const Context& ctx) {
 }
 
 // Of the whole gradient, of which this rank adds up its pieces, and of what several tensor ranks
-// hold only what it owns: a sum for each piece, zero where another rank has it.
+// hold only what it owns. With sums that do not depend on the ranks, a number for each piece
+// travels, zero where another rank has it; otherwise one.
 StatusOr<double> Optimizer::SumOfSquares(const Context& ctx) {
   const parallel::UnitPartition& partition = reducer_.partition();
   const int rank = mesh_.param_rank();
@@ -164,6 +165,7 @@ StatusOr<double> Optimizer::SumOfSquares(const Context& ctx) {
       }
     }
   }
+  if (!reducer_.rank_independent()) pieces = {std::accumulate(pieces.begin(), pieces.end(), 0.0)};
   SALA_RETURN_IF_ERROR(mesh_.world().AllReduce(std::span<double>(pieces), parallel::Reduce::kSum));
   return std::accumulate(pieces.begin(), pieces.end(), 0.0);
 }

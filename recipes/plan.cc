@@ -174,12 +174,9 @@ void CountNumbers(const PlanInput& input, const Layout& layout, PassContext& at)
            kNumber * (2 + input.batch.global_batch_sequences()) * (input.mesh.dp - 1));
   at.Count("world.all_reduce", kNumber * others);  // requests of signals
   at.Count("world.all_reduce", kNumber * SumCount(input) * others);
-  int64_t pieces = 0;
-  for (int64_t u = 0; u < layout.partition.units(); ++u) {
-    pieces += static_cast<int64_t>(
-                  NormBorders(layout.partition, u, input.batch.rank_independent_sums).size()) -
-              1;
-  }
+  int64_t pieces = input.batch.rank_independent_sums ? 0 : 1;  // of the gradient norm
+  for (int64_t u = 0; input.batch.rank_independent_sums && u < layout.partition.units(); ++u)
+    pieces += static_cast<int64_t>(NormBorders(layout.partition, u, true).size()) - 1;
   at.Count("world.all_reduce", kNumber * pieces * others);
   constexpr int64_t kStragglerFloats = 6;
   if (input.log_every_step && others > 0)

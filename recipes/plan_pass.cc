@@ -317,7 +317,7 @@ class ModelPass {
 
   // Model::Forward.
   Tables Forward(const std::vector<int32_t>& cu_seqlens, bool recompute) {
-    const Tables tables = MakeTables(cu_seqlens);
+    Tables tables = MakeTables(cu_seqlens);
     Embed();
     for (int64_t layer = 0; layer < layers(); ++layer) {
       Activations(share_.part(), hidden());

@@ -170,6 +170,7 @@ class StepLoop {
   ProgressDisplay display_;
   Progress progress_;
   Stragglers stragglers_;
+  double logged_beside_ = 0;  // of CommQueue::seconds_run
   // Totals when the last logged step and when this step had its summed gradient: nothing runs
   // beside the computation then, so the difference is exact.
   std::map<std::string, parallel::CommTotals> logged_comm_, summed_comm_;
@@ -487,6 +488,9 @@ Status StepLoop::Report(const StepData& data, const Values& values, const Update
     line["tokens_per_s"] = rate;
     line["step_ms"] = step_seconds * 1e3;
     line["comm_ms"] = comm_seconds * 1e3;
+    const double beside = session_.mesh().queue().seconds_run();
+    line["comm_beside_ms"] = (beside - logged_beside_) * 1e3;
+    logged_beside_ = beside;
     line["comm"] = comm_;
     line["arena_peak_mib"] = static_cast<double>(session_.arena().peak_bytes()) / (1 << 20);
     line["data_crc"] = Hex32(data.crc);

@@ -164,7 +164,6 @@ TEST_F(CommLogTest, SecondsAreThoseOfTheCallingThread) {
   EXPECT_EQ(CommSecondsOfThisThread(), before);
   ASSERT_TRUE(slow->Barrier().ok());
   EXPECT_GE(CommSecondsOfThisThread() - before, 0.02);
-  EXPECT_GE(log_.Totals().at("slow.barrier").seconds, 0.04);
 }
 
 TEST_F(CommLogTest, TheDeltaNamesWhatWasCalledSince) {
