@@ -60,8 +60,7 @@ GradientReducer::GradientReducer(const Context& ctx, const model::ParameterStore
     : ctx_(ctx),
       mesh_(mesh),
       by_hand_(rank_independent),
-      partition_(
-          GradientPartition(layout.unit_borders(), mesh.param_size(), rank_independent)) {
+      partition_(GradientPartition(layout.unit_borders(), mesh.param_size(), rank_independent)) {
   SALA_CHECK(!rank_independent || mesh.zero_stage() <= 1) << "ZeRO stage " << mesh.zero_stage();
   const model::Placement whole = sliced() ? model::Placement::Slots() : model::Placement();
   store_ = model::ParameterStore(layout.specs(), DType::kF32, ctx.gpu, whole);
