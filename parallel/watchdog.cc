@@ -321,7 +321,8 @@ StatusOr<FaultReport> ExplainRun(const std::string& logs) {
     return MakeError(ExitCode::kNoInput, "FILE-MISSING",
                      logs +
                          ": no fault-rank-*.json: no watchdog expired in the last start of this "
-                         "run; look at the rank-*.log files there");
+                         "run; look at the rank-*.log files there, and in earlier/ for the "
+                         "fault-report.txt of a start before");
   }
   std::vector<std::string> hosts;
   if (const auto text = ReadFile(logs + "/ranks.json"); text.ok()) {
@@ -544,7 +545,8 @@ FaultReport ExplainFaults(const std::vector<RankFault>& faults,
                        "between hosts does not carry it: " +
                        ranks.Text(waiting) +
                        ". Check that these hosts reach each other (cable, switch, firewall, "
-                       "interface) and leave out a host that does not answer." +
+                       "interface) and leave out a host that does not answer; if the work is only "
+                       "slow, raise the limit under run.watchdog." +
                        again;
   }
   return report;
