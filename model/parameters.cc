@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
+#include <numeric>
 #include <utility>
 
 #include "core/check.h"
@@ -277,6 +279,15 @@ void ParameterStore::Zero() {
 int64_t ParameterStore::parameters() const {
   int64_t n = 0;
   for (const ParameterSpec& spec : specs_) n += spec.stored;
+  return n;
+}
+
+int64_t ParameterStore::whole_parameters() const {
+  int64_t n = 0;
+  for (const ParameterSpec& spec : specs_) {
+    n += std::accumulate(spec.global_shape.begin(), spec.global_shape.end(), int64_t{1},
+                         std::multiplies<>());
+  }
   return n;
 }
 

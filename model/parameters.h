@@ -99,7 +99,8 @@ class ParameterStore {
   DType dtype() const { return dtype_; }
   int64_t size() const { return size_; }  // elements with gaps, whether or not in memory
   size_t bytes() const { return data_.bytes(); }
-  int64_t parameters() const;  // elements this rank has, without gaps and padding
+  int64_t parameters() const;        // elements this rank has, without gaps and padding
+  int64_t whole_parameters() const;  // of the whole tensors
   bool whole() const { return placement_.kind == Placement::kWhole; }
 
   // The elements of a whole float32 store in host memory.

@@ -37,16 +37,6 @@ std::vector<TensorSlice> ParameterSlices(const model::ParameterStore& params,
   return slices;
 }
 
-int64_t WholeParameters(const model::ParameterStore& params) {
-  int64_t sum = 0;
-  for (const model::ParameterSpec& spec : params.specs()) {
-    int64_t n = 1;
-    for (int64_t size : spec.global_shape) n *= size;
-    sum += n;
-  }
-  return sum;
-}
-
 CheckpointInfo MakeInfo(Session& session, const SaveRequest& request,
                         const std::string& model_yaml) {
   const StagePosition& position = request.position;
@@ -66,7 +56,7 @@ CheckpointInfo MakeInfo(Session& session, const SaveRequest& request,
                    {"pp", 1},
                    {"zero_stage", mesh.zero_stage}};
   info.model = {{"config_sha256", Sha256Hex(model_yaml)},
-                {"parameters", WholeParameters(*request.params)},
+                {"parameters", request.params->whole_parameters()},
                 {"tensors", request.params->specs().size()},
                 {"mixer_types", request.model->mixer_types}};
   info.tokenizer_fingerprint = session.tokenizer().fingerprint();

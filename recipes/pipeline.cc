@@ -179,9 +179,10 @@ void PrintConversionVerdict(const PipelineConfig& config, const Summaries& summa
   }
 }
 
-// The model that the first stage to run starts from: what its shapes do not allow is refused before
-// hours of other stages. Stages do not change them.
-StatusOr<model::ModelConfig> StartingShapes(Session& session, const Continuation& next) {
+// The model that the first stage to run starts from, if it names one: what its shapes do not allow
+// is refused before hours of other stages. Stages do not change them.
+StatusOr<std::optional<model::ModelConfig>> StartingShapes(Session& session,
+                                                           const Continuation& next) {
   if (!next.resume.empty()) return ModelConfigAt(next.resume);
   if (next.stage > 0) {
     SALA_ASSIGN_OR_RETURN(const std::string result, StageResult(session, next.stage - 1));
@@ -189,19 +190,22 @@ StatusOr<model::ModelConfig> StartingShapes(Session& session, const Continuation
   }
   const StageConfig& stage = session.config().stages[0];
   if (stage.init_from) return ModelConfigAt(stage.init_from->path);
-  model::ModelConfig config = stage.model.value_or(model::ModelConfig());
+  if (!stage.model) return std::nullopt;  // the stage says what is wrong
+  model::ModelConfig config = *stage.model;
   if (config.vocab_size == 0) config.vocab_size = session.tokenizer().vocab_size();
   SALA_RETURN_IF_ERROR(config.Resolve());
   return config;
 }
 
 Status CheckInputs(Session& session, const Continuation& next) {
-  SALA_ASSIGN_OR_RETURN(const model::ModelConfig shapes, StartingShapes(session, next));
+  SALA_ASSIGN_OR_RETURN(const std::optional<model::ModelConfig> shapes,
+                        StartingShapes(session, next));
   for (size_t i = static_cast<size_t>(next.stage); i < session.config().stages.size(); ++i) {
     const StageConfig& stage = session.config().stages[i];
     const Status mesh = parallel::ResolveMesh(session.world().size(), stage.parallel).status();
     if (!mesh.ok()) return Annotate(mesh, "stage " + stage.name);
-    if (const std::string problem = shapes.TensorParallelProblem(stage.parallel.tp);
+    if (const std::string problem =
+            shapes ? shapes->TensorParallelProblem(stage.parallel.tp) : std::string();
         !problem.empty())
       return MakeError(ExitCode::kConfig, "CFG-MESH", "stage " + stage.name + ": " + problem);
     const Status status = stage.kind == StageKind::kHalo ? CheckHaloInputs(session, stage)

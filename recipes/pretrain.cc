@@ -210,7 +210,7 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
     carry = loaded->checkpoint;
   }
   if (session.is_root()) {
-    SALA_LOG(Info) << "stage " << stage.name << ": " << loaded->params.parameters()
+    SALA_LOG(Info) << "stage " << stage.name << ": " << loaded->params.whole_parameters()
                    << " parameters, " << stage.batch.steps << " steps of "
                    << stage.batch.global_batch_sequences() << " x " << stage.batch.seq_len_tokens
                    << " tokens" << (stage.sparse_attention ? ", sparse attention on" : "");

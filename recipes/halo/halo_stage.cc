@@ -155,7 +155,7 @@ Status HaloStage::Prepare() {
     SALA_LOG(Info) << "stage " << stage_.name << ": teacher " << input_.init_path << ", "
                    << teacher_.config.num_hidden_layers << " layers, " << plan_.softmax_layers
                    << " keep softmax attention (by decision: " << Text(plan_.forced)
-                   << "); linear mixers add " << mixers_.parameters()
+                   << "); linear mixers add " << mixers_.whole_parameters()
                    << " parameters for all layers";
   }
   return OkStatus();

@@ -19,7 +19,8 @@ import unittest
 
 import harness as h
 from cuda_test import BF16_GRADIENT, BF16_LOSS, EMULATED, hybrid, model
-from parallel_test import GRADIENT_TOLERANCE, relative_differences
+from harness import relative_differences
+from parallel_test import GRADIENT_TOLERANCE
 
 # 128 tokens a sample, documents of up to 128: ranges of context ranks begin inside of them, and those of at least 64 are sparse.
 SEQ = 128

@@ -10,7 +10,8 @@ import subprocess
 import unittest
 
 import harness as h
-from parallel_test import GRADIENT_TOLERANCE, relative_differences
+from harness import relative_differences
+from parallel_test import GRADIENT_TOLERANCE
 
 # Rounding a tensor to bfloat16 adds a relative error of about 2^-9 (a uniform error of at most 2^-8). Some 20 tensors are
 # rounded on the way through a layer and back; 4 layers, as a random walk: sqrt(80) / 512 = 1.7 %. Norms and softmax amplify

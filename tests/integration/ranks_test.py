@@ -268,7 +268,7 @@ class TwoHosts(RanksCase):
         # In place of ssh: HOST COMMAND...
         self.shell = h.ROOT / "on-host.sh"
         self.shell.write_text('#!/usr/bin/env bash\nhost=$1\nshift\n'
-                              'exec ip netns exec "$host" unshare --uts bash -c \'hostname "$0"; eval "exec $*"\' "$host" "$@"\n')
+                              'exec ip netns exec "$host" unshare --uts bash -c \'hostname "$0"; eval "$*"\' "$host" "$@"\n')
         self.shell.chmod(0o755)
 
     def remove_hosts(self):
