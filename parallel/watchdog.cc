@@ -223,13 +223,15 @@ void Watchdog::Expire(const Frame& frame, double limit, int64_t step) {
   const std::vector<CommLog::CommunicatorInfo> communicators = log_.communicators();
   for (const CommLog::CommunicatorInfo& info : communicators)
     fault.groups[info.id] = {.name = info.group, .ranks = info.ranks};
+  const double now = ClockSeconds();
   for (const CommEntry& entry : log_.Entries()) {
     fault.calls.push_back({.communicator = communicators[entry.communicator].id,
                            .number = entry.number,
                            .sequence = entry.sequence,
                            .kind = std::string(NameOf(entry.kind)),
                            .bytes = entry.bytes,
-                           .running = entry.running});
+                           .running = entry.running,
+                           .seconds = entry.running ? now - entry.start : 0});
   }
   const Status written =
       WriteFileAtomically(directory_ + "/" + FaultName(rank_), fault.ToJson() + "\n");
@@ -270,7 +272,8 @@ std::string RankFault::ToJson() const {
                                    {"number", call.number},
                                    {"kind", call.kind},
                                    {"bytes", call.bytes},
-                                   {"state", call.running ? "running" : "done"}});
+                                   {"state", call.running ? "running" : "done"},
+                                   {"seconds", call.seconds}});
   }
   return json.dump();
 }
@@ -294,7 +297,8 @@ StatusOr<RankFault> RankFault::FromJson(const std::string& text) {
                              .sequence = call.at("sequence"),
                              .kind = call.at("kind"),
                              .bytes = call.at("bytes"),
-                             .running = call.at("state") == "running"});
+                             .running = call.at("state") == "running",
+                             .seconds = call.at("seconds")});
     }
     return fault;
   } catch (const nlohmann::json::exception& error) {
@@ -445,13 +449,18 @@ struct Waiting {
   std::vector<int> ranks;
 };
 
+// Most of the section has gone by in this one collective: it hangs.
+bool HasWaitedLong(const Waiting& waiting) {
+  return waiting.call->seconds > waiting.lowest->seconds / 2;
+}
+
 std::string WaitText(const Ranks& ranks, const std::vector<Waiting>& where) {
   constexpr size_t kShown = 3;
   std::string text;
   for (size_t i = 0; i < std::min(kShown, where.size()); ++i) {
     const Waiting& w = where[i];
     text += (i == 0 ? "" : "; ") + ranks.Text(w.ranks) +
-            (w.ranks.size() == 1 ? " waits" : " wait") + " for " + SecondsText(w.lowest->seconds) +
+            (w.ranks.size() == 1 ? " waits" : " wait") + " for " + SecondsText(w.call->seconds) +
             " in " + CallText(*w.lowest, *w.call) + ", " + SectionText(*w.lowest);
   }
   if (where.size() > kShown)
@@ -538,6 +547,13 @@ FaultReport ExplainFaults(const std::vector<RankFault>& faults,
                        ". The process lives and hangs or is slow in its own work: look at its "
                        "disks, its device and its log; if the work is only slow, raise the limit "
                        "under run.watchdog." +
+                       again;
+  } else if (std::none_of(where.begin(), where.end(), HasWaitedLong)) {
+    const RankFault& first = faults.front();
+    report.paragraph = "no rank is missing and none hangs: " + wait_text +
+                       "; the section has lasted " + SecondsText(first.seconds) +
+                       ", and its collectives go on, so the work is only slow: raise the limit "
+                       "under run.watchdog, or look for a slow rank in metrics/stragglers.jsonl." +
                        again;
   } else {
     report.paragraph = "no rank is missing: " + wait_text +

@@ -117,6 +117,7 @@ struct RankFault {
     std::string kind;
     int64_t bytes = 0;
     bool running = false;
+    double seconds = 0;  // that it has been running
   };
   struct Group {
     std::string name;

@@ -34,7 +34,8 @@ RankFault Fault(int rank, int64_t done, bool running, const std::string& kind = 
                            .sequence = n,
                            .kind = n > done ? kind : "all_reduce",
                            .bytes = 40,
-                           .running = n > done});
+                           .running = n > done,
+                           .seconds = n > done ? 301.0 : 0.0});
   }
   return fault;
 }
@@ -52,6 +53,20 @@ TEST(FaultReportTest, ARankWithoutAFileIsTheCulprit) {
   EXPECT_EQ(report.divergence,
             "all_reduce number 8 of group world (ranks 0-3, 40 bytes, sequence 8): rank 0@fa: "
             "entered; rank 1@fa: entered; rank 2@fb: no fault file; rank 3@fb: entered");
+}
+
+TEST(FaultReportTest, SlowWorkIsNotTakenForAHang) {
+  std::vector<RankFault> faults;
+  for (int rank = 0; rank < 4; ++rank) {
+    faults.push_back(Fault(rank, 7, true));
+    faults.back().calls.back().seconds = 0.2;
+  }
+  const FaultReport report = ExplainFaults(faults, kHosts);
+  EXPECT_THAT(report.culprits, ElementsAre());
+  EXPECT_THAT(report.paragraph, HasSubstr("no rank is missing and none hangs"));
+  EXPECT_THAT(report.paragraph, HasSubstr("wait for 0.2 s in all_reduce number 8"));
+  EXPECT_THAT(report.paragraph, HasSubstr("the section has lasted 301 s"));
+  EXPECT_THAT(report.paragraph, Not(HasSubstr("network")));
 }
 
 TEST(FaultReportTest, ARankThatStandsOutsideOfCollectivesIsTheCulprit) {
