@@ -89,7 +89,8 @@ class FirstStep(LayoutsCase):
         return h.checkpoints(self.runs[name])[0]
 
     def test_each_exchanges_what_its_name_says(self):
-        for layout, expected in {"dp2": {"param.reduce_scatter", "param.all_gather"}, "tp2": {"tp.all_gather", "tp.reduce_scatter"},
+        # The gathers behind an update count for the next step.
+        for layout, expected in {"dp2": {"param.reduce_scatter"}, "tp2": {"tp.all_gather", "tp.reduce_scatter"},
                                  "cp2": {"cp.all_gather", "cp.reduce_scatter", "cp.send_receive"}, "tp4": {"kv.all_gather"}}.items():
             self.assertLessEqual(expected, set(first(self.runs[layout])["comm"]), layout)
 
