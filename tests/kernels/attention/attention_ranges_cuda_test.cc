@@ -116,7 +116,10 @@ TEST_F(AttentionRangesCuda, NoQueriesGiveZeros) {
   }
 }
 
-TEST_F(AttentionRangesCuda, QueriesOutsideOfTheTokensAbort) {
+// Death tests run first, before the device has anything under way that a copy of the process loses.
+using AttentionRangesCudaDeathTest = AttentionRangesCuda;
+
+TEST_F(AttentionRangesCudaDeathTest, QueriesOutsideOfTheTokensAbort) {
   const AttentionCase whole = NewCase(6, {2, 1, 16});
   AttentionCase part = QueriesIn(whole, {0, 4});
   EXPECT_DEATH(Run(part, {{0, 6}}, 3), "4 queries from token 3 on, of 6 tokens");

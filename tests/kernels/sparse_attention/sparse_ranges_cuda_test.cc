@@ -166,7 +166,10 @@ TEST_F(SparseRangesCuda, NoQueriesGiveZeros) {
   }
 }
 
-TEST_F(SparseRangesCuda, QueriesOutsideOfTheTokensAbort) {
+// Death tests run first, before the device has anything under way that a copy of the process loses.
+using SparseRangesCudaDeathTest = SparseRangesCuda;
+
+TEST_F(SparseRangesCudaDeathTest, QueriesOutsideOfTheTokensAbort) {
   const SparseCase whole = NewCase(6, {2, 1, 16}, SmallConfig());
   SparseCase part = Range(whole, {0, 4});
   EXPECT_DEATH(Select(part, {{0, 6}}, 3), "4 queries from token 3 on, of 6 tokens");
