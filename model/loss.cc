@@ -61,14 +61,7 @@ struct HiddenGradient {
                      : part) {}
 
   void Sum(const Context& ctx, Arena& arena, const Model& model, const TokenShare& share) const {
-    if (!summed) return;
-    const ArenaScope scope(arena);
-    Tensor wide = terms;
-    if (ctx.cuda()) {
-      wide = arena.New(DType::kF32, {terms.dim(0), terms.dim(1)});
-      kernels::Cast(ctx, terms, wide);
-    }
-    model.spread().Sum(ctx, arena, share, wide, part, kernels::Write::kOverwrite);
+    if (summed) model.spread().Sum(ctx, arena, share, terms, part, kernels::Write::kOverwrite);
   }
 
   bool summed;

@@ -201,12 +201,7 @@ Tensor Model::Embed(const Context& ctx, Arena& arena, const BatchTables& tables)
   const int64_t first_row = tensors_.embedding.dim(0) * spread_.tp_rank();
   const Tensor rows = arena.New(ctx.activation(), {share.tokens(), config_.hidden_size});
   kernels::EmbeddingForward(ctx, tables.tokens, tensors_.embedding, scale, rows, first_row);
-  Tensor terms = rows;
-  if (ctx.cuda()) {
-    terms = arena.New(DType::kF32, {share.tokens(), config_.hidden_size});
-    kernels::Cast(ctx, rows, terms);
-  }
-  spread_.Sum(ctx, arena, share, terms, x, Write::kOverwrite);
+  spread_.Sum(ctx, arena, share, rows, x, Write::kOverwrite);
   return x;
 }
 

@@ -206,22 +206,12 @@ ParameterStore::ParameterStore(std::vector<ParameterSpec> specs, DType dtype, De
     SALA_CHECK(index_.emplace(specs_[i].name, i).second)
         << "parameter " << specs_[i].name << " appears twice";
   }
-  const auto layers = static_cast<int64_t>(borders_.size()) - 4;
   int64_t elements = size_;
   if (placement.kind == Placement::kShard) {
     elements = placement.partition.shard_size(placement.rank);
   } else if (placement.kind == Placement::kSlots) {
-    std::vector<int64_t> sizes(kSlotCount, 0);
-    for (int64_t u = 0; u < UnitCount(layers); ++u) {
-      int64_t& size = sizes[static_cast<size_t>(SlotOf(u, layers))];
-      const auto i = static_cast<size_t>(u);
-      size = std::max(size, borders_[i + 1] - borders_[i]);
-    }
-    elements = 0;
-    for (int64_t size : sizes) {
-      slots_.push_back(elements);
-      elements += size;
-    }
+    slots_ = SlotBorders(borders_);
+    elements = slots_.back();
   }
   data_ = Buffer(static_cast<size_t>(elements) * SizeOf(dtype), device);
 }
@@ -235,7 +225,8 @@ int64_t ParameterStore::Place(int64_t offset) const {
   const auto next = std::upper_bound(borders_.begin(), borders_.end() - 1, offset);
   const int64_t unit = next - borders_.begin() - 1;
   if (placement_.kind == Placement::kSlots) {
-    const auto slot = static_cast<size_t>(SlotOf(unit, static_cast<int64_t>(borders_.size()) - 4));
+    const int64_t layers = LayersOf(static_cast<int64_t>(borders_.size()) - 1);
+    const auto slot = static_cast<size_t>(SlotOf(unit, layers));
     return slots_[slot] + offset - borders_[static_cast<size_t>(unit)];
   }
   const parallel::UnitPartition& partition = placement_.partition;
@@ -390,21 +381,15 @@ void ComputeParameters::Refresh(const Context& ctx) {
   slots_.Forget();
 }
 
-void ComputeParameters::Fetch(int64_t unit) {
-  const int rank = mesh_->param_rank();
-  const ConstTensor mine = Own(partition_.begin(unit, rank), partition_.end(unit, rank));
-  const Tensor all = store_->Flat(partition_.unit_begin(unit), partition_.unit_end(unit));
-  pending_[static_cast<size_t>(unit)] = mesh_->queue().Submit([this, unit, mine, all] {
-    return mesh_->background_param_group().AllGather(mine, partition_.counts(unit), all);
-  });
-}
-
 void ComputeParameters::Share(int64_t u, const parallel::UnitPartition& partition) {
   if (sharded_) {
     slots_.Forget();
-    return;
+  } else if (mesh_ != nullptr && mesh_->param_size() > 1 && partition.unit_size(u) > 0) {
+    Gather(u, partition);
   }
-  if (partition.unit_size(u) == 0) return;
+}
+
+void ComputeParameters::Gather(int64_t u, const parallel::UnitPartition& partition) {
   const int rank = mesh_->param_rank();
   const ConstTensor mine = Own(partition.begin(u, rank), partition.end(u, rank));
   const Tensor all = store().Flat(partition.unit_begin(u), partition.unit_end(u));
@@ -421,7 +406,7 @@ void ComputeParameters::Settle() {
 
 void ComputeParameters::Enter(int64_t unit) {
   if (mesh_ == nullptr || mesh_->planning()) return;
-  if (sharded_) slots_.Enter(unit, [this](int64_t u) { Fetch(u); });
+  if (sharded_) slots_.Enter(unit, [this](int64_t u) { Gather(u, partition_); });
   parallel::CommQueue::Ticket& ticket = pending_[static_cast<size_t>(unit)];
   if (ticket == 0) return;
   parallel::OrThrow(mesh_->queue().Wait(ticket));

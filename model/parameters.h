@@ -136,7 +136,7 @@ class ParameterStore {
   DType dtype_ = DType::kF32;
   int64_t size_ = 0;
   Placement placement_;
-  std::vector<int64_t> slots_;  // kSlots: first element of each slot
+  std::vector<int64_t> slots_;  // kSlots: SlotBorders
   UnitHooks* hooks_ = nullptr;
   Buffer data_;
 };
@@ -183,7 +183,8 @@ class ComputeParameters : public UnitHooks {
   size_t bytes() const;  // of what this adds to the host's store
 
  private:
-  void Fetch(int64_t unit);
+  // Unit u of the partition, beside what follows, to where the model reads it.
+  void Gather(int64_t u, const parallel::UnitPartition& partition);
 
   ParameterStore* host_;
   parallel::Mesh* mesh_;

@@ -68,13 +68,18 @@ Tensor Spread::Gather(const Context& ctx, Arena& arena, const TokenShare& share,
 
 void Spread::Sum(const Context& ctx, Arena& arena, const TokenShare& share, const Tensor& terms,
                  const Tensor& part, kernels::Write write) const {
-  SALA_CHECK(tp_size() > 1 && terms.dtype() == DType::kF32) << ShapeText(terms);
+  SALA_CHECK(tp_size() > 1) << ShapeText(terms);
   const ArenaScope scope(arena);
   const int64_t width = terms.dim(1);
+  Tensor wide = terms;
+  if (terms.dtype() != DType::kF32) {
+    wide = arena.New(DType::kF32, {terms.dim(0), width});
+    kernels::Cast(ctx, terms, wide);
+  }
   const bool direct = write == kernels::Write::kOverwrite && part.dtype() == DType::kF32;
   const Tensor sum = direct ? part : arena.New(DType::kF32, {share.part(), width});
   if (!Dry(ctx)) {
-    OrThrow(mesh_->tp_group().ReduceScatterSum(ConstTensor(FlatView(terms)),
+    OrThrow(mesh_->tp_group().ReduceScatterSum(ConstTensor(FlatView(wide)),
                                                Counts(share.tp_borders, width), FlatView(sum)));
   }
   if (direct) return;

@@ -58,8 +58,9 @@ class Spread {
   // part [share.part(), W] -> [share.tokens(), W], in the arena; the part itself with one rank.
   Tensor Gather(const Context& ctx, Arena& arena, const TokenShare& share,
                 const Tensor& part) const;
-  // terms f32 [share.tokens(), W], one of each tp rank: their sum, this rank's part of it, is
-  // written to or added to `part` (activation type). Not called with one tp rank.
+  // terms [share.tokens(), W], f32 or of the activation type, of each tp rank: their float32 sum,
+  // this rank's part of it, is written to or added to `part` (activation type). Not called with one
+  // tp rank.
   void Sum(const Context& ctx, Arena& arena, const TokenShare& share, const Tensor& terms,
            const Tensor& part, kernels::Write write) const;
   // Small numbers of a row of tokens, over the tp ranks; null with one.

@@ -1,9 +1,22 @@
 #include "model/units.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 namespace sala::model {
+
+std::vector<int64_t> SlotBorders(const std::vector<int64_t>& borders) {
+  std::vector<int64_t> slots(kSlotCount + 1, 0);
+  const auto units = static_cast<int64_t>(borders.size()) - 1;
+  for (int64_t u = 0; u < units; ++u) {
+    int64_t& size = slots[static_cast<size_t>(SlotOf(u, LayersOf(units))) + 1];
+    const auto i = static_cast<size_t>(u);
+    size = std::max(size, borders[i + 1] - borders[i]);
+  }
+  std::partial_sum(slots.begin(), slots.end(), slots.begin());
+  return slots;
+}
 
 SlotSchedule::SlotSchedule(std::vector<int64_t> sizes) : sizes_(std::move(sizes)) {}
 

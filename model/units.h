@@ -14,6 +14,7 @@ constexpr int64_t UnitOfLayer(int64_t layer) { return 1 + layer; }
 constexpr int64_t UnitOfNorm(int64_t layers) { return 1 + layers; }
 constexpr int64_t UnitOfHead(int64_t layers) { return 2 + layers; }
 constexpr int64_t UnitCount(int64_t layers) { return 3 + layers; }
+constexpr int64_t LayersOf(int64_t units) { return units - UnitCount(0); }
 
 // Around the use of a unit's tensors. Of parameters: from Enter until another unit is entered they
 // have their values. Of
@@ -33,6 +34,10 @@ constexpr int64_t SlotOf(int64_t unit, int64_t layers) {
   return unit == UnitOfNorm(layers) ? 3 : unit % 2;
 }
 
+// Where the slots of a store with these unit borders [units + 1] begin, and how long all are
+// together: [kSlotCount + 1]. A slot is as long as the longest unit that uses it.
+std::vector<int64_t> SlotBorders(const std::vector<int64_t>& borders);
+
 // Which units are fetched when: what the run does and `sala plan` counts.
 class SlotSchedule {
  public:
@@ -47,7 +52,7 @@ class SlotSchedule {
   void Forget();
 
  private:
-  int64_t layers() const { return static_cast<int64_t>(sizes_.size()) - 3; }
+  int64_t layers() const { return LayersOf(static_cast<int64_t>(sizes_.size())); }
   void Want(int64_t u, const std::function<void(int64_t)>& fetch);
 
   std::vector<int64_t> sizes_;

@@ -1,7 +1,6 @@
 #include "parallel/partition.h"
 
 #include <algorithm>
-#include <numeric>
 
 namespace sala::parallel {
 
@@ -22,16 +21,11 @@ UnitPartition::UnitPartition(std::span<const int64_t> borders, int ranks,
   shard_.emplace_back(static_cast<size_t>(ranks), 0);
   for (size_t u = 0; u + 1 < borders_.size(); ++u) {
     const int64_t alignment = alignments.empty() ? 16 : alignments[u];
-    counts_.push_back(FlatPartition::Even(borders_[u + 1] - borders_[u], ranks, alignment).counts);
+    pieces_.push_back(FlatPartition::Even(borders_[u + 1] - borders_[u], ranks, alignment));
     std::vector<int64_t> next = shard_.back();
-    for (size_t r = 0; r < next.size(); ++r) next[r] += counts_.back()[r];
+    for (size_t r = 0; r < next.size(); ++r) next[r] += pieces_.back().counts[r];
     shard_.push_back(std::move(next));
   }
-}
-
-int64_t UnitPartition::begin(int64_t u, int r) const {
-  const std::vector<int64_t>& n = counts(u);
-  return std::accumulate(n.begin(), n.begin() + r, unit_begin(u));
 }
 
 int64_t UnitPartition::shard_begin(int64_t u, int r) const {

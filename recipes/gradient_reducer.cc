@@ -23,16 +23,11 @@ parallel::UnitPartition GradientPartition(const std::vector<int64_t>& borders, i
   return {borders, ranks, alignments};
 }
 
-std::vector<int64_t> NormBorders(const parallel::UnitPartition& partition, int64_t unit,
-                                 bool rank_independent) {
+std::vector<int64_t> NormBorders(const parallel::UnitPartition& partition, int64_t unit) {
   std::vector<int64_t> borders;
   const int64_t end = partition.unit_end(unit);
-  if (rank_independent) {
-    const int64_t piece = NormPiece(partition.unit_size(unit));
-    for (int64_t at = partition.unit_begin(unit); at < end; at += piece) borders.push_back(at);
-  } else {
-    for (int r = 0; r < partition.ranks(); ++r) borders.push_back(partition.begin(unit, r));
-  }
+  const int64_t piece = NormPiece(partition.unit_size(unit));
+  for (int64_t at = partition.unit_begin(unit); at < end; at += piece) borders.push_back(at);
   borders.push_back(end);
   return borders;
 }
@@ -68,8 +63,12 @@ GradientReducer::GradientReducer(const Context& ctx, const model::ParameterStore
     shard_ = model::ParameterStore(layout.specs(), DType::kF32, ctx.gpu,
                                    model::Placement::Shard(partition_, mesh.param_rank()));
   }
-  for (int64_t u = 0; u < partition_.units(); ++u)
-    norm_borders_.push_back(NormBorders(partition_, u, rank_independent));
+  const int rank = mesh.param_rank();
+  for (int64_t u = 0; u < partition_.units(); ++u) {
+    norm_borders_.push_back(rank_independent ? NormBorders(partition_, u)
+                                             : std::vector<int64_t>{partition_.begin(u, rank),
+                                                                    partition_.end(u, rank)});
+  }
   for (const std::vector<CopyRange>& ranges : CopyRanges(store_.specs(), partition_.units())) {
     std::vector<Copies>& unit = copies_.emplace_back();
     for (const CopyRange& range : ranges) {
@@ -120,7 +119,7 @@ void GradientReducer::BeginMicroBatch(bool last) { last_ = last; }
 
 void GradientReducer::Enter(int64_t unit) {
   if (!sliced() || mesh_.planning()) return;
-  const auto layers = partition_.units() - 3;
+  const int64_t layers = model::LayersOf(partition_.units());
   int64_t& held = in_slot_[static_cast<size_t>(model::SlotOf(unit, layers))];
   if (held == unit && pending_[static_cast<size_t>(unit)] == 0) return;  // goes on: a tied head
   if (held >= 0) parallel::OrThrow(mesh_.queue().Wait(pending_[static_cast<size_t>(held)]));

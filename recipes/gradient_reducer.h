@@ -18,12 +18,11 @@
 
 namespace sala::recipes {
 
-// How a gradient with these unit borders is cut over `ranks` ranks, and the borders of the pieces
-// of a unit that the global norm is added from.
+// How a gradient with these unit borders is cut over `ranks` ranks, and, where sums do not depend
+// on the ranks, the borders of the pieces of a unit that the global norm is added from.
 parallel::UnitPartition GradientPartition(const std::vector<int64_t>& borders, int ranks,
                                           bool rank_independent);
-std::vector<int64_t> NormBorders(const parallel::UnitPartition& partition, int64_t unit,
-                                 bool rank_independent);
+std::vector<int64_t> NormBorders(const parallel::UnitPartition& partition, int64_t unit);
 
 // Elements [begin, end) of the flat buffer that `copies` tensor ranks hold alike: what is summed
 // over them in one call. By unit.
@@ -47,8 +46,8 @@ class GradientReducer : public model::UnitHooks {
   // Float32, laid out as the parameters, on the context's device.
   model::ParameterStore& store() { return store_; }
   const parallel::UnitPartition& partition() const { return partition_; }
-  // Borders of the pieces of unit u that the global norm is added from; a rank's piece of the
-  // partition is some of them.
+  // Borders of the pieces of unit u that the global norm is added from: this rank's piece, or with
+  // rank_independent those of all ranks, of which a rank's piece is some.
   const std::vector<int64_t>& norm_borders(int64_t u) const {
     return norm_borders_[static_cast<size_t>(u)];
   }

@@ -205,9 +205,8 @@ StatusOr<UpdateResult> Optimizer::Update(const Context& ctx, double learning_rat
                          reducer_.Summed(begin, end), Range(exp_avg_, begin, end),
                          Range(exp_avg_sq_, begin, end), options, ctx.cuda() ? compute : Tensor());
     }
-    if (split() && mesh_.param_size() > 1) params_.Share(u, reducer_.partition());
+    if (split()) params_.Share(u, reducer_.partition());
   }
-  if (params_.sharded()) params_.Share(0, reducer_.partition());
   return result;
 }
 

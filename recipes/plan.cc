@@ -58,20 +58,6 @@ struct Layout {
   parallel::UnitPartition partition;
 };
 
-// Elements of the slots of a store with these borders (model::ParameterStore).
-int64_t SlotElements(const std::vector<int64_t>& borders) {
-  const auto layers = static_cast<int64_t>(borders.size()) - 4;
-  std::vector<int64_t> sizes(model::kSlotCount, 0);
-  for (int64_t u = 0; u < model::UnitCount(layers); ++u) {
-    int64_t& size = sizes[static_cast<size_t>(model::SlotOf(u, layers))];
-    const auto i = static_cast<size_t>(u);
-    size = std::max(size, borders[i + 1] - borders[i]);
-  }
-  int64_t all = 0;
-  for (const int64_t size : sizes) all += size;
-  return all;
-}
-
 // What the computation reads of a store whose float32 values lie in host memory, whole or not:
 // model::ComputeParameters.
 void AddParameters(const PlanInput& input, const std::vector<int64_t>& borders, int64_t shard,
@@ -81,7 +67,7 @@ void AddParameters(const PlanInput& input, const std::vector<int64_t>& borders, 
   const int64_t host = (host_whole ? borders.back() : shard) * kFloat;
   const int64_t element = cuda ? 2 : kFloat;
   (cuda ? memory->host : *parameters) += host;
-  if (sharded) memory->slots += SlotElements(borders) * element;
+  if (sharded) memory->slots += model::SlotBorders(borders).back() * element;
   if (cuda) *parameters += (sharded ? shard : borders.back()) * element;
 }
 
@@ -105,7 +91,8 @@ MemoryPlan Buffers(const PlanInput& input, const PassContext& at, const Layout& 
   }
 
   const bool alone = ParamRanks(input) == 1;
-  memory.gradients = (Sliced(input) ? SlotElements(layout.borders) : layout.size()) * kFloat;
+  memory.gradients =
+      (Sliced(input) ? model::SlotBorders(layout.borders).back() : layout.size()) * kFloat;
   if (Sliced(input) || !alone) memory.gradients += shard * kFloat;
   if (input.batch.rank_independent_sums) {
     const int64_t share = (input.batch.micro_batches() + input.mesh.dp - 1) / input.mesh.dp;
@@ -176,7 +163,7 @@ void CountNumbers(const PlanInput& input, const Layout& layout, PassContext& at)
   at.Count("world.all_reduce", kNumber * SumCount(input) * others);
   int64_t pieces = input.batch.rank_independent_sums ? 0 : 1;  // of the gradient norm
   for (int64_t u = 0; input.batch.rank_independent_sums && u < layout.partition.units(); ++u)
-    pieces += static_cast<int64_t>(NormBorders(layout.partition, u, true).size()) - 1;
+    pieces += static_cast<int64_t>(NormBorders(layout.partition, u).size()) - 1;
   at.Count("world.all_reduce", kNumber * pieces * others);
   constexpr int64_t kStragglerFloats = 6;
   if (input.log_every_step && others > 0)

@@ -13,7 +13,7 @@
 #include "model/loss.h"
 #include "model/model.h"
 #include "parallel/mesh.h"
-#include "parallel/mpi_communicator.h"
+#include "tests/parallel/mpi_test_main.h"
 
 namespace sala::model {
 namespace {
@@ -211,15 +211,7 @@ INSTANTIATE_TEST_SUITE_P(
                       std::vector<std::string>{"lightning-attn", "lightning-attn"},
                       std::vector<std::string>{"minicpm4", "lightning-attn", "minicpm4"}));
 
-int Main(int argc, char** argv) {
-  ::testing::InitGoogleTest(&argc, argv);
-  auto session = parallel::MpiSession::Start(&argc, &argv);
-  if (!session.ok()) return 1;
-  auto all = (*session)->World();
-  if (!all.ok()) return 1;
-  world = all->get();
-  return RUN_ALL_TESTS();
-}
+int Main(int argc, char** argv) { return testing::RunTestsOnRanks(argc, argv, &world); }
 
 }  // namespace
 }  // namespace sala::model

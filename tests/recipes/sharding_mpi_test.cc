@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "model/parameters.h"
-#include "parallel/mpi_communicator.h"
 #include "recipes/gradient_reducer.h"
+#include "tests/parallel/mpi_test_main.h"
 
 namespace sala::recipes {
 namespace {
@@ -165,15 +165,7 @@ TEST_P(ShardingTest, ParametersAreGatheredAheadOfTheirUse) {
 
 INSTANTIATE_TEST_SUITE_P(Zero, ShardingTest, ::testing::Values(0, 1, 2, 3));
 
-int Main(int argc, char** argv) {
-  ::testing::InitGoogleTest(&argc, argv);
-  auto session = parallel::MpiSession::Start(&argc, &argv);
-  if (!session.ok()) return 1;
-  auto all = (*session)->World();
-  if (!all.ok()) return 1;
-  world = all->get();
-  return RUN_ALL_TESTS();
-}
+int Main(int argc, char** argv) { return testing::RunTestsOnRanks(argc, argv, &world); }
 
 }  // namespace
 }  // namespace sala::recipes
