@@ -1,21 +1,12 @@
-// Elementary functions and sums for loops over float arrays.
+// Elementary functions and sums for loops over float arrays (kernels/common/vectorized.h).
 //
-// SALA_VECTORIZE goes before a function that holds a hot loop: the compiler makes one copy per
-// instruction set and the program takes the best one at start. The functions below are free of
-// branches, calls and fused multiply-adds, so the loop becomes vector code and every copy gives the
-// same bits (the project compiles with -ffp-contract=off). Sums keep a fixed number of partial
-// sums, whatever the vector width, and join them in a fixed tree.
+// They are free of branches, calls and fused multiply-adds, so a loop over them becomes vector code
+// and has the same bits for every vector width (the project compiles with -ffp-contract=off). Sums
+// keep a fixed number of partial sums, whatever the width, and join them in a fixed tree.
 #pragma once
 
 #include <bit>
 #include <cstdint>
-
-// The resolvers behind target_clones run before a sanitizer is ready.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(SALA_SANITIZED)
-#define SALA_VECTORIZE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SALA_VECTORIZE
-#endif
 
 // Before an element-wise loop whose arrays are either apart or exactly the same memory.
 #if defined(__clang__)
@@ -24,7 +15,7 @@
 #define SALA_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-// For helpers that must become part of every copy of their caller.
+// For functions that must become part of every copy of their caller.
 #define SALA_INLINE __attribute__((always_inline)) inline
 
 namespace sala::kernels {

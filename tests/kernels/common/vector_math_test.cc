@@ -1,4 +1,4 @@
-#include "kernels/common/vector_math.h"
+#include "kernels/common/vectorized.h"
 
 #include <cmath>
 #include <limits>
@@ -44,9 +44,10 @@ TEST(VectorMath, SigmoidAgreesWithDouble) {
   EXPECT_EQ(Sigmoid(std::numeric_limits<float>::infinity()), 1.0F);
 }
 
-SALA_VECTORIZE void ExpLoop(int64_t n, const float* x, float* y) {
+SALA_INLINE void ExpLoopBody(int64_t n, const float* x, float* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = Exp(x[i]);
 }
+constexpr Vectorized<ExpLoopBody> ExpLoop{};
 
 TEST(VectorMath, ALoopHasTheBitsOfSingleCalls) {
   std::mt19937 rng(3);
