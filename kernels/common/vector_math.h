@@ -51,6 +51,23 @@ SALA_INLINE float Exp(float x) {
 // 1 / (1 + e^-x)
 SALA_INLINE float Sigmoid(float x) { return 1.0F / (1.0F + Exp(-x)); }
 
+// a * b + c rounded once: std::fma, which processors without the instruction leave to a slow
+// function. The product is exact in float64. Of the two float64 numbers around the sum the one with
+// an odd last bit is taken ("round to odd"), so that rounding to float32 sees on which side of a
+// midpoint the exact sum lies (Boldo and Melquiond, "Emulation of a FMA and correctly rounded
+// sums", 2008).
+SALA_INLINE float FusedMultiplyAdd(float a, float b, float c) {
+  const double product = static_cast<double>(a) * static_cast<double>(b);
+  const double added = c;
+  const double sum = product + added;
+  const double from_added = sum - product;
+  const double lost = (product - (sum - from_added)) + (added - from_added);
+  const auto bits = std::bit_cast<int64_t>(sum);
+  const auto inexact = static_cast<int64_t>(lost > 0) | static_cast<int64_t>(lost < 0);
+  const int64_t away = (lost > 0) == (sum > 0) ? 1 : -1;
+  return static_cast<float>(std::bit_cast<double>(bits + (inexact & ~bits) * away));
+}
+
 constexpr int64_t kLanes = 16;
 
 // ((0+8) + (4+12)) + ... : the fixed tree over the partial sums.
