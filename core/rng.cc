@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/elementary.h"
 #include "core/hash.h"
 
 namespace sala {
@@ -72,7 +73,7 @@ double PhiloxStream::NextDouble() { return static_cast<double>(NextU64() >> 11) 
 double PhiloxStream::NextNormal() {
   const double u = 1.0 - NextDouble();  // in (0, 1]: the logarithm is finite
   const double angle = 2.0 * std::numbers::pi * NextDouble();
-  return std::sqrt(-2.0 * std::log(u)) * std::cos(angle);
+  return std::sqrt(-2.0 * PortableLog(u)) * PortableSinCos(angle).cos;
 }
 
 std::vector<int64_t> PhiloxStream::Permutation(int64_t n) {

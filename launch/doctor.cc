@@ -4,7 +4,7 @@
 #include <string>
 
 #include "core/cuda_module.h"
-#include "kernels/gemm/isa.h"
+#include "kernels/common/instruction_set.h"
 #include "launch/build_info.h"
 #include "launch/command.h"
 #include "parallel/mpi_communicator.h"
@@ -59,8 +59,8 @@ Status ReportCuda() {
 Status Doctor(bool need_cuda) {
   Line("sala", Version() + " (" + Commit() + ", " + BuildType() + " build)");
   Line("host", parallel::HostName());
-  Line("CPU", CpuDescription() + ", matrix products with " +
-                  std::string(kernels::NameOf(kernels::CurrentGemmIsa())));
+  Line("CPU", CpuDescription() + ", computes with " +
+                  std::string(kernels::NameOf(kernels::CurrentInstructionSet())));
   Line("MPI", parallel::MpiLibraryVersion());
   Status cuda = ReportCuda();
   if (cuda.ok()) return cuda;

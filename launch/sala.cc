@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/device.h"
+#include "kernels/common/instruction_set.h"
 #include "launch/build_info.h"
 #include "launch/command.h"
 #include "parallel/communicator.h"
@@ -73,6 +74,8 @@ int Run(int argc, char** argv) {
       return line.app.exit(error);  // --help, --version
     return UsageError(line, WhatIsWrong(line.app, error));
   }
+  if (const std::string problem = sala::kernels::InstructionSetProblem(); !problem.empty())
+    return UsageError(line, problem);
   const sala::Status status = [&line]() -> sala::Status {
     try {
       return line.action();

@@ -1,8 +1,9 @@
 #include "model/generate.h"
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
+
+#include "core/elementary.h"
 
 namespace sala::model {
 
@@ -19,8 +20,8 @@ int32_t SampleToken(const std::vector<float>& logits, double temperature, double
   std::vector<double> weight(logits.size());
   double total = 0;
   for (size_t i = 0; i < order.size(); ++i) {
-    weight[i] = std::exp((static_cast<double>(logits[static_cast<size_t>(order[i])]) - *best) /
-                         temperature);
+    weight[i] = PortableExp((static_cast<double>(logits[static_cast<size_t>(order[i])]) - *best) /
+                            temperature);
     total += weight[i];
   }
   size_t kept = 0;

@@ -1,10 +1,11 @@
 #include "model/spread.h"
 
 #include <algorithm>
-#include <cmath>
+#include <numbers>
 #include <numeric>
 
 #include "core/check.h"
+#include "core/elementary.h"
 #include "kernels/tensor_ops/tensor_ops.h"
 
 namespace sala::model {
@@ -147,7 +148,7 @@ Tensor Spread::SumContext(const Context& ctx, Arena& arena, const TokenShare& sh
 }
 
 int64_t StateWindow(const TokenShare& share, const std::vector<float>& slopes) {
-  const double cutoff = 25 * std::log(2.0);
+  const double cutoff = 25 * std::numbers::ln2;
   const double slope = slopes.empty() ? 0 : *std::min_element(slopes.begin(), slopes.end());
   const auto ranges = static_cast<int64_t>(share.cp_borders.size()) - 1;
   int64_t window = std::min<int64_t>(1, ranges - 1);
@@ -187,7 +188,7 @@ Tensor Spread::EnteringState(const Context& ctx, Arena& arena, const TokenShare&
       std::copy_n(from.Data<float>(), term.size(), term.begin());
     }
     for (int64_t h = 0; h < heads; ++h) {
-      const auto factor = static_cast<float>(std::exp(
+      const auto factor = static_cast<float>(PortableExp(
           -static_cast<double>(slopes[static_cast<size_t>(h)]) * static_cast<double>(tokens)));
       for (int64_t i = h * size; i < (h + 1) * size; ++i)
         total[static_cast<size_t>(i)] += factor * term[static_cast<size_t>(i)];

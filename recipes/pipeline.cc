@@ -4,8 +4,10 @@
 #include <iostream>
 #include <optional>
 
+#include "core/elementary.h"
 #include "core/file.h"
 #include "core/log.h"
+#include "kernels/common/instruction_set.h"
 #include "recipes/stage.h"
 #include "recipes/step_loop.h"
 
@@ -169,11 +171,11 @@ void PrintConversionVerdict(const PipelineConfig& config, const Summaries& summa
     if (teacher == nullptr || hybrid == nullptr || !same_data || !teacher->note.empty() ||
         !hybrid->note.empty())
       continue;
-    const double change = std::exp(hybrid->loss_after - teacher->loss_after) - 1;
+    const double change = PortableExp(hybrid->loss_after - teacher->loss_after) - 1;
     constexpr double kPromise = 0.05;
     std::printf("\nheld-out perplexity: teacher %.3f, hybrid after %s %.3f (%+.1f %%): %s\n",
-                std::exp(teacher->loss_after), after.name.c_str(), std::exp(hybrid->loss_after),
-                100 * change,
+                PortableExp(teacher->loss_after), after.name.c_str(),
+                PortableExp(hybrid->loss_after), 100 * change,
                 change <= kPromise ? "within 5 % of the teacher" : "NOT within 5 % of the teacher");
     std::fflush(stdout);
   }
@@ -266,7 +268,8 @@ Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config) 
   if (session->is_root()) {
     SALA_LOG(Info) << "run " << config.name << " in " << config.run.dir << ": "
                    << config.stages.size() << " stage(s), " << world.size() << " rank(s), "
-                   << config.run.threads << " thread(s) each";
+                   << config.run.threads << " thread(s) each, "
+                   << kernels::NameOf(kernels::CurrentInstructionSet());
   }
   for (int64_t i = next->stage; i < static_cast<int64_t>(config.stages.size()); ++i) {
     auto row = RunStage(*session, i, i == next->stage ? next->resume : "");

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/elementary.h"
 #include "core/log.h"
 #include "model/loss.h"
 #include "parallel/ordered_sum.h"
@@ -54,7 +55,7 @@ class PretrainTask : public StepTask {
     SALA_ASSIGN_OR_RETURN(const ValidationResult result,
                           EvaluateValidation(session, model_, validation_, options_));
     values.emplace_back("loss", result.loss);
-    values.emplace_back("perplexity", std::exp(result.loss));
+    values.emplace_back("perplexity", PortableExp(result.loss));
     values.emplace_back("accuracy", result.accuracy);
     return values;
   }

@@ -1,10 +1,11 @@
 #include "recipes/schedule.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <numbers>
 #include <set>
+
+#include "core/elementary.h"
 
 namespace sala::recipes {
 
@@ -18,12 +19,12 @@ double LearningRate(const ScheduleConfig& schedule, int64_t step, int64_t steps)
     case ScheduleShape::kConstant:
       return schedule.peak_lr;
     case ScheduleShape::kExponential:
-      return schedule.peak_lr * std::pow(schedule.final_lr / schedule.peak_lr, x);
+      return schedule.peak_lr * PortablePow(schedule.final_lr / schedule.peak_lr, x);
     case ScheduleShape::kLinear:
       return schedule.peak_lr + (schedule.final_lr - schedule.peak_lr) * x;
     case ScheduleShape::kCosine:
-      return schedule.final_lr +
-             (schedule.peak_lr - schedule.final_lr) * (1 + std::cos(std::numbers::pi * x)) / 2;
+      return schedule.final_lr + (schedule.peak_lr - schedule.final_lr) *
+                                     (1 + PortableSinCos(std::numbers::pi * x).cos) / 2;
   }
   return schedule.peak_lr;
 }

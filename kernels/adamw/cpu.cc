@@ -1,7 +1,7 @@
 #include "kernels/adamw/adamw.h"
 #include "kernels/adamw/factors.h"
 #include "kernels/common/tensor_check.h"
-#include "kernels/common/vector_math.h"
+#include "kernels/common/vectorized.h"
 #include "kernels/cuda_kernels.h"
 
 namespace sala::kernels {
@@ -9,8 +9,8 @@ namespace {
 
 constexpr int64_t kElementGrain = 16384;
 
-SALA_VECTORIZE void Update(int64_t n, const AdamWFactors& given, const float* grad, float* param,
-                           float* exp_avg, float* exp_avg_sq) {
+SALA_INLINE void UpdateBody(int64_t n, const AdamWFactors& given, const float* grad, float* param,
+                            float* exp_avg, float* exp_avg_sq) {
   const AdamWFactors f = given;
   SALA_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
@@ -23,6 +23,7 @@ SALA_VECTORIZE void Update(int64_t n, const AdamWFactors& given, const float* gr
     param[i] -= f.step_size * (m / root) + f.decay * param[i];
   }
 }
+constexpr Vectorized<UpdateBody> Update{};
 
 }  // namespace
 

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/check.h"
+#include "core/elementary.h"
 #include "kernels/adamw/adamw.h"
 
 namespace sala::kernels {
@@ -25,8 +26,8 @@ struct AdamWFactors {
 inline AdamWFactors FactorsOf(const AdamWOptions& options) {
   SALA_CHECK(options.step >= 1) << "step " << options.step;
   const auto step = static_cast<double>(options.step);
-  const double c1 = 1 - std::pow(options.beta1, step);
-  const double c2 = 1 - std::pow(options.beta2, step);
+  const double c1 = 1 - PortablePow(options.beta1, step);
+  const double c2 = 1 - PortablePow(options.beta2, step);
   return {static_cast<float>(options.grad_scale),
           static_cast<float>(options.beta1),
           static_cast<float>(1 - options.beta1),

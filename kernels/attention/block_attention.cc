@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
-#include <cmath>
 #include <limits>
 #include <vector>
 
+#include "core/elementary.h"
 #include "kernels/attention/tile_math.h"
 #include "kernels/gemm/serial.h"
 
@@ -253,7 +253,7 @@ void ForwardTile(const BlockAttention& problem, const Sizes& z, const QueryTile&
   for (int64_t r = 0; r < rows; ++r) {
     const float inverse = 1.0F / work.sum[r];
     for (int64_t c = 0; c < z.d; ++c) work.o[r * z.d + c] *= inverse;
-    work.max[r] += std::log(work.sum[r]);
+    work.max[r] += static_cast<float>(PortableLog(static_cast<double>(work.sum[r])));
   }
 }
 

@@ -3,7 +3,7 @@
 #include <bit>
 #include <limits>
 
-#include "kernels/common/vector_math.h"
+#include "kernels/common/vectorized.h"
 
 namespace sala::kernels {
 namespace {
@@ -26,10 +26,8 @@ SALA_INLINE int64_t Visible(const ScoreTile& tile, int64_t row) {
   return visible < tile.keys ? visible : tile.keys;
 }
 
-}  // namespace
-
-SALA_VECTORIZE
-void OnlineSoftmax(const ScoreTile& tile, float* max, float* sum, float* o, int64_t d) {
+SALA_INLINE void OnlineSoftmaxBody(const ScoreTile& tile, float* max, float* sum, float* o,
+                                   int64_t d) {
   for (int64_t r = 0; r < tile.rows; ++r) {
     float* __restrict s = tile.scores + r * tile.stride;
     const int64_t visible = Visible(tile, r);
@@ -48,8 +46,8 @@ void OnlineSoftmax(const ScoreTile& tile, float* max, float* sum, float* o, int6
   }
 }
 
-SALA_VECTORIZE
-void SoftmaxBackward(const ScoreTile& tile, const float* lse, const float* delta, float* dp) {
+SALA_INLINE void SoftmaxBackwardBody(const ScoreTile& tile, const float* lse, const float* delta,
+                                     float* dp) {
   for (int64_t r = 0; r < tile.rows; ++r) {
     float* __restrict s = tile.scores + r * tile.stride;
     float* __restrict g = dp + r * tile.stride;
@@ -65,13 +63,27 @@ void SoftmaxBackward(const ScoreTile& tile, const float* lse, const float* delta
   }
 }
 
-SALA_VECTORIZE
-void RowDots(int64_t rows, int64_t d, const float* a, const float* b, float* delta) {
+SALA_INLINE void RowDotsBody(int64_t rows, int64_t d, const float* a, const float* b,
+                             float* delta) {
   for (int64_t r = 0; r < rows; ++r) {
     const float* x = a + r * d;
     const float* y = b + r * d;
     delta[r] = LaneSum<float>(d, [x, y](int64_t c) { return x[c] * y[c]; });
   }
+}
+
+}  // namespace
+
+void OnlineSoftmax(const ScoreTile& tile, float* max, float* sum, float* o, int64_t d) {
+  Vectorized<OnlineSoftmaxBody>{}(tile, max, sum, o, d);
+}
+
+void SoftmaxBackward(const ScoreTile& tile, const float* lse, const float* delta, float* dp) {
+  Vectorized<SoftmaxBackwardBody>{}(tile, lse, delta, dp);
+}
+
+void RowDots(int64_t rows, int64_t d, const float* a, const float* b, float* delta) {
+  Vectorized<RowDotsBody>{}(rows, d, a, b, delta);
 }
 
 }  // namespace sala::kernels

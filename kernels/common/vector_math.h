@@ -1,21 +1,12 @@
-// Elementary functions and sums for loops over float arrays.
+// Elementary functions and sums for loops over float arrays (kernels/common/vectorized.h).
 //
-// SALA_VECTORIZE goes before a function that holds a hot loop: the compiler makes one copy per
-// instruction set and the program takes the best one at start. The functions below are free of
-// branches, calls and fused multiply-adds, so the loop becomes vector code and every copy gives the
-// same bits (the project compiles with -ffp-contract=off). Sums keep a fixed number of partial
-// sums, whatever the vector width, and join them in a fixed tree.
+// They are free of branches, calls and fused multiply-adds, so a loop over them becomes vector code
+// and has the same bits for every vector width (the project compiles with -ffp-contract=off). Sums
+// keep a fixed number of partial sums, whatever the width, and join them in a fixed tree.
 #pragma once
 
 #include <bit>
 #include <cstdint>
-
-// The resolvers behind target_clones run before a sanitizer is ready.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(SALA_SANITIZED)
-#define SALA_VECTORIZE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SALA_VECTORIZE
-#endif
 
 // Before an element-wise loop whose arrays are either apart or exactly the same memory.
 #if defined(__clang__)
@@ -24,7 +15,7 @@
 #define SALA_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-// For helpers that must become part of every copy of their caller.
+// For functions that must become part of every copy of their caller.
 #define SALA_INLINE __attribute__((always_inline)) inline
 
 namespace sala::kernels {
@@ -59,6 +50,23 @@ SALA_INLINE float Exp(float x) {
 
 // 1 / (1 + e^-x)
 SALA_INLINE float Sigmoid(float x) { return 1.0F / (1.0F + Exp(-x)); }
+
+// a * b + c rounded once: std::fma, which processors without the instruction leave to a slow
+// function. The product is exact in float64. Of the two float64 numbers around the sum the one with
+// an odd last bit is taken ("round to odd"), so that rounding to float32 sees on which side of a
+// midpoint the exact sum lies (Boldo and Melquiond, "Emulation of a FMA and correctly rounded
+// sums", 2008).
+SALA_INLINE float FusedMultiplyAdd(float a, float b, float c) {
+  const double product = static_cast<double>(a) * static_cast<double>(b);
+  const double added = c;
+  const double sum = product + added;
+  const double from_added = sum - product;
+  const double lost = (product - (sum - from_added)) + (added - from_added);
+  const auto bits = std::bit_cast<int64_t>(sum);
+  const auto inexact = static_cast<int64_t>(lost > 0) | static_cast<int64_t>(lost < 0);
+  const int64_t away = (lost > 0) == (sum > 0) ? 1 : -1;
+  return static_cast<float>(std::bit_cast<double>(bits + (inexact & ~bits) * away));
+}
 
 constexpr int64_t kLanes = 16;
 

@@ -8,10 +8,10 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 
+#include "core/elementary.h"
 #include "kernels/common/exchange.h"
 
 namespace sala::kernels {
@@ -92,8 +92,9 @@ inline SoftmaxShare JoinShares(const float* fields, int64_t ranks, int64_t dista
   }
   for (int64_t k = 0; k < ranks; ++k) {
     const float* share = fields + k * distance;
-    row.sum += JoinDouble(share + kSumHigh) * std::exp(static_cast<double>(share[kLargestLogit]) -
-                                                       static_cast<double>(row.largest));
+    row.sum +=
+        JoinDouble(share + kSumHigh) *
+        PortableExp(static_cast<double>(share[kLargestLogit]) - static_cast<double>(row.largest));
   }
   return row;
 }

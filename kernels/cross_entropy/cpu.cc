@@ -1,8 +1,9 @@
-#include <cmath>
 #include <optional>
 
+#include "core/elementary.h"
 #include "kernels/common/softmax_row.h"
 #include "kernels/common/tensor_check.h"
+#include "kernels/common/vectorized.h"
 #include "kernels/cross_entropy/cross_entropy.h"
 #include "kernels/cuda_kernels.h"
 #include "kernels/gemm/gemm.h"
@@ -19,27 +20,29 @@ struct RowResult {
 
 // Log-sum-exp of one row of logits minus the label's logit. The logits become e^(x - max), their
 // sum goes to *sum.
-SALA_VECTORIZE RowResult LossRow(int64_t n, int64_t label, float* logits, double* sum) {
+SALA_INLINE RowResult LossRowBody(int64_t n, int64_t label, float* logits, double* sum) {
   const float largest = RowMax(n, logits);
   const bool correct = FirstIndexOf(n, logits, largest) == label;
   const double target = logits[label];
   *sum = ExpRow(n, largest, logits);
-  return {std::log(*sum) + static_cast<double>(largest) - target, correct};
+  return {PortableLog(*sum) + static_cast<double>(largest) - target, correct};
 }
+constexpr Vectorized<LossRowBody> LossRow{};
 
 // e^(x - max) -> grad_scale (p - onehot(label)), with factor = grad_scale / the sum; column -1: the
 // label is not in this row.
-SALA_VECTORIZE void GradientRow(int64_t n, int64_t column, double factor, float grad_scale,
-                                float* logits) {
+SALA_INLINE void GradientRowBody(int64_t n, int64_t column, double factor, float grad_scale,
+                                 float* logits) {
   const auto rounded = static_cast<float>(factor);
   SALA_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) logits[i] *= rounded;
   if (column >= 0) logits[column] -= grad_scale;
 }
+constexpr Vectorized<GradientRowBody> GradientRow{};
 
 // What this rank sends of a row: its share of the softmax, then the label's logit. The logits
 // become e^(x - this rank's largest).
-SALA_VECTORIZE void SendRow(const ShardRows& shard, int64_t label, float* logits, float* message) {
+SALA_INLINE void SendRowBody(const ShardRows& shard, int64_t label, float* logits, float* message) {
   const int64_t n = shard.count;
   SoftmaxShare share;
   share.largest = RowMax(n, logits);
@@ -50,6 +53,7 @@ SALA_VECTORIZE void SendRow(const ShardRows& shard, int64_t label, float* logits
   share.sum = ExpRow(n, ShiftOf(share.largest), logits);
   PutShare(share, message);
 }
+constexpr Vectorized<SendRowBody> SendRow{};
 
 // The loss of a row from the messages of all ranks, `distance` floats apart. *factor receives what
 // e^(x - this rank's largest) is multiplied by in the gradient of 1 * loss.
@@ -61,8 +65,8 @@ RowResult ReceiveRow(const RankExchange& exchange, const float* messages, int64_
     target += static_cast<double>(messages[k * distance + kSoftmaxFields]);
   }
   const auto mine = static_cast<double>(messages[exchange.rank * distance + kLargestLogit]);
-  *factor = std::exp(mine - static_cast<double>(row.largest)) / row.sum;
-  return {std::log(row.sum) + static_cast<double>(row.largest) - target, row.id == label};
+  *factor = PortableExp(mine - static_cast<double>(row.largest)) / row.sum;
+  return {PortableLog(row.sum) + static_cast<double>(row.largest) - target, row.id == label};
 }
 
 void Check(const Context& ctx, const ConstTensor& hidden, const ConstTensor& weight,

@@ -1,5 +1,5 @@
 #include "kernels/common/tensor_check.h"
-#include "kernels/common/vector_math.h"
+#include "kernels/common/vectorized.h"
 #include "kernels/cuda_kernels.h"
 #include "kernels/embedding/embedding.h"
 
@@ -10,15 +10,17 @@ namespace {
 // changes no bits.
 constexpr int64_t kColumnGrain = 64;
 
-SALA_VECTORIZE void ScaleRow(int64_t n, const float* x, float scale, float* y) {
+SALA_INLINE void ScaleRowBody(int64_t n, const float* x, float scale, float* y) {
   SALA_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) y[i] = scale * x[i];
 }
+constexpr Vectorized<ScaleRowBody> ScaleRow{};
 
-SALA_VECTORIZE void AddScaledRow(int64_t n, const float* x, float scale, float* y) {
+SALA_INLINE void AddScaledRowBody(int64_t n, const float* x, float scale, float* y) {
   SALA_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) y[i] += scale * x[i];
 }
+constexpr Vectorized<AddScaledRowBody> AddScaledRow{};
 
 void Check(const Context& ctx, const ConstTensor& tokens, const ConstTensor& weight,
            const ConstTensor& rows, int64_t first_row) {

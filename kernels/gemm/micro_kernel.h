@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kernels/common/instruction_set.h"
+
 namespace sala::kernels {
 
 enum class Finish : uint8_t {
@@ -44,6 +46,6 @@ extern const MicroKernels kPortableMicroKernels;
 extern const MicroKernels kAvx2MicroKernels;  // rows = 0 where not built for x86-64
 extern const MicroKernels kAvx512MicroKernels;
 
-const MicroKernels& ActiveMicroKernels();
+const MicroKernels& MicroKernelsOf(InstructionSet set);
 
 }  // namespace sala::kernels

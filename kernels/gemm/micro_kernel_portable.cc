@@ -1,6 +1,4 @@
-// The tile in plain C++ for processors without AVX2. std::fma rounds once on every machine, in
-// software where it must.
-#include <cmath>
+// The tile in plain C++ for processors without AVX2, fused multiply-adds included.
 #include <utility>
 
 #include "kernels/common/vector_math.h"
@@ -35,7 +33,7 @@ SALA_INLINE Vec Broadcast(const float* p) {
   return Each([&](int) { return *p; });
 }
 SALA_INLINE Vec MultiplyAdd(const Vec& a, const Vec& b, const Vec& c) {
-  return Each([&](int i) { return std::fma(a.x[i], b.x[i], c.x[i]); });
+  return Each([&](int i) { return FusedMultiplyAdd(a.x[i], b.x[i], c.x[i]); });
 }
 SALA_INLINE Vec Multiply(const Vec& a, const Vec& b) {
   return Each([&](int i) { return a.x[i] * b.x[i]; });

@@ -14,6 +14,19 @@
 #include "kernels/gemm/pack.h"
 
 namespace sala::kernels {
+
+const MicroKernels& MicroKernelsOf(InstructionSet set) {
+  switch (set) {
+    case InstructionSet::kAvx512:
+      return kAvx512MicroKernels;
+    case InstructionSet::kAvx2:
+      return kAvx2MicroKernels;
+    case InstructionSet::kPortable:
+      break;
+  }
+  return kPortableMicroKernels;
+}
+
 namespace {
 
 constexpr int64_t kBlockRows = 480;
@@ -212,7 +225,7 @@ void RunBlock(const Product& block, const Workspace& work, const MicroKernels& k
 void RunProduct(const Product& product, float* workspace) {
   SALA_CHECK(product.m >= 0 && product.n >= 0 && product.k >= 0)
       << product.m << " x " << product.n << " x " << product.k;
-  const MicroKernels& kernels = ActiveMicroKernels();
+  const MicroKernels& kernels = MicroKernelsOf(CurrentInstructionSet());
   const WorkspaceSizes sizes = SizesFor(product.m, product.n, product.k);
   const Workspace work = {workspace, workspace + sizes.a, workspace + sizes.a + sizes.b};
   for (int64_t j = 0; j < product.n; j += kBlockColumns) {

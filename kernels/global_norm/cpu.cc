@@ -1,5 +1,5 @@
 #include "kernels/common/tensor_check.h"
-#include "kernels/common/vector_math.h"
+#include "kernels/common/vectorized.h"
 #include "kernels/cuda_kernels.h"
 #include "kernels/global_norm/global_norm.h"
 
@@ -8,12 +8,13 @@ namespace {
 
 constexpr int64_t kPiece = 65536;  // elements of one partial sum
 
-SALA_VECTORIZE double SumPiece(int64_t n, const float* x) {
+SALA_INLINE double SumPieceBody(int64_t n, const float* x) {
   return LaneSum<double>(n, [x](int64_t i) {
     const double value = x[i];
     return value * value;
   });
 }
+constexpr Vectorized<SumPieceBody> SumPiece{};
 
 }  // namespace
 

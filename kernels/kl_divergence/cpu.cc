@@ -1,6 +1,7 @@
+#include "core/elementary.h"
+#include "kernels/common/vectorized.h"
 #include "kernels/kl_divergence/kl_divergence.h"
 
-#include <cmath>
 #include <optional>
 
 #include "kernels/common/softmax_row.h"
@@ -62,8 +63,8 @@ RowResult Divergence(const RowSums& sums, bool agree) {
   RowResult result;
   result.agree = agree;
   result.divergence =
-      sums.difference / sums.teacher - std::log(sums.teacher) + std::log(sums.student);
-  result.teacher_entropy = std::log(sums.teacher) - sums.energy / sums.teacher;
+      sums.difference / sums.teacher - PortableLog(sums.teacher) + PortableLog(sums.student);
+  result.teacher_entropy = PortableLog(sums.teacher) - sums.energy / sums.teacher;
   return result;
 }
 
@@ -78,7 +79,7 @@ SALA_INLINE void GradientRow(int64_t n, double slope, double teacher_sum, double
   }
 }
 
-SALA_VECTORIZE RowResult DivergenceRow(int64_t n, double slope, float* teacher, float* student) {
+SALA_INLINE RowResult DivergenceRowBody(int64_t n, double slope, float* teacher, float* student) {
   const float teacher_max = RowMax(n, teacher);
   const float student_max = RowMax(n, student);
   const bool agree = FirstIndexOf(n, teacher, teacher_max) == FirstIndexOf(n, student, student_max);
@@ -86,6 +87,7 @@ SALA_VECTORIZE RowResult DivergenceRow(int64_t n, double slope, float* teacher, 
   GradientRow(n, slope, sums.teacher, sums.student, teacher, student);
   return Divergence(sums, agree);
 }
+constexpr Vectorized<DivergenceRowBody> DivergenceRow{};
 
 // The first message of a row: the shares of both softmaxes.
 SALA_INLINE void SendShare(const ShardRows& shard, const float* logits, float* message) {
@@ -96,21 +98,24 @@ SALA_INLINE void SendShare(const ShardRows& shard, const float* logits, float* m
   share.sum = ExpSum(shard.count, ShiftOf(share.largest), logits);
   PutShare(share, message);
 }
-SALA_VECTORIZE void SendShares(const ShardRows& shard, const float* teacher, const float* student,
-                               float* message) {
+SALA_INLINE void SendSharesBody(const ShardRows& shard, const float* teacher, const float* student,
+                                float* message) {
   SendShare(shard, teacher, message);
   SendShare(shard, student, message + kSoftmaxFields);
 }
+constexpr Vectorized<SendSharesBody> SendShares{};
 
 // The second message: this rank's part of the sums that are relative to the maxima of the whole
 // row. The student's row becomes slope * (q - p).
-SALA_VECTORIZE void SendParts(int64_t n, double slope, const SoftmaxShare& p, const SoftmaxShare& q,
-                              float* teacher, float* student, float* message) {
+SALA_INLINE void SendPartsBody(int64_t n, double slope, const SoftmaxShare& p,
+                               const SoftmaxShare& q, float* teacher, float* student,
+                               float* message) {
   const RowSums sums = SumRow(n, p.largest, q.largest, teacher, student);
   GradientRow(n, slope, p.sum, q.sum, teacher, student);
   SplitDouble(sums.difference, message);
   SplitDouble(sums.energy, message + 2);
 }
+constexpr Vectorized<SendPartsBody> SendParts{};
 
 // What the ranks have sent of the rows of a chunk, both messages.
 class Received {

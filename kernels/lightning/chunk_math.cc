@@ -1,12 +1,12 @@
 #include "kernels/lightning/chunk_math.h"
 
-#include "kernels/common/vector_math.h"
+#include "kernels/common/vectorized.h"
 
 namespace sala::kernels {
+namespace {
 
-SALA_VECTORIZE
-void ScaleRows(int64_t rows, int64_t d, const float* factor, const float* from, int64_t stride,
-               float* to) {
+SALA_INLINE void ScaleRowsBody(int64_t rows, int64_t d, const float* factor, const float* from,
+                               int64_t stride, float* to) {
   for (int64_t r = 0; r < rows; ++r) {
     const float* x = from + r * stride;
     float* y = to + r * d;
@@ -15,9 +15,8 @@ void ScaleRows(int64_t rows, int64_t d, const float* factor, const float* from, 
   }
 }
 
-SALA_VECTORIZE
-void DecayScores(int64_t n, const float* power, const int64_t* first, float* scores,
-                 int64_t stride) {
+SALA_INLINE void DecayScoresBody(int64_t n, const float* power, const int64_t* first, float* scores,
+                                 int64_t stride) {
   for (int64_t i = 0; i < n; ++i) {
     float* s = scores + i * stride;
     for (int64_t j = 0; j < first[i]; ++j) s[j] = 0.0F;
@@ -26,14 +25,12 @@ void DecayScores(int64_t n, const float* power, const int64_t* first, float* sco
   }
 }
 
-SALA_VECTORIZE
-void Scale(int64_t n, float factor, float* x) {
+SALA_INLINE void ScaleBody(int64_t n, float factor, float* x) {
   for (int64_t i = 0; i < n; ++i) x[i] *= factor;
 }
 
-SALA_VECTORIZE
-void RecurrentStep(int64_t d, float decay, float scale, const float* q, const float* k,
-                   const float* v, float* state, float* out) {
+SALA_INLINE void RecurrentStepBody(int64_t d, float decay, float scale, const float* q,
+                                   const float* k, const float* v, float* state, float* out) {
   for (int64_t b = 0; b < d; ++b) out[b] = 0.0F;
   for (int64_t a = 0; a < d; ++a) {
     float* row = state + a * d;
@@ -44,6 +41,25 @@ void RecurrentStep(int64_t d, float decay, float scale, const float* q, const fl
       out[b] += query * row[b];
     }
   }
+}
+
+}  // namespace
+
+void ScaleRows(int64_t rows, int64_t d, const float* factor, const float* from, int64_t stride,
+               float* to) {
+  Vectorized<ScaleRowsBody>{}(rows, d, factor, from, stride, to);
+}
+
+void DecayScores(int64_t n, const float* power, const int64_t* first, float* scores,
+                 int64_t stride) {
+  Vectorized<DecayScoresBody>{}(n, power, first, scores, stride);
+}
+
+void Scale(int64_t n, float factor, float* x) { Vectorized<ScaleBody>{}(n, factor, x); }
+
+void RecurrentStep(int64_t d, float decay, float scale, const float* q, const float* k,
+                   const float* v, float* state, float* out) {
+  Vectorized<RecurrentStepBody>{}(d, decay, scale, q, k, v, state, out);
 }
 
 }  // namespace sala::kernels

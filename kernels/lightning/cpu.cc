@@ -2,10 +2,10 @@
 // independent: one item of work each.
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <initializer_list>
 #include <vector>
 
+#include "core/elementary.h"
 #include "kernels/attention/block_attention.h"
 #include "kernels/cuda_kernels.h"
 #include "kernels/gemm/serial.h"
@@ -56,7 +56,7 @@ bool BeginsDocument(const Chunk& chunk) { return !chunk.StateSurvives(); }
 
 // lambda^e. Powers below 1e-30 count as 0, which keeps denormal numbers out of the products.
 float DecayPower(float slope, int64_t e) {
-  const double p = std::exp(-static_cast<double>(slope) * static_cast<double>(e));
+  const double p = PortableExp(-static_cast<double>(slope) * static_cast<double>(e));
   return p < 1e-30 ? 0.0F : static_cast<float>(p);
 }
 
@@ -294,7 +294,7 @@ std::vector<float> LightningSlopes(int64_t n) {
   while (2 * p <= n) p *= 2;
   const auto slope = [](int64_t h, int64_t heads) {
     return static_cast<float>(
-        std::exp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(heads)));
+        PortableExp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(heads)));
   };
   std::vector<float> slopes;
   for (int64_t h = 0; h < p; ++h) slopes.push_back(slope(h, p));

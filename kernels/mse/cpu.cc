@@ -1,5 +1,5 @@
 #include "kernels/common/tensor_check.h"
-#include "kernels/common/vector_math.h"
+#include "kernels/common/vectorized.h"
 #include "kernels/cuda_kernels.h"
 #include "kernels/mse/mse.h"
 
@@ -12,7 +12,7 @@ struct Sums {
   double square = 0;
 };
 
-SALA_VECTORIZE Sums SumRow(int64_t n, const float* y, const float* target) {
+SALA_INLINE Sums SumRowBody(int64_t n, const float* y, const float* target) {
   Sums sums;
   sums.error = LaneSum<double>(n, [=](int64_t i) {
     const double difference = static_cast<double>(y[i]) - static_cast<double>(target[i]);
@@ -25,12 +25,14 @@ SALA_VECTORIZE Sums SumRow(int64_t n, const float* y, const float* target) {
   });
   return sums;
 }
+constexpr Vectorized<SumRowBody> SumRow{};
 
-SALA_VECTORIZE void GradientRow(int64_t n, const float* y, const float* target, float factor,
-                                float* dy) {
+SALA_INLINE void GradientRowBody(int64_t n, const float* y, const float* target, float factor,
+                                 float* dy) {
   SALA_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) dy[i] = factor * (y[i] - target[i]);
 }
+constexpr Vectorized<GradientRowBody> GradientRow{};
 
 }  // namespace
 

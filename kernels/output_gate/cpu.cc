@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "kernels/common/tensor_check.h"
+#include "kernels/common/vectorized.h"
 #include "kernels/cuda_kernels.h"
 #include "kernels/output_gate/output_gate.h"
 #include "kernels/rms_norm/row.h"
@@ -12,10 +13,11 @@ namespace {
 
 // In the row functions a null weight means no norm, a null z no gate.
 
-SALA_VECTORIZE double SquareRow(int64_t n, const float* o) { return RowSquare(n, o); }
+SALA_INLINE double SquareRowBody(int64_t n, const float* o) { return RowSquare(n, o); }
+constexpr Vectorized<SquareRowBody> SquareRow{};
 
-SALA_VECTORIZE void ForwardRow(int64_t n, const float* o, const float* weight, const float* z,
-                               float r, float* y) {
+SALA_INLINE void ForwardRowBody(int64_t n, const float* o, const float* weight, const float* z,
+                                float r, float* y) {
   const float* gated = o;
   if (weight != nullptr) {
     SALA_INDEPENDENT
@@ -26,10 +28,12 @@ SALA_VECTORIZE void ForwardRow(int64_t n, const float* o, const float* weight, c
   SALA_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) y[i] = gated[i] * Sigmoid(z[i]);
 }
+constexpr Vectorized<ForwardRowBody> ForwardRow{};
 
 // dout = dy sigmoid(z), the gradient of the normed value; dz = dy n s (1 - s).
-SALA_VECTORIZE void GateBackwardRow(int64_t n, const float* dy, const float* o, const float* weight,
-                                    const float* z, float rstd, float* dout, float* dz) {
+SALA_INLINE void GateBackwardRowBody(int64_t n, const float* dy, const float* o,
+                                     const float* weight, const float* z, float rstd, float* dout,
+                                     float* dz) {
   if (weight == nullptr) {
     SALA_INDEPENDENT
     for (int64_t i = 0; i < n; ++i) {
@@ -46,16 +50,19 @@ SALA_VECTORIZE void GateBackwardRow(int64_t n, const float* dy, const float* o, 
     dout[i] = dy[i] * s;
   }
 }
+constexpr Vectorized<GateBackwardRowBody> GateBackwardRow{};
 
-SALA_VECTORIZE double DotRow(int64_t n, const float* dn, const float* o, const float* weight) {
+SALA_INLINE double DotRowBody(int64_t n, const float* dn, const float* o, const float* weight) {
   return RowDot(n, dn, o, weight);
 }
+constexpr Vectorized<DotRowBody> DotRow{};
 
-SALA_VECTORIZE void NormBackwardRow(int64_t n, const float* dn, const float* o, const float* weight,
-                                    float rstd, double dot, int64_t width, float* dout,
-                                    float* weight_sums) {
+SALA_INLINE void NormBackwardRowBody(int64_t n, const float* dn, const float* o,
+                                     const float* weight, float rstd, double dot, int64_t width,
+                                     float* dout, float* weight_sums) {
   RowNormBackward<false>(n, dn, o, weight, rstd, dot, width, dout, weight_sums);
 }
+constexpr Vectorized<NormBackwardRowBody> NormBackwardRow{};
 
 // One number a token that is summed over the ranks: all rows' own first, then Total.
 class RowTotals {

@@ -1,7 +1,8 @@
-#include <cmath>
 #include <vector>
 
+#include "core/elementary.h"
 #include "kernels/common/tensor_check.h"
+#include "kernels/common/vectorized.h"
 #include "kernels/cuda_kernels.h"
 #include "kernels/qk_norm_rope/frequencies.h"
 #include "kernels/qk_norm_rope/qk_norm_rope.h"
@@ -14,8 +15,8 @@ constexpr int64_t kMaxHeadDim = 1024;  // bound of a head's copy on the stack
 
 // In the head functions a null weight means no norm, a null cos no rotation.
 
-SALA_VECTORIZE void ForwardHead(int64_t half, const float* x, const float* weight, float eps,
-                                const float* cos, const float* sin, float* y, float* rstd) {
+SALA_INLINE void ForwardHeadBody(int64_t half, const float* x, const float* weight, float eps,
+                                 const float* cos, const float* sin, float* y, float* rstd) {
   const int64_t d = 2 * half;
   float normed[kMaxHeadDim];
   const float* from = x;
@@ -35,10 +36,11 @@ SALA_VECTORIZE void ForwardHead(int64_t half, const float* x, const float* weigh
     y[i + half] = from[i + half] * cos[i] + from[i] * sin[i];
   }
 }
+constexpr Vectorized<ForwardHeadBody> ForwardHead{};
 
-SALA_VECTORIZE void BackwardHead(int64_t half, const float* dy, const float* x, const float* weight,
-                                 float rstd, const float* cos, const float* sin, float* dx,
-                                 float* weight_sums) {
+SALA_INLINE void BackwardHeadBody(int64_t half, const float* dy, const float* x,
+                                  const float* weight, float rstd, const float* cos,
+                                  const float* sin, float* dx, float* weight_sums) {
   const int64_t d = 2 * half;
   float rotated[kMaxHeadDim];
   const float* dn = dy;
@@ -56,6 +58,7 @@ SALA_VECTORIZE void BackwardHead(int64_t half, const float* dy, const float* x, 
     for (int64_t i = 0; i < d; ++i) dx[i] = dn[i];
   }
 }
+constexpr Vectorized<BackwardHeadBody> BackwardHead{};
 
 void Check(const Context& ctx, const ConstTensor& x, const ConstTensor& weight,
            const ConstTensor& rstd, const ConstTensor& cos, const ConstTensor& sin) {
@@ -98,9 +101,10 @@ void RopeTable(const Context& ctx, const ConstTensor& positions, int64_t head_di
     for (int64_t t = begin; t < end; ++t) {
       const int32_t position = positions.Data<int32_t>()[t];
       for (int64_t i = 0; i < half; ++i) {
-        const float angle = RopeAngle(position, frequency[static_cast<size_t>(i)]);
-        cos.Row<float>(t)[i] = static_cast<float>(std::cos(static_cast<double>(angle)));
-        sin.Row<float>(t)[i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+        const SinCos turned = PortableSinCos(
+            static_cast<double>(RopeAngle(position, frequency[static_cast<size_t>(i)])));
+        cos.Row<float>(t)[i] = static_cast<float>(turned.cos);
+        sin.Row<float>(t)[i] = static_cast<float>(turned.sin);
       }
     }
   });

@@ -2,16 +2,17 @@
 // and rounded once to float32, on the host for every device. The angles: a float32 product.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <vector>
+
+#include "core/elementary.h"
 
 namespace sala::kernels {
 
 inline std::vector<float> RopeFrequencies(int64_t head_dim, float theta) {
   std::vector<float> frequency(static_cast<size_t>(head_dim / 2));
   for (size_t i = 0; i < frequency.size(); ++i) {
-    frequency[i] = static_cast<float>(std::pow(
+    frequency[i] = static_cast<float>(PortablePow(
         static_cast<double>(theta), -2.0 * static_cast<double>(i) / static_cast<double>(head_dim)));
   }
   return frequency;

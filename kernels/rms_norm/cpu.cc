@@ -1,4 +1,5 @@
 #include "kernels/common/tensor_check.h"
+#include "kernels/common/vectorized.h"
 #include "kernels/cuda_kernels.h"
 #include "kernels/rms_norm/rms_norm.h"
 #include "kernels/rms_norm/row.h"
@@ -6,28 +7,31 @@
 namespace sala::kernels {
 namespace {
 
-SALA_VECTORIZE void NormRow(int64_t n, const float* x, const float* weight, float eps, float* y,
-                            float* rstd) {
+SALA_INLINE void NormRowBody(int64_t n, const float* x, const float* weight, float eps, float* y,
+                             float* rstd) {
   const float r = RowRstd(n, x, eps);
   *rstd = r;
   SALA_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) y[i] = x[i] * r * weight[i];
 }
+constexpr Vectorized<NormRowBody> NormRow{};
 
-SALA_VECTORIZE void AddScaledRow(int64_t n, const float* residual, const float* branch, float scale,
-                                 float* sum) {
+SALA_INLINE void AddScaledRowBody(int64_t n, const float* residual, const float* branch,
+                                  float scale, float* sum) {
   SALA_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) sum[i] = residual[i] + scale * branch[i];
 }
+constexpr Vectorized<AddScaledRowBody> AddScaledRow{};
 
-SALA_VECTORIZE void BackwardRow(int64_t n, const float* dy, const float* x, const float* weight,
-                                float rstd, Write write, float* dx, float* weight_sums) {
+SALA_INLINE void BackwardRowBody(int64_t n, const float* dy, const float* x, const float* weight,
+                                 float rstd, Write write, float* dx, float* weight_sums) {
   if (write == Write::kAccumulate) {
     RowNormBackward<true>(n, dy, x, weight, rstd, dx, weight_sums);
   } else {
     RowNormBackward<false>(n, dy, x, weight, rstd, dx, weight_sums);
   }
 }
+constexpr Vectorized<BackwardRowBody> BackwardRow{};
 
 void CheckForward(const Context& ctx, const ConstTensor& x, const ConstTensor& weight,
                   const Tensor& y, const Tensor& rstd) {

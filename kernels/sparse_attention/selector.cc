@@ -1,9 +1,9 @@
 #include "kernels/sparse_attention/selector.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
+#include "core/elementary.h"
 #include "kernels/gemm/serial.h"
 #include "kernels/sparse_attention/scores_math.h"
 
@@ -106,7 +106,8 @@ class TileSelector {
                     [this](int64_t row, int64_t, int64_t visible, int64_t, const float* scores) {
                       AccumulateLogSum(scores, visible, work_.max_ + row, work_.sum_ + row);
                     });
-    for (int64_t row = 0; row < rows; ++row) work_.max_[row] += std::log(work_.sum_[row]);
+    for (int64_t row = 0; row < rows; ++row)
+      work_.max_[row] += static_cast<float>(PortableLog(static_cast<double>(work_.sum_[row])));
   }
 
   // Per token and fine key, the sum of the heads' normalised scores; 0 where no coarse key is

@@ -1,18 +1,19 @@
 #include "kernels/common/tensor_check.h"
-#include "kernels/common/vector_math.h"
+#include "kernels/common/vectorized.h"
 #include "kernels/cuda_kernels.h"
 #include "kernels/swiglu/swiglu.h"
 
 namespace sala::kernels {
 namespace {
 
-SALA_VECTORIZE void ForwardRow(int64_t n, const float* gate, const float* up, float* y) {
+SALA_INLINE void ForwardRowBody(int64_t n, const float* gate, const float* up, float* y) {
   SALA_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) y[i] = gate[i] * Sigmoid(gate[i]) * up[i];
 }
+constexpr Vectorized<ForwardRowBody> ForwardRow{};
 
-SALA_VECTORIZE void BackwardRow(int64_t n, const float* dy, const float* gate, const float* up,
-                                float* dgate, float* dup) {
+SALA_INLINE void BackwardRowBody(int64_t n, const float* dy, const float* gate, const float* up,
+                                 float* dgate, float* dup) {
   SALA_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     const float g = gate[i];
@@ -22,6 +23,7 @@ SALA_VECTORIZE void BackwardRow(int64_t n, const float* dy, const float* gate, c
     dup[i] = dy[i] * (g * s);
   }
 }
+constexpr Vectorized<BackwardRowBody> BackwardRow{};
 
 void Check(const Context& ctx, const ConstTensor& gate, const ConstTensor& other) {
   CheckCpu(ctx);

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string_view>
 
+#include "core/elementary.h"
 #include "core/hash.h"
 #include "core/rng.h"
 #include "model/loss.h"
@@ -98,7 +99,7 @@ ModelScore Summarise(const ScoreItems& items, const ItemValues& values,
       targets += w * item_targets;
       continue;
     }
-    const double probability = std::exp(-values.loss_sum[i] / std::max(1.0, item_targets));
+    const double probability = PortableExp(-values.loss_sum[i] / std::max(1.0, item_targets));
     n += w;
     recall += w * probability;
     recall_square += w * probability * probability;
@@ -112,7 +113,7 @@ ModelScore Summarise(const ScoreItems& items, const ItemValues& values,
                                    std::max(1.0, n - 1));
   }
   if (targets > 0) {
-    score.text = std::exp(-loss / targets);
+    score.text = PortableExp(-loss / targets);
     // The loss is a ratio of sums over items; its error by the usual linearisation, carried to
     // exp(-loss).
     double squares = 0;

@@ -258,6 +258,20 @@ def check_words(tree):
                     yield f"{name}:{number}: {kind}: {match.group().strip()}"
 
 
+ELEMENTARY = re.compile(r"\b(?:std::|::)((?:exp|exp2|expm1|log|log2|log10|log1p|pow|sin|cos|tan|tanh|sinh|cosh|erf|cbrt|hypot)f?)\s*\(")
+
+
+def check_elementary(tree):
+    """No function whose last bits are the C library's choice: core/elementary.h has them. References have number types it lacks,
+    and CUDA sources their own."""
+    for name in tree.sources("core", "kernels", "parallel", "model", "data", "recipes"):
+        if "reference" in name or "cuda" in name or name.endswith(".cu"):
+            continue
+        text = without_comments(tree.text(name))
+        for match in ELEMENTARY.finditer(text):
+            yield f"{name}:{line_of(text, match.start())}: {match.group(1)}: its bits differ between machines; use core/elementary.h"
+
+
 CHECKS = {
     "rooms": check_rooms,
     "includes": check_includes,
@@ -265,6 +279,7 @@ CHECKS = {
     "errors": check_errors,
     "kernels": check_kernels,
     "headers": check_headers,
+    "elementary": check_elementary,
     "words": check_words,
 }
 

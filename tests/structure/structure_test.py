@@ -151,6 +151,10 @@ class StructureTest(unittest.TestCase):
         self.expect_one({"core/bare.h": "#pragma once\n"},
                         "core/bare.h:1: header does not open with an overview comment")
 
+    def test_function_of_the_c_library(self):
+        self.expect_one({"data/store.cc": '#include "core/status.h"\nfloat y = std::sqrt(x) + std::exp(x);  // std::log(x)\n'},
+                        "data/store.cc:2: exp: its bits differ between machines; use core/elementary.h")
+
     def test_machine_path(self):
         for folder in ("home", "root", "Users", "work"):
             self.expect_one({"launch/run": f"cd\ncp x /{folder}/me/x\n"},

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/common/instruction_set.h"
 #include "kernels/gemm/gemm.h"
-#include "kernels/gemm/isa.h"
 
 #if defined(SALA_HAVE_OPENBLAS)
 #include <cblas.h>
@@ -45,8 +45,8 @@ void Report(benchmark::State& state, const Shape& s) {
                                                  benchmark::Counter::kIsIterationInvariantRate);
 }
 
-void RunOwn(benchmark::State& state, Form form, GemmIsa isa, const Shape& s) {
-  SetGemmIsaForTesting(isa);
+void RunOwn(benchmark::State& state, Form form, InstructionSet set, const Shape& s) {
+  SetInstructionSetForTesting(set);
   Data data(s);
   Arena arena;
   ThreadPool pool(1);
@@ -94,9 +94,9 @@ void RegisterAll() {
     for (const auto& [form, name] : forms) {
       const std::string label = std::string(name) + "/" + std::to_string(s.m) + "x" +
                                 std::to_string(s.n) + "x" + std::to_string(s.k) + "/";
-      for (GemmIsa isa : SupportedGemmIsas()) {
-        if (isa == GemmIsa::kPortable) continue;
-        benchmark::RegisterBenchmark((label + std::string(NameOf(isa))).c_str(), RunOwn, form, isa,
+      for (InstructionSet set : SupportedInstructionSets()) {
+        if (isa == InstructionSet::kPortable) continue;
+        benchmark::RegisterBenchmark((label + std::string(NameOf(set))).c_str(), RunOwn, form, set,
                                      s);
       }
 #if defined(SALA_HAVE_OPENBLAS)

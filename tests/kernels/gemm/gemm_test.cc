@@ -3,7 +3,7 @@
 #include <string>
 #include <tuple>
 
-#include "kernels/gemm/isa.h"
+#include "kernels/common/instruction_set.h"
 #include "kernels/gemm/reference.h"
 #include "kernels/gemm/serial.h"
 #include "tests/kernels/common/kernel_test.h"
@@ -64,7 +64,7 @@ std::vector<float> Chain(Form form, const Case& s, const Operands& x, const Matr
 
 class Gemm : public testing::Test {
  protected:
-  ~Gemm() override { SetGemmIsaForTesting(SupportedGemmIsas().back()); }
+  ~Gemm() override { SetInstructionSetForTesting(SupportedInstructionSets().back()); }
   std::mt19937 rng_{7};
 };
 
@@ -74,13 +74,13 @@ const Case kCases[] = {{1, 1, 1},      {0, 5, 3},       {5, 0, 3},      {3, 4, 0
                        {31, 200, 600}, {100, 193, 513}, {129, 31, 1030}};
 
 TEST_F(Gemm, EveryFormAndInstructionSetFollowsTheOneChainOrder) {
-  for (GemmIsa isa : SupportedGemmIsas()) {
-    SetGemmIsaForTesting(isa);
+  for (InstructionSet set : SupportedInstructionSets()) {
+    SetInstructionSetForTesting(set);
     for (Form form : kForms) {
       for (const Case& s : kCases) {
         for (Write write : {Write::kOverwrite, Write::kAccumulate}) {
           for (int64_t gap : {0, 5}) {
-            SCOPED_TRACE(std::string(NameOf(isa)) + " form " +
+            SCOPED_TRACE(std::string(NameOf(set)) + " form " +
                          std::to_string(static_cast<int>(form)) + " " + std::to_string(s.m) + "x" +
                          std::to_string(s.n) + "x" + std::to_string(s.k));
             Operands x = RandomOperands(form, s, rng_, gap);
@@ -164,8 +164,8 @@ TEST_F(Gemm, ThreadsDoNotChangeBits) {
 
 TEST_F(Gemm, SerialFormsStayInsideTheirWorkspace) {
   constexpr float kGuard = 12345.0F;
-  for (GemmIsa isa : SupportedGemmIsas()) {
-    SetGemmIsaForTesting(isa);
+  for (InstructionSet set : SupportedInstructionSets()) {
+    SetInstructionSetForTesting(set);
     for (const Case& s : kCases) {
       for (Form form : kForms) {
         Operands x = RandomOperands(form, s, rng_, 0);
