@@ -99,8 +99,9 @@ TEST_P(ExportTest, Float32ComesBackBitForBit) {
   const TempDir dir;
   const model::ModelConfig config = Config();
   const model::ParameterStore params = RandomParameters(config);
-  const auto report = ExportModel(config, params, nullptr, nullptr,
-                                  {.directory = dir / "out", .dtype = DType::kF32, .verify = true});
+  const auto report =
+      ExportModel(config, params, nullptr, nullptr,
+                  {.directory = dir / "out", .dtype = WeightType::kF32, .verify = true});
   ASSERT_TRUE(report.ok()) << MessageOf(report.status());
   EXPECT_EQ(report->parameters, params.parameters());
   EXPECT_EQ(report->bytes, params.parameters() * 4);
@@ -214,9 +215,11 @@ TEST(ExportFolderTest, LargeModelsAreCutIntoShards) {
   const TempDir dir;
   const model::ModelConfig config = Hybrid();
   const model::ParameterStore params = RandomParameters(config);
-  const auto report = ExportModel(
-      config, params, nullptr, nullptr,
-      {.directory = dir / "out", .dtype = DType::kF32, .verify = true, .max_shard_bytes = 30000});
+  const auto report = ExportModel(config, params, nullptr, nullptr,
+                                  {.directory = dir / "out",
+                                   .dtype = WeightType::kF32,
+                                   .verify = true,
+                                   .max_shard_bytes = 30000});
   ASSERT_TRUE(report.ok()) << MessageOf(report.status());
   EXPECT_EQ(ReadJson(dir / "out/model.safetensors.index.json")["metadata"]["total_size"],
             params.parameters() * 4);
@@ -273,13 +276,13 @@ TEST(ExportFolderTest, AFailureLeavesNothing) {
   EXPECT_FALSE(ExportModel(config, params, nullptr, nullptr, {.directory = dir / "out"}).ok());
   EXPECT_TRUE(ListDirectory(dir.path())->empty());
   EXPECT_TRUE(ExportModel(config, params, nullptr, nullptr,
-                          {.directory = dir / "out", .dtype = DType::kF32})
+                          {.directory = dir / "out", .dtype = WeightType::kF32})
                   .ok());
 
   // The directory above is a file: nothing can be written.
   ASSERT_TRUE(WriteFileAtomically(dir / "file", "x").ok());
   EXPECT_FALSE(ExportModel(config, params, nullptr, nullptr,
-                           {.directory = dir / "file/out", .dtype = DType::kF32})
+                           {.directory = dir / "file/out", .dtype = WeightType::kF32})
                    .ok());
 }
 
@@ -299,7 +302,7 @@ TEST(ExportFolderTest, TiedEmbeddingsComeBackUntied) {
   config.tie_word_embeddings = true;
   const model::ParameterStore params = RandomParameters(config);
   ASSERT_TRUE(ExportModel(config, params, nullptr, nullptr,
-                          {.directory = dir / "out", .dtype = DType::kF32})
+                          {.directory = dir / "out", .dtype = WeightType::kF32})
                   .ok());
   EXPECT_EQ(ReadJson(dir / "out/config.json")["tie_word_embeddings"], true);
   const auto back = LoadHfFolder(dir / "out");

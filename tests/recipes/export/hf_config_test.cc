@@ -179,7 +179,7 @@ TEST(HfConfigTest, RotaryNumbersInTheNewerPlaceAreRead) {
 TEST(HfConfigTest, AFullAttentionModelIsWrittenAsMiniCpm) {
   const auto config = ModelConfigFromHf(Llama(), "config.json");
   ASSERT_TRUE(config.ok());
-  const auto written = HfConfig(*config, {.dtype = DType::kF32, .eos_token_ids = {}});
+  const auto written = HfConfig(*config, {.dtype = WeightType::kF32, .eos_token_ids = {}});
   ASSERT_TRUE(written.ok());
   EXPECT_EQ((*written)["model_type"], "minicpm");
   EXPECT_EQ((*written)["torch_dtype"], "float32");
