@@ -360,6 +360,11 @@ TEST(LoadHfFolderTest, MissingAndExtraTensorsAreNamed) {
   folder.tensors.back().name = "vision.weight";
   EXPECT_EQ(ErrorCodeOf(folder.Load()), "IMP-EXTRA");
   EXPECT_THAT(MessageOf(folder.Load()), HasSubstr("vision.weight"));
+  // One bias among other tensors is still what to say.
+  folder.tensors.push_back(
+      {.name = "z.bias", .dtype = DType::kF32, .shape = {24}, .data = folder.data()});
+  EXPECT_EQ(ErrorCodeOf(folder.Load()), "IMP-BIAS");
+  folder.tensors.pop_back();
   // Computed here, so a stored table is not needed.
   folder.tensors.back().name = "model.layers.0.self_attn.rotary_emb.inv_freq";
   EXPECT_TRUE(folder.Load().ok());
@@ -371,6 +376,42 @@ TEST(LoadHfFolderTest, AnotherShapeThanTheConfigurationIsRefused) {
   ASSERT_EQ(folder.tensors[0].name, "model.embed_tokens.weight");
   folder.tensors[0].shape[0] -= 1;
   EXPECT_EQ(ErrorCodeOf(folder.Load()), "IMP-SHAPE");
+  EXPECT_THAT(MessageOf(folder.Load()),
+              HasSubstr("model.embed_tokens.weight has shape [269,24], expected [270,24]"));
+}
+
+TEST(LoadHfFolderTest, TypesThatAreNoWeightsAreRefused) {
+  const TempDir dir;
+  ForeignFolder folder(dir / "in");
+  folder.tensors[0].dtype = DType::kI32;
+  EXPECT_EQ(ErrorCodeOf(folder.Load()), "ST-DTYPE");
+  EXPECT_THAT(MessageOf(folder.Load()), HasSubstr("model.embed_tokens.weight is I32"));
+}
+
+// Whatever the cut, a rank reads its part of the whole.
+TEST(LoadHfFolderTest, ALayoutGetsItsPartOfEveryTensor) {
+  const TempDir dir;
+  for (const bool tied : {false, true}) {
+    model::ModelConfig config = Hybrid();
+    config.tie_word_embeddings = tied;
+    ASSERT_TRUE(ExportModel(config, RandomParameters(config), nullptr, nullptr,
+                            {.directory = dir / "in", .dtype = WeightType::kF32, .force = true})
+                    .ok());
+    const auto whole = LoadHfFolder(dir / "in");
+    ASSERT_TRUE(whole.ok()) << MessageOf(whole.status());
+    for (const int64_t rank : {0, 1}) {
+      const auto layout = [&](const model::ModelConfig& read) -> StatusOr<model::ParameterStore> {
+        return model::ParameterStore(model::ParameterSpecs(read, {rank, 2}));
+      };
+      const auto part = LoadHfFolder(dir / "in", layout);
+      ASSERT_TRUE(part.ok()) << MessageOf(part.status());
+      model::ParameterStore expected(model::ParameterSpecs(part->config, {rank, 2}));
+      model::TakeParts(whole->params, &expected);
+      EXPECT_EQ(std::memcmp(part->params.data(), expected.data(),
+                            static_cast<size_t>(expected.size()) * sizeof(float)),
+                0);
+    }
+  }
 }
 
 TEST(LoadHfFolderTest, AFolderWithoutConfigOrWithPicklesSaysSo) {
