@@ -469,7 +469,9 @@ TEST(ReleasedModelTest, ShapesOnlyWritesItsFolder) {
     EXPECT_EQ(nlohmann::json::parse(stored->index_text())["metadata"]["total_size"], total);
     int64_t blocks = 0;
     int64_t size = 0;
-    for (const std::string& name : *ListDirectory(dir / "out")) {
+    const auto names = ListDirectory(dir / "out");
+    ASSERT_TRUE(names.ok());
+    for (const std::string& name : *names) {
       struct stat info {};
       ASSERT_EQ(::stat((dir / ("out/" + name)).c_str(), &info), 0);
       EXPECT_LE(info.st_size, kMaxShardBytes + (1 << 20)) << name << ", its header included";
