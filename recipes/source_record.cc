@@ -37,9 +37,9 @@ StatusOr<SourceRecord> SourceRecord::Parse(const std::string& text, const std::s
     record.tokenizer_files = root.at("tokenizer_files").get<std::vector<std::string>>();
     return record;
   } catch (const json::exception& error) {
-    return MakeError(ExitCode::kData, "SRC-RECORD",
-                     path + ": " + Printable(error.what()) +
-                         "; remove the file and its line in manifest.json, or import again");
+    return MakeError(ExitCode::kData, "CKPT-VERSION",
+                     path + ": of another version of this program (" + Printable(error.what()) +
+                         "); use that version, or import the folder again");
   }
 }
 

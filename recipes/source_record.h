@@ -23,7 +23,7 @@ struct SourceRecord {
 
   static constexpr char kFileName[] = "source.json";
   std::string ToText() const;
-  // SRC-RECORD (65).
+  // CKPT-VERSION (65).
   static StatusOr<SourceRecord> Parse(const std::string& text, const std::string& path);
 
   struct Tensor {
