@@ -11,14 +11,23 @@ namespace {
 using nlohmann::json;
 using nlohmann::ordered_json;
 
+constexpr int kVersion = 1;
+
+Status OtherVersion(const std::string& path, const std::string& what) {
+  return MakeError(ExitCode::kData, "CKPT-VERSION",
+                   path + ": written by another version of this program (" + Printable(what) +
+                       "); use that version, or import the folder again");
+}
+
 }  // namespace
 
 std::string SourceRecord::ToText() const {
   ordered_json files = ordered_json::array();
   for (const auto& [name, header] : headers) files.push_back({{"name", name}, {"header", header}});
-  ordered_json record = {{"format", "source-folder"},         {"version", 1},   {"config", config},
-                         {"generation_config", nullptr},      {"index", index}, {"files", files},
-                         {"tokenizer_files", tokenizer_files}};
+  ordered_json record = {
+      {"format", "source-folder"},         {"version", kVersion}, {"config", config},
+      {"generation_config", nullptr},      {"index", index},      {"files", files},
+      {"tokenizer_files", tokenizer_files}};
   if (generation_config) record["generation_config"] = *generation_config;
   return record.dump(2) + "\n";
 }
@@ -27,6 +36,8 @@ StatusOr<SourceRecord> SourceRecord::Parse(const std::string& text, const std::s
   const json root = json::parse(text, nullptr, /*allow_exceptions=*/false);
   try {
     SourceRecord record;
+    if (root.at("version") != kVersion)
+      return OtherVersion(path, "version " + root.at("version").dump());
     record.config = root.at("config").get<std::string>();
     if (!root.at("generation_config").is_null())
       record.generation_config = root.at("generation_config").get<std::string>();
@@ -37,9 +48,7 @@ StatusOr<SourceRecord> SourceRecord::Parse(const std::string& text, const std::s
     record.tokenizer_files = root.at("tokenizer_files").get<std::vector<std::string>>();
     return record;
   } catch (const json::exception& error) {
-    return MakeError(ExitCode::kData, "CKPT-VERSION",
-                     path + ": of another version of this program (" + Printable(error.what()) +
-                         "); use that version, or import the folder again");
+    return OtherVersion(path, error.what());
   }
 }
 

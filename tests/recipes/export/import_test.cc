@@ -427,6 +427,25 @@ TEST(ImportFolderTest, ACheckWritesNothingAndNamesWhatIsWrong) {
               testing::AllOf(HasSubstr("IMP-SHAPE"), HasSubstr("[12,20], expected [20,12]")));
 }
 
+TEST(SourceRecordTest, ComesBackFromItsText) {
+  const TempDir dir;
+  HandMadeFolder folder(dir / "in", Families()[0]);
+  folder.WriteWeights(true);
+  const auto record = SourceRecordAt(dir / "in");
+  ASSERT_TRUE(record.ok() && *record);
+  EXPECT_EQ((*record)->config, Families()[0].config);
+  EXPECT_EQ((*record)->headers.size(), 2U);
+  EXPECT_THAT((*record)->tokenizer_files,
+              ElementsAre("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"));
+  const std::string text = (*record)->ToText();
+  const auto back = SourceRecord::Parse(text, "x");
+  ASSERT_TRUE(back.ok()) << MessageOf(back.status());
+  EXPECT_EQ(back->ToText(), text);
+  EXPECT_EQ(back->generation_config, (*record)->generation_config);
+  for (const char* bad : {"", "[]", "{}", R"({"version": 2})"})
+    EXPECT_EQ(ErrorCodeOf(SourceRecord::Parse(bad, "x").status()), "CKPT-VERSION") << bad;
+}
+
 // ---- the released 9B model, without its values ----
 
 TEST(ReleasedModelTest, ShapesOnlyWritesItsFolder) {
