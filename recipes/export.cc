@@ -253,17 +253,13 @@ Status WriteTexts(const std::string& directory, const Texts& texts) {
   return WriteFileAtomically(directory + "/generation_config.json", *texts.generation);
 }
 
-// Files, headers and texts as the source had them.
+// Files, headers and index as the source had them.
 Status WriteAsSource(const std::string& directory, const SourceRecord& record,
-                     const Weights& weights, const ExportOptions& options) {
+                     const Weights& weights) {
   for (const auto& [name, header] : record.headers)
     SALA_RETURN_IF_ERROR(WriteSafetensorsAs(directory + "/" + name, header, weights.tensors));
-  if (!record.index.empty()) {
-    SALA_RETURN_IF_ERROR(
-        WriteFileAtomically(directory + "/" + SafetensorsModel::kIndexName, record.index));
-  }
-  if (options.tokenizer_directory.empty()) return OkStatus();
-  return data::CopyTokenizerFiles(options.tokenizer_directory, directory).status();
+  if (record.index.empty()) return OkStatus();
+  return WriteFileAtomically(directory + "/" + SafetensorsModel::kIndexName, record.index);
 }
 
 // Everything, in a directory nobody looks at yet.
@@ -272,11 +268,15 @@ Status WriteFolder(const std::string& directory, const Weights& weights, const T
                    const ExportOptions& options, ExportReport* report) {
   SALA_RETURN_IF_ERROR(MakeDirectories(directory));
   if (report->as_source) {
-    SALA_RETURN_IF_ERROR(WriteAsSource(directory, *options.source_form, weights, options));
+    SALA_RETURN_IF_ERROR(WriteAsSource(directory, *options.source_form, weights));
   } else {
     SALA_RETURN_IF_ERROR(
         WriteSafetensorsModel(directory, weights.tensors, options.max_shard_bytes));
-    if (tokenizer != nullptr) SALA_RETURN_IF_ERROR(tokenizer->SaveTo(directory));
+  }
+  if (!options.tokenizer_directory.empty() && (report->as_source || tokenizer == nullptr)) {
+    SALA_RETURN_IF_ERROR(data::CopyTokenizerFiles(options.tokenizer_directory, directory).status());
+  } else if (tokenizer != nullptr) {
+    SALA_RETURN_IF_ERROR(tokenizer->SaveTo(directory));
   }
   SALA_RETURN_IF_ERROR(WriteTexts(directory, texts));
   if (options.verify) {

@@ -31,7 +31,9 @@ struct ExportOptions {
   bool force = false;   // replace an exported model that is there
   int64_t max_shard_bytes = kMaxShardBytes;
   std::string tokenizer_fingerprint = {};  // recorded where no tokenizer is written; "": not known
-  std::string tokenizer_directory = {};    // whose files are copied where the source's form is kept
+  // Its files are copied where the source's form is kept or the tokenizer is of a form that is not
+  // read; "": none.
+  std::string tokenizer_directory = {};
   const SourceRecord* source_form = nullptr;  // of the folder the model came from, if it did
 };
 

@@ -476,6 +476,11 @@ StatusOr<model::ModelConfig> ModelConfigFromHf(const nlohmann::json& json,
                      path + ": model_type is '" + Printable(type) + "'; " + WhyNot(type));
   }
   RefuseUnsupported(in);
+  if (type != kSala && in.Has("sparse_config")) {
+    in.Fail("IMP-ARCH",
+            "sparse_config is set, but sparse attention is read of minicpm_sala only; "
+            "remove the field to take the model with full attention");
+  }
   model::ModelConfig config;
   ReadShapes(in, type, &config);
   ReadRope(in, type, path, &config);

@@ -208,7 +208,9 @@ StatusOr<model::ModelConfig> HfFolderConfig(const std::string& directory) {
   const std::string path = directory + "/config.json";
   SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
   SALA_ASSIGN_OR_RETURN(const nlohmann::json json, ParseConfig(text, path));
-  return ModelConfigFromHf(json, path);
+  SALA_ASSIGN_OR_RETURN(model::ModelConfig config, ModelConfigFromHf(json, path));
+  config.tie_word_embeddings = false;
+  return config;
 }
 
 StatusOr<HfFolder> LoadHfFolder(

@@ -80,7 +80,7 @@ StatusOr<HfFolder> LoadHfFolder(
     const std::function<StatusOr<model::ParameterStore>(const model::ModelConfig&)>& layout =
         nullptr);
 
-// Its config.json alone.
+// The same without its weights: config.json alone.
 StatusOr<model::ModelConfig> HfFolderConfig(const std::string& directory);
 
 }  // namespace sala::recipes

@@ -88,6 +88,15 @@ class Exchange(unittest.TestCase):
         result = h.succeed(["export", "--ckpt", checkpoint, "--to", exported, "--verify"])
         self.assertIn("in the form of the folder it came from", result.out)
         self.assertEqual(files(exported), files(folder))
+        # A tokenizer that is named is written in place of the folder's; none leaves it out.
+        h.succeed(["export", "--ckpt", checkpoint, "--to", h.ROOT / "exports" / "named", "--tokenizer", "bytes"])
+        named = files(h.ROOT / "exports" / "named")
+        self.assertIn("special_tokens_map.json", named)
+        self.assertNotIn("tokenizer.json", named)
+        self.assertEqual(named["model.safetensors"], files(folder)["model.safetensors"])
+        h.succeed(["export", "--ckpt", checkpoint, "--to", h.ROOT / "exports" / "no-tokenizer", "--tokenizer", "none"])
+        self.assertEqual({name for name in files(h.ROOT / "exports" / "no-tokenizer")},
+                         {"config.json", "generation_config.json", "model.safetensors"})
         # Likewise without a checkpoint in between.
         h.succeed(["export", "--ckpt", folder, "--to", h.ROOT / "exports" / "again"])
         self.assertEqual(files(h.ROOT / "exports" / "again"), files(folder))
@@ -98,6 +107,28 @@ class Exchange(unittest.TestCase):
         self.assertIn("llama", h.succeed(["import", "--from", h.ROOT / "models" / "llama", "--check"]).out)
         text = h.succeed(["generate", "--ckpt", checkpoint, "--prompt", "the", "--max-new-tokens", "4", "--temperature", "0"]).out
         self.assertTrue(text.startswith("the"))
+
+    def test_a_tokenizer_that_is_not_read_is_handed_on(self):
+        folder = h.ROOT / "models" / "other-tokenizer"
+        shutil.copytree(teacher("llama"), folder)
+        (folder / "byte_tokenizer.json").unlink()
+        run = h.ROOT / "runs" / "other-tokenizer"
+        h.succeed(["import", "--from", folder, "--to", run])
+        checkpoint = run / "checkpoints" / "step-000000000"
+        for name, more in (("same", []), ("other-type", ["--dtype", "bf16"])):
+            exported = h.ROOT / "exports" / f"other-tokenizer-{name}"
+            h.succeed(["export", "--ckpt", checkpoint, "--to", exported, *more])
+            for file in ("tokenizer.json", "chat_template.jinja"):
+                self.assertEqual((exported / file).read_bytes(), (folder / file).read_bytes())
+        self.assertEqual(files(h.ROOT / "exports" / "other-tokenizer-same"), files(folder))
+        result = h.run(["generate", "--ckpt", checkpoint, "--prompt", "the"])
+        self.assertEqual(result.code, 66, result)
+        self.assertIn("TOK-MISSING", result.err)
+        # Where the run's tokenizer is gone, that is said.
+        shutil.rmtree(run / "tokenizer")
+        result = h.run(["export", "--ckpt", checkpoint, "--to", h.ROOT / "exports" / "lost"])
+        self.assertEqual(result.code, 66, result)
+        self.assertIn("EXP-TOKENIZER", result.err)
 
     def test_the_table_names_every_kind(self):
         folder = teacher("table")

@@ -150,6 +150,9 @@ TEST(HfConfigTest, WhatTheModelCannotComputeIsRefused) {
   ExpectError(with("lightning_scale", "1"), "IMP-ARCH", "lightning_scale");
   ExpectError(with("attention_bias", true), "IMP-BIAS", "attention_bias");
   ExpectError(with("quantization_config", {{"bits", 4}}), "IMP-QUANT", "quantised");
+  nlohmann::json sparse = Llama();
+  sparse["sparse_config"] = ReleasedConfig()["sparse_config"];
+  ExpectError(sparse, "IMP-ARCH", "sparse_config");
   nlohmann::json nope = ReleasedConfig();
   nope["sparse_config"]["use_nope"] = true;
   ExpectError(nope, "IMP-ARCH", "use_nope");

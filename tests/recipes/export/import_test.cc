@@ -235,6 +235,7 @@ TEST_P(ImportTest, WithAnotherTypeTheFolderIsOurs) {
       Export(report->checkpoint, {.directory = dir / "out", .dtype = WeightType::kF32});
   ASSERT_TRUE(exported.ok()) << MessageOf(exported.status());
   EXPECT_EQ(exported->as_source, same);
+  EXPECT_EQ(*ReadFile(dir / "out/tokenizer.json"), *ReadFile(dir / "in/tokenizer.json"));
   if (same) return;
   const auto config = nlohmann::json::parse(*ReadFile(dir / "out/config.json"));
   EXPECT_EQ(config["dtype"], "float32");
@@ -320,6 +321,18 @@ TEST(ImportFolderTest, WhatTrainingChangedIsNotWrittenAsTheSource) {
     EXPECT_FALSE(
         nlohmann::json::parse(*ReadFile(dir / "ours/config.json")).contains("something_new"));
   }
+}
+
+TEST(ImportFolderTest, WithoutATokenizerDirectoryNoneIsWritten) {
+  const TempDir dir;
+  const HandMadeFolder folder(dir / "in", Families()[0]);
+  const auto loaded = LoadModel(dir / "in");
+  ASSERT_TRUE(loaded.ok() && loaded->source);
+  const auto report = ExportModel(loaded->config, loaded->params, nullptr, nullptr,
+                                  {.directory = dir / "none", .source_form = &*loaded->source});
+  ASSERT_TRUE(report.ok());
+  EXPECT_TRUE(report->as_source);
+  EXPECT_FALSE(PathExists(dir / "none/tokenizer.json"));
 }
 
 TEST(ImportFolderTest, NumbersOfEveryKindAreReported) {
