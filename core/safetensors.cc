@@ -11,10 +11,13 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <optional>
 #include <system_error>
 #include <tuple>
+#include <utility>
 
 #include "core/check.h"
+#include "core/half.h"
 #include "core/safetensors_header.h"
 #include "nlohmann/json.hpp"
 
@@ -24,16 +27,14 @@ namespace {
 using nlohmann::json;
 using nlohmann::ordered_json;
 
-constexpr char kSingleName[] = "model.safetensors";
-constexpr char kIndexName[] = "model.safetensors.index.json";
-
 Status DataError(const std::string& code, const std::string& text) {
   return MakeError(ExitCode::kData, code, text);
 }
 
-// The name the format gives our number type.
-std::string FormatName(DType dtype) {
-  std::string name(NameOf(dtype));
+// The name the format gives the number type.
+std::string TypeOf(const SafetensorsTensor& tensor) {
+  if (!tensor.type.empty()) return tensor.type;
+  std::string name(NameOf(tensor.dtype));
   std::transform(name.begin(), name.end(), name.begin(),
                  [](unsigned char c) { return std::toupper(c); });
   return name;
@@ -47,19 +48,6 @@ int64_t BytesOf(const SafetensorsTensor& tensor) {
   return bytes;
 }
 
-// IEEE binary16: sign, 5 exponent bits (bias 15), 10 mantissa bits.
-float HalfToFloat(uint16_t half) {
-  const int exponent = (half >> 10) & 31;
-  const int mantissa = half & 1023;
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000U) << 16;
-  if (exponent == 31)
-    return std::bit_cast<float>(sign | 0x7f800000U | static_cast<uint32_t>(mantissa) << 13);
-  // Subnormals have exponent 1 and no leading one.
-  const float size = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
-                                   : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
-  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(size));
-}
-
 template <typename T, typename Convert>
 void ConvertAll(const char* from, int64_t n, float* out, Convert convert) {
   for (int64_t i = 0; i < n; ++i) {
@@ -70,6 +58,22 @@ void ConvertAll(const char* from, int64_t n, float* out, Convert convert) {
 }
 
 std::string ShapeText(const std::vector<int64_t>& shape) { return json(shape).dump(); }
+
+// `n` elements of this type in a row. False: no type of weights.
+bool ConvertToF32(const std::string& dtype, const char* from, int64_t n, float* out) {
+  if (dtype == "F32") {
+    ConvertAll<float>(from, n, out, [](float x) { return x; });
+  } else if (dtype == "BF16") {
+    ConvertAll<BF16>(from, n, out, [](BF16 x) { return static_cast<float>(x); });
+  } else if (dtype == "F16") {
+    ConvertAll<uint16_t>(from, n, out, HalfToFloat);
+  } else if (dtype == "F64") {
+    ConvertAll<double>(from, n, out, [](double x) { return static_cast<float>(x); });
+  } else {
+    return false;
+  }
+  return true;
+}
 
 // Appends to a file without holding all of it in memory.
 class OutputFile {
@@ -95,6 +99,12 @@ class OutputFile {
       bytes -= static_cast<size_t>(n);
     }
   }
+  // Zeros that the file system need not store.
+  void Skip(int64_t bytes) {
+    if (error_ != 0) return;
+    const off_t end = ::lseek(fd_, static_cast<off_t>(bytes), SEEK_CUR);
+    if (end < 0 || ::ftruncate(fd_, end) != 0) error_ = errno;
+  }
   Status Finish() {
     if (error_ == 0 && ::fsync(fd_) != 0) error_ = errno;
     if (error_ == 0) return OkStatus();
@@ -113,37 +123,121 @@ bool IsPlainName(const std::string& name) {
          name.find_first_of(std::string("/\\\0", 3)) == std::string::npos;
 }
 
-// File of each tensor, from the index; every value is checked before use.
-StatusOr<std::map<std::string, std::string>> ReadWeightMap(const std::string& path) {
-  SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
-  const json root = json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (!root.is_object() || !root.contains("weight_map") || !root["weight_map"].is_object()) {
-    return DataError("ST-JSON", path + ": not a JSON object with a weight_map");
-  }
-  std::map<std::string, std::string> weight_map;
-  for (const auto& [tensor, file] : root["weight_map"].items()) {
+struct Index {
+  std::map<std::string, std::string> weight_map;  // file of each tensor
+  std::optional<int64_t> total_size;              // bytes of all tensors
+};
+
+// Every value is checked before use.
+StatusOr<Index> ParseIndex(const std::string& text, const std::string& path) {
+  StatusOr<json> root = ParseUniqueJson(text, "the index");
+  if (!root.ok()) return Annotate(root.status(), path);
+  const auto map = root->find("weight_map");
+  if (map == root->end() || !map->is_object())
+    return DataError("ST-JSON", path + ": no object weight_map");
+  Index index;
+  for (const auto& [tensor, file] : map->items()) {
     if (!file.is_string() || !IsPlainName(file.get<std::string>())) {
       return DataError("ST-PATH", path + ": tensor `" + Printable(tensor) +
                                       "`: " + Printable(file.dump()) +
                                       " is not a plain file name inside the folder");
     }
-    weight_map[tensor] = file.get<std::string>();
+    index.weight_map[tensor] = file.get<std::string>();
   }
-  return weight_map;
+  const json total = root->value(json::json_pointer("/metadata/total_size"), json());
+  if (total.is_null()) return index;
+  // Some programs write it as 1234.0.
+  const double size = total.is_number() ? total.get<double>() : -1;
+  constexpr double kExactIntegers = 9007199254740992.0;  // 2^53
+  if (!(size >= 0 && size < kExactIntegers && size == std::floor(size))) {
+    return DataError("ST-SIZE", path + ": metadata.total_size is " + Printable(total.dump()) +
+                                    ", expected a number of bytes");
+  }
+  index.total_size = static_cast<int64_t>(size);
+  return index;
 }
 
+Status CheckTotalSize(const Index& index, const std::vector<SafetensorsFile>& files,
+                      const std::string& path) {
+  int64_t total = 0;
+  for (const SafetensorsFile& file : files) {
+    for (const SafetensorsEntry& entry : file.entries()) total += entry.bytes;
+  }
+  if (!index.total_size || *index.total_size == total) return OkStatus();
+  return DataError("ST-SIZE", path + ": metadata.total_size is " +
+                                  std::to_string(*index.total_size) + ", the tensors have " +
+                                  std::to_string(total) + " bytes; fetch the folder again");
+}
+
+// A folder without safetensors: what it holds instead.
 Status NoModel(const std::string& directory) {
-  const StatusOr<std::vector<std::string>> names = ListDirectory(directory);
-  if (!names.ok()) return names.status();
-  for (const std::string& name : *names) {
-    if (name.rfind("pytorch_model", 0) == 0) {
-      return DataError("ST-PATH", directory + ": found " + Printable(name) +
-                                      ", a pickle file: loading one runs code from it, so it is "
-                                      "not read; convert the model to safetensors");
+  SALA_ASSIGN_OR_RETURN(const std::vector<std::string> names, ListDirectory(directory));
+  for (const std::string& name : names) {
+    const std::string extension = std::filesystem::path(name).extension().string();
+    if (name.rfind("pytorch_model", 0) == 0 || extension == ".pth" || extension == ".pt") {
+      return DataError("ST-FORMAT", directory + ": found " + Printable(name) +
+                                        ", a pickle file: loading one runs code from it, so it is "
+                                        "not read; convert the model to safetensors");
+    }
+    if (extension == ".gguf") {
+      return DataError("ST-FORMAT", directory + ": found " + Printable(name) +
+                                        ", a GGUF file, whose weights are made for inference; "
+                                        "take the model's safetensors folder");
     }
   }
   return MakeError(ExitCode::kNoInput, "FILE-MISSING",
-                   directory + ": neither " + kSingleName + " nor " + kIndexName + " is here");
+                   directory + ": neither " + SafetensorsModel::kSingleName + " nor " +
+                       SafetensorsModel::kIndexName + " is here");
+}
+
+// Header and tensors in this order under a temporary name, then renamed.
+Status WriteFileOf(const std::string& path, const std::string& header,
+                   const std::vector<const SafetensorsTensor*>& tensors) {
+  const uint64_t length = header.size();
+  std::array<char, 8> prefix{};
+  std::memcpy(prefix.data(), &length, prefix.size());
+  const std::string temporary = path + ".tmp";
+  OutputFile file(temporary);
+  file.Append(prefix.data(), prefix.size());
+  file.Append(header.data(), header.size());
+  for (const SafetensorsTensor* tensor : tensors) {
+    if (tensor->data == nullptr) {
+      file.Skip(BytesOf(*tensor));
+    } else {
+      file.Append(static_cast<const char*>(tensor->data), static_cast<size_t>(BytesOf(*tensor)));
+    }
+  }
+  Status status = file.Finish();
+  if (status.ok()) status = RenamePath(temporary, path);
+  if (!status.ok()) {
+    ::unlink(temporary.c_str());
+    return status;
+  }
+  const std::string parent = std::filesystem::path(path).parent_path().string();
+  return FsyncDirectory(parent.empty() ? "." : parent);
+}
+
+// Which tensors go into one file, as the Hugging Face libraries cut models.
+std::vector<std::vector<SafetensorsTensor>> CutIntoShards(
+    const std::vector<SafetensorsTensor>& tensors, int64_t max_shard_bytes) {
+  std::vector<std::vector<SafetensorsTensor>> shards;
+  std::vector<SafetensorsTensor> open;
+  int64_t open_bytes = 0;
+  for (const SafetensorsTensor& tensor : tensors) {
+    const int64_t bytes = BytesOf(tensor);
+    if (bytes > max_shard_bytes) {
+      shards.push_back({tensor});
+      continue;
+    }
+    if (open_bytes + bytes > max_shard_bytes) {
+      shards.push_back(std::exchange(open, {}));
+      open_bytes = 0;
+    }
+    open.push_back(tensor);
+    open_bytes += bytes;
+  }
+  if (!open.empty() || shards.empty()) shards.push_back(open);
+  return shards;
 }
 
 }  // namespace
@@ -159,6 +253,12 @@ StatusOr<SafetensorsFile> SafetensorsFile::Open(const std::string& path) {
   return file;
 }
 
+std::string_view SafetensorsFile::HeaderText() const {
+  uint64_t length = 0;
+  std::memcpy(&length, file_.data(), sizeof length);  // checked when the file was opened
+  return {file_.data() + sizeof length, length};
+}
+
 const SafetensorsEntry* SafetensorsFile::Find(const std::string& name) const {
   for (const SafetensorsEntry& entry : entries_) {
     if (entry.name == name) return &entry;
@@ -168,80 +268,94 @@ const SafetensorsEntry* SafetensorsFile::Find(const std::string& name) const {
 
 Status WriteSafetensors(const std::string& path, std::vector<SafetensorsTensor> tensors,
                         const std::map<std::string, std::string>& metadata) {
-  // Falling alignment keeps every tensor aligned to its own element size.
   std::sort(tensors.begin(), tensors.end(),
             [](const SafetensorsTensor& a, const SafetensorsTensor& b) {
-              return std::make_tuple(-static_cast<int64_t>(SizeOf(a.dtype)), std::cref(a.name)) <
-                     std::make_tuple(-static_cast<int64_t>(SizeOf(b.dtype)), std::cref(b.name));
+              return std::make_tuple(SafetensorsTypeOrder(TypeOf(a)), std::cref(a.name)) <
+                     std::make_tuple(SafetensorsTypeOrder(TypeOf(b)), std::cref(b.name));
             });
   ordered_json header = {{"__metadata__", metadata}};
   header["__metadata__"]["format"] = "pt";
   int64_t at = 0;
+  std::vector<const SafetensorsTensor*> in_order;
   for (const SafetensorsTensor& tensor : tensors) {
     SALA_CHECK(!header.contains(tensor.name)) << "tensor " << tensor.name << " is given twice";
     const int64_t bytes = BytesOf(tensor);
-    header[tensor.name] = {{"dtype", FormatName(tensor.dtype)},
-                           {"shape", tensor.shape},
-                           {"data_offsets", {at, at + bytes}}};
+    header[tensor.name] = {
+        {"dtype", TypeOf(tensor)}, {"shape", tensor.shape}, {"data_offsets", {at, at + bytes}}};
     at += bytes;
+    in_order.push_back(&tensor);
   }
   std::string text = header.dump();
   text.append((8 - text.size() % 8) % 8, ' ');
-  const uint64_t length = text.size();
-  std::array<char, 8> prefix{};
-  std::memcpy(prefix.data(), &length, prefix.size());
+  return WriteFileOf(path, text, in_order);
+}
 
-  const std::string temporary = path + ".tmp";
-  OutputFile file(temporary);
-  file.Append(prefix.data(), prefix.size());
-  file.Append(text.data(), text.size());
+Status WriteSafetensorsAs(const std::string& path, const std::string& header,
+                          const std::vector<SafetensorsTensor>& tensors) {
+  SALA_ASSIGN_OR_RETURN(const json root, ParseUniqueJson(header, "the header"));
+  std::vector<const SafetensorsTensor*> in_order;
+  int64_t data_bytes = 0;
   for (const SafetensorsTensor& tensor : tensors) {
-    file.Append(static_cast<const char*>(tensor.data), static_cast<size_t>(BytesOf(tensor)));
+    if (!root.contains(tensor.name)) continue;
+    in_order.push_back(&tensor);
+    data_bytes += BytesOf(tensor);
   }
-  Status status = file.Finish();
-  if (status.ok()) status = RenamePath(temporary, path);
-  if (!status.ok()) {
-    ::unlink(temporary.c_str());
-    return status;
+  SALA_ASSIGN_OR_RETURN(const SafetensorsHeader parsed,
+                        ParseSafetensorsHeaderText(header, data_bytes));
+  SALA_CHECK(parsed.entries.size() == in_order.size()) << path << ": other tensors than the header";
+  std::map<std::string, size_t> place;
+  for (size_t i = 0; i < parsed.entries.size(); ++i) place[parsed.entries[i].name] = i;
+  std::sort(in_order.begin(), in_order.end(),
+            [&](const auto* a, const auto* b) { return place.at(a->name) < place.at(b->name); });
+  for (size_t i = 0; i < in_order.size(); ++i) {
+    SALA_CHECK(parsed.entries[i].dtype == TypeOf(*in_order[i]) &&
+               parsed.entries[i].shape == in_order[i]->shape)
+        << path << ": tensor " << in_order[i]->name << " is not as in the header";
   }
-  const std::string parent = std::filesystem::path(path).parent_path().string();
-  return FsyncDirectory(parent.empty() ? "." : parent);
+  return WriteFileOf(path, header, in_order);
 }
 
 StatusOr<SafetensorsModel> SafetensorsModel::Open(const std::string& directory) {
   SafetensorsModel model;
   const std::string index_path = directory + "/" + kIndexName;
-  std::map<std::string, std::string> weight_map;
-  std::vector<std::string> names;
-  if (PathExists(index_path)) {
-    SALA_ASSIGN_OR_RETURN(weight_map, ReadWeightMap(index_path));
-    for (const auto& [tensor, file] : weight_map) names.push_back(file);
+  Index index;
+  const bool sharded = PathExists(index_path);
+  if (sharded) {
+    SALA_ASSIGN_OR_RETURN(model.index_text_, ReadFile(index_path));
+    SALA_ASSIGN_OR_RETURN(index, ParseIndex(model.index_text_, index_path));
+    std::vector<std::string>& names = model.file_names_;
+    for (const auto& [tensor, file] : index.weight_map) names.push_back(file);
     std::sort(names.begin(), names.end());
     names.erase(std::unique(names.begin(), names.end()), names.end());
   } else if (PathExists(directory + "/" + kSingleName)) {
-    names.emplace_back(kSingleName);
+    model.file_names_.emplace_back(kSingleName);
   } else {
     return NoModel(directory);
   }
-  for (const std::string& name : names) {
-    SALA_ASSIGN_OR_RETURN(SafetensorsFile file, SafetensorsFile::Open(directory + "/" + name));
+  for (const std::string& name : model.file_names_) {
+    const std::string path = directory + "/" + name;
+    if (!PathExists(path)) {
+      return DataError("ST-PATH", index_path + ": names " + Printable(name) +
+                                      ", which is not here; fetch the folder again");
+    }
+    SALA_ASSIGN_OR_RETURN(SafetensorsFile file, SafetensorsFile::Open(path));
     for (const SafetensorsEntry& entry : file.entries()) {
-      const auto listed = weight_map.find(entry.name);
-      if (!weight_map.empty() && (listed == weight_map.end() || listed->second != name)) {
-        return DataError("ST-PATH", directory + "/" + name + ": holds tensor `" +
-                                        Printable(entry.name) +
+      const auto listed = index.weight_map.find(entry.name);
+      if (sharded && (listed == index.weight_map.end() || listed->second != name)) {
+        return DataError("ST-PATH", path + ": holds tensor `" + Printable(entry.name) +
                                         "`, which the index does not place there");
       }
       model.where_[entry.name] = {model.files_.size(), entry};
     }
     model.files_.push_back(std::move(file));
   }
-  for (const auto& [tensor, file] : weight_map) {
+  for (const auto& [tensor, file] : index.weight_map) {
     if (model.where_.count(tensor) == 0) {
       return DataError("ST-PATH", index_path + ": tensor `" + Printable(tensor) + "` is not in " +
                                       Printable(file));
     }
   }
+  SALA_RETURN_IF_ERROR(CheckTotalSize(index, model.files_, index_path));
   return model;
 }
 
@@ -258,6 +372,15 @@ const SafetensorsEntry* SafetensorsModel::Find(const std::string& name) const {
 
 Status SafetensorsModel::ReadF32(const std::string& name, const std::vector<int64_t>& shape,
                                  float* out) const {
+  int64_t n = 1;
+  for (const int64_t d : shape) n *= d;
+  return ReadBoxF32(name, shape, {}, shape, 0, n, out);
+}
+
+Status SafetensorsModel::ReadBoxF32(const std::string& name, const std::vector<int64_t>& shape,
+                                    const std::vector<int64_t>& offset,
+                                    const std::vector<int64_t>& box, int64_t begin, int64_t end,
+                                    float* out) const {
   const SafetensorsEntry* entry = Find(name);
   if (entry == nullptr)
     return DataError("ST-SHAPE", "tensor `" + Printable(name) + "` is not in the model");
@@ -265,19 +388,27 @@ Status SafetensorsModel::ReadF32(const std::string& name, const std::vector<int6
     return DataError("ST-SHAPE", "tensor `" + Printable(name) + "` has shape " +
                                      ShapeText(entry->shape) + ", expected " + ShapeText(shape));
   }
-  const char* from = files_[where_.at(name).first].Data(*entry);
-  const int64_t n = entry->bytes / SafetensorsElementBytes(entry->dtype);
-  if (entry->dtype == "F32") {
-    ConvertAll<float>(from, n, out, [](float x) { return x; });
-  } else if (entry->dtype == "BF16") {
-    ConvertAll<BF16>(from, n, out, [](BF16 x) { return static_cast<float>(x); });
-  } else if (entry->dtype == "F16") {
-    ConvertAll<uint16_t>(from, n, out, HalfToFloat);
-  } else if (entry->dtype == "F64") {
-    ConvertAll<double>(from, n, out, [](double x) { return static_cast<float>(x); });
-  } else {
-    return DataError("ST-DTYPE", "tensor `" + Printable(name) + "` is " + entry->dtype +
-                                     ", expected F32, BF16, F16 or F64");
+  const char* from = Data(name);
+  const int64_t item = SafetensorsElementBytes(entry->dtype);
+  // A box as wide as the tensor lies in a row; otherwise row by row.
+  const bool rows = shape.size() == 2 && box[1] != shape[1];
+  SALA_CHECK(rows || shape.size() <= 2 || box == shape) << "box of " << name;
+  const int64_t width = rows ? box[1] : std::max<int64_t>(end, 1);
+  const int64_t stride = rows ? shape[1] : 0;
+  int64_t first = 0;
+  if (!offset.empty()) {
+    first = offset[0];
+    if (shape.size() == 2) first = first * shape[1] + offset[1];
+  }
+  for (int64_t at = begin; at < end;) {
+    const int64_t row = at / width;
+    const int64_t n = std::min(end, (row + 1) * width) - at;
+    const int64_t element = first + row * stride + at % width;
+    if (!ConvertToF32(entry->dtype, from + element * item, n, out + (at - begin))) {
+      return DataError("ST-DTYPE", "tensor `" + Printable(name) + "` is " + entry->dtype +
+                                       ", expected F32, BF16, F16 or F64");
+    }
+    at += n;
   }
   return OkStatus();
 }
@@ -286,38 +417,35 @@ StatusOr<std::string> SafetensorsModel::RawBytes(const std::string& name) const 
   const SafetensorsEntry* entry = Find(name);
   if (entry == nullptr)
     return DataError("ST-SHAPE", "tensor `" + Printable(name) + "` is not in the model");
-  return std::string(files_[where_.at(name).first].Data(*entry), static_cast<size_t>(entry->bytes));
+  return std::string(Data(name), static_cast<size_t>(entry->bytes));
+}
+
+const char* SafetensorsModel::Data(const std::string& name) const {
+  const auto at = where_.find(name);
+  return at == where_.end() ? nullptr : files_[at->second.first].Data(at->second.second);
 }
 
 Status WriteSafetensorsModel(const std::string& directory,
                              const std::vector<SafetensorsTensor>& tensors,
                              int64_t max_shard_bytes) {
-  // In the given order, a new file where the next tensor would not fit; a tensor larger than the
-  // limit gets its own.
-  std::vector<std::vector<SafetensorsTensor>> shards(1);
-  int64_t shard_bytes = 0;
-  int64_t total = 0;
-  for (const SafetensorsTensor& tensor : tensors) {
-    const int64_t bytes = BytesOf(tensor);
-    if (!shards.back().empty() && shard_bytes + bytes > max_shard_bytes) {
-      shards.emplace_back();
-      shard_bytes = 0;
-    }
-    shards.back().push_back(tensor);
-    shard_bytes += bytes;
-    total += bytes;
+  const auto shards = CutIntoShards(tensors, max_shard_bytes);
+  if (shards.size() == 1) {
+    return WriteSafetensors(directory + "/" + SafetensorsModel::kSingleName, shards[0], {});
   }
-  if (shards.size() == 1) return WriteSafetensors(directory + "/" + kSingleName, shards[0], {});
-  ordered_json weight_map = ordered_json::object();
+  int64_t total = 0;
+  json weight_map = json::object();
   for (size_t i = 0; i < shards.size(); ++i) {
     std::array<char, 64> name{};
     std::snprintf(name.data(), name.size(), "model-%05zu-of-%05zu.safetensors", i + 1,
                   shards.size());
     SALA_RETURN_IF_ERROR(WriteSafetensors(directory + "/" + name.data(), shards[i], {}));
-    for (const SafetensorsTensor& tensor : shards[i]) weight_map[tensor.name] = name.data();
+    for (const SafetensorsTensor& tensor : shards[i]) {
+      weight_map[tensor.name] = name.data();
+      total += BytesOf(tensor);
+    }
   }
-  const ordered_json index = {{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}};
-  return WriteFileAtomically(directory + "/" + kIndexName, index.dump(2) + "\n");
+  const json index = {{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}};
+  return WriteFileAtomically(directory + "/" + SafetensorsModel::kIndexName, index.dump(2) + "\n");
 }
 
 }  // namespace sala

@@ -23,21 +23,22 @@ constexpr size_t kLengthBytes = 8;
 constexpr size_t kMaxNesting = 4;
 constexpr size_t kMaxRankOnDisk = 8;
 
-constexpr std::array<std::pair<const char*, int64_t>, 15> kDTypes = {{{"BOOL", 1},
-                                                                      {"U8", 1},
-                                                                      {"I8", 1},
-                                                                      {"F8_E4M3", 1},
-                                                                      {"F8_E5M2", 1},
-                                                                      {"U16", 2},
-                                                                      {"I16", 2},
-                                                                      {"F16", 2},
-                                                                      {"BF16", 2},
+// In the order of tensors in a file.
+constexpr std::array<std::pair<const char*, int64_t>, 15> kDTypes = {{{"U64", 8},
+                                                                      {"I64", 8},
+                                                                      {"F64", 8},
+                                                                      {"F32", 4},
                                                                       {"U32", 4},
                                                                       {"I32", 4},
-                                                                      {"F32", 4},
-                                                                      {"U64", 8},
-                                                                      {"I64", 8},
-                                                                      {"F64", 8}}};
+                                                                      {"BF16", 2},
+                                                                      {"F16", 2},
+                                                                      {"U16", 2},
+                                                                      {"I16", 2},
+                                                                      {"F8_E4M3", 1},
+                                                                      {"F8_E5M2", 1},
+                                                                      {"I8", 1},
+                                                                      {"U8", 1},
+                                                                      {"BOOL", 1}}};
 
 Status DataError(const std::string& code, const std::string& text) {
   return MakeError(ExitCode::kData, code, text);
@@ -45,8 +46,9 @@ Status DataError(const std::string& code, const std::string& text) {
 
 // nlohmann keeps the last of duplicate keys silently and recurses without limit; this looks at the
 // events first.
-class HeaderScan : public nlohmann::json_sax<json> {
+class UniqueKeys : public nlohmann::json_sax<json> {
  public:
+  explicit UniqueKeys(std::string what) : what_(std::move(what)) {}
   Status status;
 
   bool null() override { return true; }
@@ -62,12 +64,12 @@ class HeaderScan : public nlohmann::json_sax<json> {
   bool end_array() override { return Leave(); }
   bool key(string_t& name) override {
     if (keys_.back().insert(name).second) return true;
-    status = DataError("ST-DUP", "the header holds the key `" + Printable(name) + "` twice");
+    status = DataError("ST-DUP", what_ + " holds the key `" + Printable(name) + "` twice");
     return false;
   }
   bool parse_error(size_t position, const std::string&,
                    const nlohmann::detail::exception& e) override {
-    status = DataError("ST-JSON", "the header is not JSON at byte " + std::to_string(position) +
+    status = DataError("ST-JSON", what_ + " is not JSON at byte " + std::to_string(position) +
                                       ": " + Printable(e.what()));
     return false;
   }
@@ -77,7 +79,7 @@ class HeaderScan : public nlohmann::json_sax<json> {
     keys_.emplace_back();
     if (keys_.size() <= kMaxNesting) return true;
     status = DataError("ST-JSON",
-                       "the header is nested more than " + std::to_string(kMaxNesting) + " deep");
+                       what_ + " is nested more than " + std::to_string(kMaxNesting) + " deep");
     return false;
   }
   bool Leave() {
@@ -85,6 +87,7 @@ class HeaderScan : public nlohmann::json_sax<json> {
     return true;
   }
 
+  std::string what_;
   std::vector<std::set<std::string>> keys_;
 };
 
@@ -215,14 +218,22 @@ int64_t SafetensorsElementBytes(const std::string& dtype) {
   return 0;
 }
 
-StatusOr<SafetensorsHeader> ParseSafetensorsHeader(std::string_view bytes) {
-  SALA_ASSIGN_OR_RETURN(const std::string_view text, HeaderText(bytes));
-  HeaderScan scan;
+int SafetensorsTypeOrder(const std::string& dtype) {
+  const auto* at = std::find_if(kDTypes.begin(), kDTypes.end(),
+                                [&](const auto& type) { return dtype == type.first; });
+  return static_cast<int>(at - kDTypes.begin());
+}
+
+StatusOr<json> ParseUniqueJson(std::string_view text, const std::string& what) {
+  UniqueKeys scan(what);
   if (!json::sax_parse(text, &scan)) return scan.status;
-  const json root = json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (!root.is_object()) return DataError("ST-JSON", "the header is not a JSON object");
-  const auto data_begin = static_cast<int64_t>(kLengthBytes + text.size());
-  const int64_t data_bytes = static_cast<int64_t>(bytes.size()) - data_begin;
+  json root = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!root.is_object()) return DataError("ST-JSON", what + " is not a JSON object");
+  return root;
+}
+
+StatusOr<SafetensorsHeader> ParseSafetensorsHeaderText(std::string_view text, int64_t data_bytes) {
+  SALA_ASSIGN_OR_RETURN(const json root, ParseUniqueJson(text, "the header"));
   SafetensorsHeader header;
   for (const auto& [name, value] : root.items()) {
     if (name == "__metadata__") continue;
@@ -235,10 +246,19 @@ StatusOr<SafetensorsHeader> ParseSafetensorsHeader(std::string_view bytes) {
               return std::tie(a.begin, a.bytes, a.name) < std::tie(b.begin, b.bytes, b.name);
             });
   SALA_RETURN_IF_ERROR(CheckLayout(header.entries, data_bytes));
-  for (SafetensorsEntry& entry : header.entries) entry.begin += data_begin;
   if (root.contains("__metadata__")) {
     SALA_ASSIGN_OR_RETURN(header.metadata, ReadMetadata(root["__metadata__"]));
   }
+  return header;
+}
+
+StatusOr<SafetensorsHeader> ParseSafetensorsHeader(std::string_view bytes) {
+  SALA_ASSIGN_OR_RETURN(const std::string_view text, HeaderText(bytes));
+  const auto data_begin = static_cast<int64_t>(kLengthBytes + text.size());
+  SALA_ASSIGN_OR_RETURN(
+      SafetensorsHeader header,
+      ParseSafetensorsHeaderText(text, static_cast<int64_t>(bytes.size()) - data_begin));
+  for (SafetensorsEntry& entry : header.entries) entry.begin += data_begin;
   return header;
 }
 

@@ -108,13 +108,10 @@ class SentencePieceTokenizer : public Tokenizer {
 
 Status SentencePieceTokenizer::SaveTo(const std::string& directory) const {
   SALA_RETURN_IF_ERROR(MakeDirectories(directory));
-  SALA_RETURN_IF_ERROR(WriteFileAtomically(directory + "/" + kSentencePieceFile, bytes_));
   const std::string from = path_.substr(0, path_.find_last_of('/') + 1);
-  for (const char* name : {kAddedTokensFile, "tokenizer_config.json", "special_tokens_map.json"}) {
-    if (!PathExists(from + name)) continue;
-    SALA_ASSIGN_OR_RETURN(const std::string content, ReadFile(from + name));
-    SALA_RETURN_IF_ERROR(WriteFileAtomically(directory + "/" + name, content));
-  }
+  SALA_RETURN_IF_ERROR(CopyTokenizerFiles(from.empty() ? "." : from, directory).status());
+  // The vocabulary itself, whatever it is called and may have become since it was read.
+  SALA_RETURN_IF_ERROR(WriteFileAtomically(directory + "/" + kSentencePieceFile, bytes_));
   return WriteTokenizerConfigs(*this, directory,
                                {.tokenizer_class = "LlamaTokenizer",
                                 .unk = PieceName(unk_id()),

@@ -40,6 +40,7 @@ void AddDataCommands(CommandLine& line);
 void AddTokenizerCommands(CommandLine& line);
 void AddCheckpointCommands(CommandLine& line);
 void AddExportCommand(CommandLine& line);
+void AddImportCommand(CommandLine& line);
 void AddGenerateCommand(CommandLine& line);
 void AddLogitsCommand(CommandLine& line);
 void AddBenchCommands(CommandLine& line);

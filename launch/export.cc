@@ -2,7 +2,10 @@
 #include <cstdio>
 #include <memory>
 #include <string>
+#include <vector>
 
+#include "core/config.h"
+#include "core/file.h"
 #include "launch/command.h"
 #include "recipes/checkpointing.h"
 #include "recipes/export.h"
@@ -12,19 +15,92 @@ namespace {
 
 struct ExportCommand {
   std::string checkpoint;
+  std::string shapes_only;
   std::string tokenizer;
-  std::string dtype = "bf16";
+  std::string dtype;
+  std::string max_shard;
   recipes::ExportOptions options;
 };
 
-Status Export(ExportCommand command) {
-  command.options.dtype = command.dtype == "f32" ? DType::kF32 : DType::kBF16;
-  std::unique_ptr<data::Tokenizer> tokenizer;
-  if (command.tokenizer != "none") {
-    SALA_ASSIGN_OR_RETURN(const std::string path,
-                          recipes::TokenizerPathFor(command.checkpoint, command.tokenizer));
-    SALA_ASSIGN_OR_RETURN(tokenizer, data::LoadTokenizer(path));
+// A file of --shapes-only: the model as a stage describes it, and all tokens that end a generation.
+struct ModelFile {
+  model::ModelConfig model;
+  std::vector<int64_t> stop_token_ids;
+  void Bind(ConfigBinder& b) {
+    b.Section("model", &model);
+    b.Field("stop_token_ids", &stop_token_ids, {.min = 0});
   }
+};
+
+void Print(const ExportCommand& command, const recipes::ExportReport& report) {
+  const bool shapes = !command.shapes_only.empty();
+  std::printf("%s: %s tensors, %s parameters, %s of %s weights%s%s%s\n",
+              command.options.directory.c_str(), WithCommas(report.tensors).c_str(),
+              WithCommas(report.parameters).c_str(), ByteText(report.bytes).c_str(),
+              std::string(NameOf(report.dtype)).c_str(),
+              shapes ? ", shapes only: the values are holes" : "",
+              report.as_source ? ", in the form of the folder it came from" : "",
+              report.verified ? ", read back and equal bit for bit" : "");
+}
+
+Status ExportShapes(const ExportCommand& command) {
+  if (!command.tokenizer.empty() || command.options.verify) {
+    return MakeError(ExitCode::kUsage, "USAGE",
+                     "--shapes-only writes no values and no tokenizer; leave --verify and "
+                     "--tokenizer out");
+  }
+  SALA_ASSIGN_OR_RETURN(const ConfigDocument document, ConfigDocument::Load(command.shapes_only));
+  ModelFile file;
+  SALA_RETURN_IF_ERROR(BindConfig(document, &file));
+  if (const Status resolved = file.model.Resolve(); !resolved.ok())
+    return Annotate(resolved, command.shapes_only);
+  SALA_ASSIGN_OR_RETURN(const recipes::ExportReport report,
+                        recipes::ExportShapes(file.model, file.stop_token_ids, command.options));
+  Print(command, report);
+  return OkStatus();
+}
+
+// The tokenizer of the export, and where its files are. Null without one: --tokenizer none, or a
+// model from a folder whose tokenizer is of a form that is not read, or that had none.
+StatusOr<std::unique_ptr<data::Tokenizer>> FindTokenizer(
+    ExportCommand& command, const std::optional<recipes::SourceRecord>& source) {
+  std::unique_ptr<data::Tokenizer> tokenizer;
+  if (command.tokenizer == "none") return tokenizer;
+  const auto path = recipes::TokenizerPathFor(command.checkpoint, command.tokenizer);
+  if (!path.ok()) {
+    if (source && command.tokenizer.empty() && ErrorCodeOf(path.status()) == "EXP-TOKENIZER" &&
+        (source->tokenizer_files.empty() || recipes::IsHfFolder(command.checkpoint))) {
+      command.options.tokenizer_directory =
+          source->tokenizer_files.empty() ? "" : command.checkpoint;
+      return tokenizer;
+    }
+    return path.status();
+  }
+  if (command.tokenizer.empty() && IsDirectory(*path)) command.options.tokenizer_directory = *path;
+  auto loaded = data::LoadTokenizer(*path);
+  if (loaded.ok()) return std::move(loaded).value();
+  if (source && !command.options.tokenizer_directory.empty() &&
+      ErrorCodeOf(loaded.status()) == "TOK-MISSING")
+    return tokenizer;
+  return loaded.status();
+}
+
+Status Export(ExportCommand command) {
+  if (!command.dtype.empty()) command.options.dtype = recipes::ParseWeightType(command.dtype);
+  if (!command.max_shard.empty()) {
+    const std::optional<int64_t> bytes = ParseInteger(command.max_shard);
+    if (!bytes || *bytes < 1)
+      return MakeError(ExitCode::kUsage, "USAGE",
+                       "--max-shard " + command.max_shard + " is not a number of bytes");
+    command.options.max_shard_bytes = *bytes;
+  }
+  if (command.checkpoint.empty() == command.shapes_only.empty())
+    return MakeError(ExitCode::kUsage, "USAGE", "give --ckpt or --shapes-only, one of the two");
+  if (!command.shapes_only.empty()) return ExportShapes(command);
+  SALA_ASSIGN_OR_RETURN(const std::optional<recipes::SourceRecord> record,
+                        recipes::SourceRecordAt(command.checkpoint));
+  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
+                        FindTokenizer(command, record));
   SALA_ASSIGN_OR_RETURN(const recipes::LoadedModel model, recipes::LoadModel(command.checkpoint));
   nlohmann::json source = model.origin;
   if (model.checkpoint) {
@@ -41,13 +117,11 @@ Status Export(ExportCommand command) {
                          tokenizer->fingerprint().substr(0, 12) +
                          "; name the right one with --tokenizer");
   }
+  command.options.source_form = record ? &*record : nullptr;
   SALA_ASSIGN_OR_RETURN(
       const recipes::ExportReport report,
       recipes::ExportModel(model.config, model.params, tokenizer.get(), source, command.options));
-  std::printf("%s: %s tensors, %s parameters, %s of %s weights%s\n",
-              command.options.directory.c_str(), WithCommas(report.tensors).c_str(),
-              WithCommas(report.parameters).c_str(), ByteText(report.bytes).c_str(),
-              command.dtype.c_str(), report.verified ? ", read back and equal bit for bit" : "");
+  Print(command, report);
   return OkStatus();
 }
 
@@ -58,14 +132,19 @@ void AddExportCommand(CommandLine& line) {
   CLI::App* command =
       AddCommand(line.app, "export", "write a model folder that inference engines load",
                  "sala export --ckpt runs/tiny/checkpoints/step-000000100 --to exported --verify");
-  command
-      ->add_option("--ckpt", options->checkpoint,
-                   "checkpoint directory, or a model folder to write again")
-      ->required();
+  command->add_option("--ckpt", options->checkpoint,
+                      "checkpoint directory, or a model folder to write again");
+  command->add_option("--shapes-only", options->shapes_only,
+                      "in place of --ckpt: a YAML file with a model; writes true headers and file "
+                      "sizes with holes for values");
   command->add_option("--to", options->options.directory, "directory to make")->required();
-  command->add_option("--dtype", options->dtype, "bf16 (rounded to nearest-even) or f32")
-      ->check(CLI::IsMember({"bf16", "f32"}))
-      ->capture_default_str();
+  command
+      ->add_option("--dtype", options->dtype,
+                   "number type, rounded to nearest-even; default: of the folder the model came "
+                   "from, else bf16")
+      ->check(CLI::IsMember({"bf16", "f16", "f32", "f64"}));
+  command->add_option("--max-shard", options->max_shard,
+                      "bytes of a file at most; default 5,000,000,000");
   command->add_option("--tokenizer", options->tokenizer,
                       "tokenizer to put in; default: the run's own; none: leave it out");
   command->add_flag("--verify", options->options.verify, "read everything back and compare bits");

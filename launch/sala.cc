@@ -60,6 +60,7 @@ int Run(int argc, char** argv) {
   sala::launch::AddDataCommands(line);
   sala::launch::AddTokenizerCommands(line);
   sala::launch::AddCheckpointCommands(line);
+  sala::launch::AddImportCommand(line);
   sala::launch::AddExportCommand(line);
   sala::launch::AddGenerateCommand(line);
   sala::launch::AddLogitsCommand(line);

@@ -8,7 +8,7 @@
 #include "core/file.h"
 #include "core/hash.h"
 #include "core/log.h"
-#include "recipes/export.h"
+#include "recipes/hf_folder.h"
 
 namespace sala::recipes {
 namespace {
@@ -108,8 +108,11 @@ StatusOr<std::string> TrySave(Session& session, const SaveRequest& request) {
       std::vector<WrittenSlices> parts;
       parts.reserve(all.size());
       for (const std::string& text : all) parts.push_back({nlohmann::json::parse(text)});
-      auto finished = commit->Finish(MakeInfo(session, request, model_yaml), parts,
-                                     request.config_yaml, {{"model.yaml", model_yaml}});
+      std::vector<std::pair<std::string, std::string>> texts = {{"model.yaml", model_yaml}};
+      if (!session.source_record.empty())
+        texts.emplace_back(SourceRecord::kFileName, session.source_record);
+      auto finished =
+          commit->Finish(MakeInfo(session, request, model_yaml), parts, request.config_yaml, texts);
       status = finished.status();
       if (finished.ok()) final_directory = *finished;
     }
@@ -121,10 +124,6 @@ StatusOr<std::string> TrySave(Session& session, const SaveRequest& request) {
   }
   SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all, world.AllGatherText(final_directory));
   return all[0];
-}
-
-bool IsHfFolder(const std::string& path) {
-  return PathExists(path + "/config.json") && !PathExists(path + "/manifest.json");
 }
 
 // Checks the tensor list of a checkpoint against a store; one line naming what differs.
@@ -246,29 +245,26 @@ StatusOr<model::ModelConfig> ModelConfigAt(const std::string& path) {
 
 StatusOr<LoadedModel> LoadModel(const std::string& path, const StoreLayout& layout) {
   LoadedModel loaded;
-  const auto make_store = [&]() -> StatusOr<model::ParameterStore> {
-    if (layout) return layout(loaded.config);
-    return model::ParameterStore(model::ParameterSpecs(loaded.config));
-  };
   if (IsHfFolder(path)) {
-    SALA_ASSIGN_OR_RETURN(HfFolder folder, LoadHfFolder(path));
+    SALA_ASSIGN_OR_RETURN(HfFolder folder, LoadHfFolder(path, layout));
     loaded.config = std::move(folder.config);
     loaded.params = std::move(folder.params);
-    if (layout) {
-      SALA_ASSIGN_OR_RETURN(model::ParameterStore part, layout(loaded.config));
-      model::TakeParts(loaded.params, &part);
-      loaded.params = std::move(part);
-    }
+    loaded.source = std::move(folder.record);
     loaded.tokenizer_fingerprint = folder.tokenizer_fingerprint;
     loaded.origin = {{"path", path}, {"save_id", ""}};
     return loaded;
   }
   SALA_ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(path));
   SALA_ASSIGN_OR_RETURN(loaded.config, ModelConfigOf(checkpoint));
-  SALA_ASSIGN_OR_RETURN(loaded.params, make_store());
+  if (layout) {
+    SALA_ASSIGN_OR_RETURN(loaded.params, layout(loaded.config));
+  } else {
+    loaded.params = model::ParameterStore(model::ParameterSpecs(loaded.config));
+  }
   SALA_RETURN_IF_ERROR(LoadParameters(checkpoint, loaded.params));
   loaded.origin = {{"path", path}, {"save_id", checkpoint.info().save_id}};
   loaded.tokenizer_fingerprint = checkpoint.info().tokenizer_fingerprint;
+  SALA_ASSIGN_OR_RETURN(loaded.source, SourceRecordAt(path));
   loaded.checkpoint.emplace(std::move(checkpoint));
   return loaded;
 }

@@ -14,6 +14,7 @@
 #include "model/model.h"
 #include "recipes/optimizer.h"
 #include "recipes/session.h"
+#include "recipes/source_record.h"
 
 namespace sala::recipes {
 
@@ -62,6 +63,7 @@ struct LoadedModel {
   std::optional<Checkpoint> checkpoint;  // when it came from one
   nlohmann::json origin;                 // {path, save_id} for the parent field
   std::string tokenizer_fingerprint;     // that it was trained with; "": not known
+  std::optional<SourceRecord> source;    // of the model folder the weights came from, if they did
 };
 // The model at this path, a checkpoint or a folder, without its weights.
 StatusOr<model::ModelConfig> ModelConfigAt(const std::string& path);

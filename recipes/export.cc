@@ -1,61 +1,153 @@
 #include "recipes/export.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <utility>
 #include <vector>
 
+#include "core/dtype.h"
 #include "core/file.h"
+#include "core/half.h"
 #include "core/hash.h"
 #include "core/log.h"
-#include "core/safetensors.h"
-#include "recipes/hf_config.h"
+#include "data/tokenizer_files.h"
 
 namespace sala::recipes {
 namespace {
-
-constexpr char kEmbedding[] = "model.embed_tokens.weight";
-constexpr char kHead[] = "lm_head.weight";
 
 Status DataError(const std::string& code, const std::string& text) {
   return MakeError(ExitCode::kData, code, text);
 }
 
-// What is written of the parameters: their own floats, or a bf16 copy.
+// What is written of the parameters, in the order of the Hugging Face libraries.
 struct Weights {
-  std::vector<std::vector<BF16>> rounded;  // per tensor, bf16 only
+  std::vector<std::vector<char>> converted;  // per tensor that is not f32
   std::vector<SafetensorsTensor> tensors;
   int64_t bytes = 0;
 };
 
-StatusOr<Weights> ConvertWeights(const model::ParameterStore& params, DType dtype) {
+struct Form {  // of one tensor
+  DType dtype;
+  const char* type;  // where the dtype has another name in the file
+};
+
+Form FormOf(WeightType type) {
+  switch (type) {
+    case WeightType::kF16:
+      return {DType::kU16, "F16"};
+    case WeightType::kF32:
+      return {DType::kF32, ""};
+    case WeightType::kF64:
+      return {DType::kF64, ""};
+    case WeightType::kBF16:
+      break;
+  }
+  return {DType::kBF16, ""};
+}
+
+// Where the tensors of a layer stand; the files of sharded models are cut along this order.
+int64_t RankInModel(const std::string& name) {
+  static constexpr std::array<const char*, 15> kOrder = {
+      "embed_tokens.weight",     "self_attn.q_proj.weight", "self_attn.k_proj.weight",
+      "self_attn.v_proj.weight", "self_attn.o_proj.weight", "self_attn.o_gate.weight",
+      "self_attn.z_proj.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight",
+      "self_attn.o_norm.weight", "mlp.gate_proj.weight",    "mlp.up_proj.weight",
+      "mlp.down_proj.weight",    "input_layernorm.weight",  "post_attention_layernorm.weight"};
+  const auto* at = std::find_if(kOrder.begin(), kOrder.end(), [&](const char* end) {
+    return name.size() > std::strlen(end) &&
+           name.compare(name.size() - std::strlen(end), std::string::npos, end) == 0;
+  });
+  return at - kOrder.begin();
+}
+
+std::vector<const model::ParameterSpec*> InFileOrder(
+    const std::vector<model::ParameterSpec>& specs) {
+  std::vector<const model::ParameterSpec*> order;
+  order.reserve(specs.size());
+  for (const model::ParameterSpec& spec : specs) order.push_back(&spec);
+  std::stable_sort(order.begin(), order.end(), [](const auto* a, const auto* b) {
+    return std::make_pair(a->unit, RankInModel(a->name)) <
+           std::make_pair(b->unit, RankInModel(b->name));
+  });
+  return order;
+}
+
+using TypeOfTensor = std::function<WeightType(const std::string& name)>;
+
+// Headers without values.
+std::vector<SafetensorsTensor> TensorsOf(const std::vector<model::ParameterSpec>& specs,
+                                         const TypeOfTensor& type_of) {
+  std::vector<SafetensorsTensor> tensors;
+  for (const model::ParameterSpec* spec : InFileOrder(specs)) {
+    const Form form = FormOf(type_of(spec->name));
+    tensors.push_back({.name = spec->name,
+                       .dtype = form.dtype,
+                       .shape = spec->shape,
+                       .data = nullptr,
+                       .type = form.type});
+  }
+  return tensors;
+}
+
+int64_t BytesOf(const std::vector<model::ParameterSpec>& specs, const TypeOfTensor& type_of) {
+  int64_t bytes = 0;
+  for (const model::ParameterSpec& spec : specs)
+    bytes += spec.numel * static_cast<int64_t>(SizeOf(FormOf(type_of(spec.name)).dtype));
+  return bytes;
+}
+
+// One value in the file's type at `out`; returns what it now is.
+double Convert(float value, WeightType type, char* out) {
+  const auto put = [out](const auto& written, double is) {
+    std::memcpy(out, &written, sizeof written);
+    return is;
+  };
+  switch (type) {
+    case WeightType::kBF16: {
+      const BF16 rounded(value);
+      return put(rounded, static_cast<float>(rounded));
+    }
+    case WeightType::kF16: {
+      const uint16_t rounded = FloatToHalf(value);
+      return put(rounded, HalfToFloat(rounded));
+    }
+    case WeightType::kF64:
+      return put(static_cast<double>(value), value);
+    case WeightType::kF32:
+      break;
+  }
+  return value;
+}
+
+StatusOr<Weights> ConvertWeights(const model::ParameterStore& params, const TypeOfTensor& type_of) {
   Weights weights;
-  const auto item = static_cast<int64_t>(SizeOf(dtype));
-  for (const model::ParameterSpec& spec : params.specs()) {
+  weights.tensors = TensorsOf(params.specs(), type_of);
+  weights.bytes = BytesOf(params.specs(), type_of);
+  for (SafetensorsTensor& tensor : weights.tensors) {
+    const model::ParameterSpec& spec = params.Spec(tensor.name);
     const float* data = params.data() + spec.offset;
-    SafetensorsTensor tensor{.name = spec.name, .dtype = dtype, .shape = spec.shape, .data = data};
-    std::vector<BF16> rounded(dtype == DType::kBF16 ? static_cast<size_t>(spec.numel) : 0);
+    const WeightType type = type_of(tensor.name);
+    const size_t item = type == WeightType::kF32 ? 0 : SizeOf(tensor.dtype);
+    std::vector<char> converted(item * static_cast<size_t>(spec.numel));
     for (int64_t i = 0; i < spec.numel; ++i) {
-      float written = data[i];
-      if (dtype == DType::kBF16) {
-        rounded[static_cast<size_t>(i)] = BF16(data[i]);
-        written = static_cast<float>(rounded[static_cast<size_t>(i)]);
-      }
-      if (!std::isfinite(written)) {
-        return DataError("EXP-NUMBERS",
-                         spec.name + ": element " + std::to_string(i) + " is " +
-                             std::to_string(data[i]) +
-                             (std::isfinite(data[i]) ? ", too large for bf16; use --dtype f32"
-                                                     : "; take an earlier checkpoint"));
-      }
+      char* out = converted.data() + item * static_cast<size_t>(i);
+      if (std::isfinite(Convert(data[i], type, out))) continue;
+      return DataError(
+          "EXP-NUMBERS",
+          spec.name + ": element " + std::to_string(i) + " is " + std::to_string(data[i]) +
+              (std::isfinite(data[i])
+                   ? ", too large for " + std::string(NameOf(type)) + "; use --dtype f32"
+                   : "; take an earlier checkpoint"));
     }
-    if (dtype == DType::kBF16) {
-      weights.rounded.push_back(std::move(rounded));
-      tensor.data = weights.rounded.back().data();
+    tensor.data = data;
+    if (item > 0) {
+      weights.converted.push_back(std::move(converted));
+      tensor.data = weights.converted.back().data();
     }
-    weights.bytes += spec.numel * item;
-    weights.tensors.push_back(std::move(tensor));
   }
   return weights;
 }
@@ -83,8 +175,13 @@ StatusOr<std::string> Obstacle(const std::string& directory, bool force) {
   return std::string();
 }
 
-Status VerifyExport(const std::string& directory, const Weights& weights,
-                    const nlohmann::json& hf_config) {
+// The small files, as texts.
+struct Texts {
+  std::string config;
+  std::optional<std::string> generation;
+};
+
+Status VerifyExport(const std::string& directory, const Weights& weights, const Texts& texts) {
   SALA_ASSIGN_OR_RETURN(const SafetensorsModel stored, SafetensorsModel::Open(directory));
   if (stored.names().size() != weights.tensors.size()) {
     return DataError("EXP-VERIFY", directory + ": read back " +
@@ -92,20 +189,20 @@ Status VerifyExport(const std::string& directory, const Weights& weights,
                                        std::to_string(weights.tensors.size()));
   }
   for (const SafetensorsTensor& tensor : weights.tensors) {
-    SALA_ASSIGN_OR_RETURN(const std::string bytes, stored.RawBytes(tensor.name));
     const SafetensorsEntry* entry = stored.Find(tensor.name);
     int64_t numel = 1;
     for (const int64_t n : tensor.shape) numel *= n;
+    const size_t bytes = static_cast<size_t>(numel) * SizeOf(tensor.dtype);
     if (entry == nullptr || entry->shape != tensor.shape ||
-        bytes.size() != static_cast<size_t>(numel) * SizeOf(tensor.dtype) ||
-        std::memcmp(bytes.data(), tensor.data, bytes.size()) != 0) {
+        static_cast<size_t>(entry->bytes) != bytes ||
+        std::memcmp(stored.Data(tensor.name), tensor.data, bytes) != 0) {
       return DataError("EXP-VERIFY",
                        directory + ": tensor " + tensor.name +
                            " read back differs from what was written; check the disk");
     }
   }
   SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(directory + "/config.json"));
-  if (nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false) != hf_config) {
+  if (text != texts.config) {
     return DataError(
         "EXP-VERIFY",
         directory + "/config.json: read back differs from what was written; check the disk");
@@ -133,44 +230,64 @@ StatusOr<std::string> FileSha256(const std::string& path) {
   return hash.HexDigest();
 }
 
-Status WriteExportRecord(const std::string& directory, const nlohmann::json& source,
-                         const std::string& tokenizer_fingerprint, const ExportReport& report,
-                         DType dtype) {
-  nlohmann::json files = nlohmann::json::object();
-  SALA_ASSIGN_OR_RETURN(const std::vector<std::string> names, ListDirectory(directory));
-  for (const std::string& name : names) {
-    SALA_ASSIGN_OR_RETURN(files[name], FileSha256(directory + "/" + name));
+// What export.json says; `hashed`: with the SHA-256 of every file.
+Status WriteExportRecord(const std::string& directory, nlohmann::json record,
+                         const ExportReport& report, bool hashed) {
+  record["format"] = "export";
+  record["version"] = 1;
+  record["dtype"] = NameOf(report.dtype);
+  record["tensors"] = report.tensors;
+  record["parameters"] = report.parameters;
+  if (hashed) {
+    SALA_ASSIGN_OR_RETURN(const std::vector<std::string> names, ListDirectory(directory));
+    for (const std::string& name : names) {
+      SALA_ASSIGN_OR_RETURN(record["sha256"][name], FileSha256(directory + "/" + name));
+    }
   }
-  const nlohmann::json record = {{"format", "export"},
-                                 {"version", 1},
-                                 {"source", source},
-                                 {"tokenizer_fingerprint", tokenizer_fingerprint},
-                                 {"dtype", NameOf(dtype)},
-                                 {"tensors", report.tensors},
-                                 {"parameters", report.parameters},
-                                 {"sha256", files}};
   return WriteFileAtomically(directory + "/export.json", record.dump(2) + "\n");
 }
 
+Status WriteTexts(const std::string& directory, const Texts& texts) {
+  SALA_RETURN_IF_ERROR(WriteFileAtomically(directory + "/config.json", texts.config));
+  if (!texts.generation) return OkStatus();
+  return WriteFileAtomically(directory + "/generation_config.json", *texts.generation);
+}
+
+// Files, headers and index as the source had them.
+Status WriteAsSource(const std::string& directory, const SourceRecord& record,
+                     const Weights& weights) {
+  for (const auto& [name, header] : record.headers)
+    SALA_RETURN_IF_ERROR(WriteSafetensorsAs(directory + "/" + name, header, weights.tensors));
+  if (record.index.empty()) return OkStatus();
+  return WriteFileAtomically(directory + "/" + SafetensorsModel::kIndexName, record.index);
+}
+
 // Everything, in a directory nobody looks at yet.
-Status WriteFolder(const std::string& directory, const Weights& weights,
-                   const nlohmann::json& hf_config, const nlohmann::json& generation,
+Status WriteFolder(const std::string& directory, const Weights& weights, const Texts& texts,
                    const data::Tokenizer* tokenizer, const nlohmann::json& source,
                    const ExportOptions& options, ExportReport* report) {
   SALA_RETURN_IF_ERROR(MakeDirectories(directory));
-  SALA_RETURN_IF_ERROR(WriteSafetensorsModel(directory, weights.tensors, options.max_shard_bytes));
-  if (tokenizer != nullptr) SALA_RETURN_IF_ERROR(tokenizer->SaveTo(directory));
-  SALA_RETURN_IF_ERROR(WriteFileAtomically(directory + "/config.json", hf_config.dump(2) + "\n"));
-  SALA_RETURN_IF_ERROR(
-      WriteFileAtomically(directory + "/generation_config.json", generation.dump(2) + "\n"));
+  if (report->as_source) {
+    SALA_RETURN_IF_ERROR(WriteAsSource(directory, *options.source_form, weights));
+  } else {
+    SALA_RETURN_IF_ERROR(
+        WriteSafetensorsModel(directory, weights.tensors, options.max_shard_bytes));
+  }
+  if (!options.tokenizer_directory.empty() && (report->as_source || tokenizer == nullptr)) {
+    SALA_RETURN_IF_ERROR(data::CopyTokenizerFiles(options.tokenizer_directory, directory).status());
+  } else if (tokenizer != nullptr) {
+    SALA_RETURN_IF_ERROR(tokenizer->SaveTo(directory));
+  }
+  SALA_RETURN_IF_ERROR(WriteTexts(directory, texts));
   if (options.verify) {
-    SALA_RETURN_IF_ERROR(VerifyExport(directory, weights, hf_config));
+    SALA_RETURN_IF_ERROR(VerifyExport(directory, weights, texts));
     report->verified = true;
   }
+  const std::string fingerprint =
+      tokenizer != nullptr ? tokenizer->fingerprint() : options.tokenizer_fingerprint;
   SALA_RETURN_IF_ERROR(WriteExportRecord(
-      directory, source,
-      tokenizer != nullptr ? tokenizer->fingerprint() : options.tokenizer_fingerprint, *report,
-      options.dtype));
+      directory, {{"source", source}, {"tokenizer_fingerprint", fingerprint}}, *report,
+      /*hashed=*/true));
   return FsyncDirectory(directory);
 }
 
@@ -209,42 +326,33 @@ Status CheckVocabulary(const model::ModelConfig& config, const data::Tokenizer* 
                                         "; name the tokenizer the model was trained with");
 }
 
-std::string ListSome(const std::vector<std::string>& names) {
-  constexpr size_t kShown = 8;
-  std::string text;
-  for (size_t i = 0; i < names.size() && i < kShown; ++i)
-    text += (i == 0 ? "" : ", ") + Printable(names[i]);
-  if (names.size() > kShown) text += " and " + std::to_string(names.size() - kShown) + " more";
-  return text;
+// Whether the folder the model came from still says what the model computes and is stored in the
+// wanted type: its configuration gives this model, its headers name exactly these tensors.
+bool SourceHolds(const SourceRecord& record, const model::ModelConfig& config,
+                 const nlohmann::json& hf_config, const HfConfigOptions& hf,
+                 const std::vector<model::ParameterSpec>& specs, const ExportOptions& options) {
+  const nlohmann::json json =
+      nlohmann::json::parse(record.config, nullptr, /*allow_exceptions=*/false);
+  const auto said = ModelConfigFromHf(json, "config.json");
+  if (!said.ok()) return false;
+  const auto said_json = HfConfig(*said, hf);
+  const auto tensors = record.Tensors();
+  if (!said_json.ok() || *said_json != hf_config || !tensors || tensors->size() != specs.size())
+    return false;
+  std::map<std::string, std::vector<int64_t>> shapes;
+  for (const model::ParameterSpec& spec : specs) shapes[spec.name] = spec.shape;
+  return std::all_of(tensors->begin(), tensors->end(), [&](const SourceRecord::Tensor& tensor) {
+    const auto at = shapes.find(tensor.name);
+    return at != shapes.end() && at->second == tensor.shape &&
+           (!options.dtype || *options.dtype == tensor.type);
+  });
 }
 
-// Tensors of the file that no parameter takes. A tied model's file may repeat the embedding as the
-// head, and old files carry rotary tables, which are computed here.
-std::vector<std::string> ExtraTensors(const SafetensorsModel& stored,
-                                      const model::ParameterStore& params) {
-  const std::string rotary = "rotary_emb.inv_freq";
-  std::vector<std::string> extra;
-  for (const std::string& name : stored.names()) {
-    const bool table = name.size() > rotary.size() &&
-                       name.compare(name.size() - rotary.size(), rotary.size(), rotary) == 0;
-    if (!params.Has(name) && !table) extra.push_back(name);
-  }
-  return extra;
-}
-
-// "" where the folder has no record, as those of other programs.
-StatusOr<std::string> RecordedTokenizer(const std::string& directory) {
-  const std::string path = directory + "/export.json";
-  if (!PathExists(path)) return std::string();
-  SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
-  const nlohmann::json record = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (!record.is_object()) return DataError("IMP-FIELD", path + ": not a JSON object");
-  const auto fingerprint = record.find("tokenizer_fingerprint");
-  if (fingerprint == record.end()) return std::string();  // of an older version
-  if (!fingerprint->is_string()) {
-    return DataError("IMP-FIELD", path + ": tokenizer_fingerprint is not a text");
-  }
-  return fingerprint->get<std::string>();
+Status Place(const std::string& temporary, const std::string& directory, Status written) {
+  if (written.ok()) written = MoveIntoPlace(temporary, directory);
+  if (!written.ok())
+    static_cast<void>(RemoveTree(temporary));  // the first error is the one to report
+  return written;
 }
 
 }  // namespace
@@ -257,26 +365,72 @@ StatusOr<ExportReport> ExportModel(const model::ModelConfig& config,
   SALA_ASSIGN_OR_RETURN(const std::string obstacle, Obstacle(directory, options.force));
   if (!obstacle.empty()) return MakeError(ExitCode::kIo, "EXP-EXISTS", obstacle);
   SALA_RETURN_IF_ERROR(CheckVocabulary(config, tokenizer));
-  const HfConfigOptions hf{.dtype = options.dtype, .eos_token_ids = EosIds(config, tokenizer)};
+  const SourceRecord* record = options.source_form;
+  const std::optional<WeightType> source_type = record == nullptr ? std::nullopt : record->type();
+  const WeightType dtype = options.dtype.value_or(source_type.value_or(WeightType::kBF16));
+  const HfConfigOptions hf{.dtype = dtype, .eos_token_ids = EosIds(config, tokenizer)};
   SALA_ASSIGN_OR_RETURN(const nlohmann::json hf_config, HfConfig(config, hf));
   SALA_RETURN_IF_ERROR(CheckConfigRoundTrip(config, hf_config, hf));
   if (config.has_lightning() && config.mixer(0) != model::MixerType::kSoftmax) {
     SALA_LOG(Warn) << "layer 0 is a linear layer: the published model code counts cached tokens in "
                       "layer 0 and needs a softmax layer there";
   }
-  SALA_ASSIGN_OR_RETURN(const Weights weights, ConvertWeights(params, options.dtype));
-  ExportReport report{.tensors = static_cast<int64_t>(weights.tensors.size()),
+  ExportReport report{.tensors = static_cast<int64_t>(params.specs().size()),
                       .parameters = params.parameters(),
-                      .bytes = weights.bytes};
+                      .dtype = dtype};
+  report.as_source =
+      record != nullptr && SourceHolds(*record, config, hf_config, hf, params.specs(), options);
+  std::map<std::string, WeightType> types;
+  Texts texts{.config = hf_config.dump(2) + "\n",
+              .generation = HfGenerationConfig(config, hf).dump(2) + "\n"};
+  if (report.as_source) {
+    const auto tensors = record->Tensors();
+    for (const SourceRecord::Tensor& tensor : *tensors) types[tensor.name] = tensor.type;
+    texts = {.config = record->config, .generation = record->generation_config};
+  }
+  SALA_ASSIGN_OR_RETURN(const Weights weights, ConvertWeights(params, [&](const std::string& name) {
+                          return report.as_source ? types.at(name) : dtype;
+                        }));
+  report.bytes = weights.bytes;
   const std::string temporary = directory + ".tmp-export";
   SALA_RETURN_IF_ERROR(RemoveTree(temporary));
-  Status written = WriteFolder(temporary, weights, hf_config, HfGenerationConfig(config, hf),
-                               tokenizer, source, options, &report);
-  if (written.ok()) written = MoveIntoPlace(temporary, directory);
-  if (!written.ok()) {
-    static_cast<void>(RemoveTree(temporary));  // the first error is the one to report
-    return written;
-  }
+  SALA_RETURN_IF_ERROR(
+      Place(temporary, directory,
+            WriteFolder(temporary, weights, texts, tokenizer, source, options, &report)));
+  return report;
+}
+
+StatusOr<ExportReport> ExportShapes(const model::ModelConfig& config,
+                                    const std::vector<int64_t>& stop_token_ids,
+                                    const ExportOptions& options) {
+  const std::string directory = WithoutTrailingSlashes(options.directory);
+  SALA_ASSIGN_OR_RETURN(const std::string obstacle, Obstacle(directory, options.force));
+  if (!obstacle.empty()) return MakeError(ExitCode::kIo, "EXP-EXISTS", obstacle);
+  const WeightType dtype = options.dtype.value_or(WeightType::kBF16);
+  const HfConfigOptions hf{.dtype = dtype, .eos_token_ids = stop_token_ids};
+  SALA_ASSIGN_OR_RETURN(const nlohmann::json hf_config, HfConfig(config, hf));
+  SALA_RETURN_IF_ERROR(CheckConfigRoundTrip(config, hf_config, hf));
+  const std::vector<model::ParameterSpec> specs = model::ParameterSpecs(config);
+  const auto type_of = [&](const std::string&) { return dtype; };
+  ExportReport report{.tensors = static_cast<int64_t>(specs.size()),
+                      .bytes = BytesOf(specs, type_of),
+                      .dtype = dtype};
+  for (const model::ParameterSpec& spec : specs) report.parameters += spec.numel;
+  const std::string temporary = directory + ".tmp-export";
+  SALA_RETURN_IF_ERROR(RemoveTree(temporary));
+  const auto write = [&]() -> Status {
+    SALA_RETURN_IF_ERROR(MakeDirectories(temporary));
+    SALA_RETURN_IF_ERROR(
+        WriteSafetensorsModel(temporary, TensorsOf(specs, type_of), options.max_shard_bytes));
+    SALA_RETURN_IF_ERROR(
+        WriteTexts(temporary, {.config = hf_config.dump(2) + "\n",
+                               .generation = HfGenerationConfig(config, hf).dump(2) + "\n"}));
+    // Hashes of holes would take as long as those of weights and say nothing.
+    SALA_RETURN_IF_ERROR(
+        WriteExportRecord(temporary, {{"shapes_only", true}}, report, /*hashed=*/false));
+    return FsyncDirectory(temporary);
+  };
+  SALA_RETURN_IF_ERROR(Place(temporary, directory, write()));
   return report;
 }
 
@@ -301,64 +455,6 @@ StatusOr<std::string> TokenizerPathFor(const std::string& model_path, const std:
       ExitCode::kNoInput, "EXP-TOKENIZER",
       Printable(path) +
           ": no tokenizer in the run directory or beside the weights; name one with --tokenizer");
-}
-
-StatusOr<model::ModelConfig> HfFolderConfig(const std::string& directory) {
-  const std::string path = directory + "/config.json";
-  SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
-  const nlohmann::json json = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (json.is_discarded()) return DataError("IMP-FIELD", path + ": not valid JSON");
-  return ModelConfigFromHf(json, path);
-}
-
-StatusOr<HfFolder> LoadHfFolder(const std::string& directory) {
-  const std::string config_path = directory + "/config.json";
-  HfFolder model;
-  SALA_ASSIGN_OR_RETURN(model.config, HfFolderConfig(directory));
-  SALA_ASSIGN_OR_RETURN(model.tokenizer_fingerprint, RecordedTokenizer(directory));
-  const bool tied = std::exchange(model.config.tie_word_embeddings, false);
-  if (PathExists(directory + "/pytorch_model.bin") &&
-      !PathExists(directory + "/model.safetensors") &&
-      !PathExists(directory + "/model.safetensors.index.json")) {
-    return DataError(
-        "IMP-ARCH",
-        directory +
-            ": pytorch_model.bin is a pickle, which can run code; convert it to safetensors");
-  }
-  SALA_ASSIGN_OR_RETURN(const SafetensorsModel stored, SafetensorsModel::Open(directory));
-  const std::vector<model::ParameterSpec> specs = model::ParameterSpecs(model.config);
-  const auto source_of = [&](const std::string& name) {
-    return tied && name == kHead ? std::string(kEmbedding) : name;
-  };
-  std::vector<std::string> missing;
-  for (const model::ParameterSpec& spec : specs) {
-    const std::string source = source_of(spec.name);
-    const SafetensorsEntry* entry = stored.Find(source);
-    if (entry == nullptr) {
-      missing.push_back(spec.name);
-    } else if (entry->shape != spec.shape) {
-      return DataError(
-          "IMP-SHAPE",
-          directory + ": " + spec.name +
-              " has another shape than config.json says; the two do not belong together");
-    }
-  }
-  if (!missing.empty()) {
-    return DataError("IMP-MISSING", directory + ": " + std::to_string(missing.size()) +
-                                        " tensors are missing: " + ListSome(missing));
-  }
-  model.params = model::ParameterStore(specs);
-  if (const std::vector<std::string> extra = ExtraTensors(stored, model.params); !extra.empty()) {
-    const bool bias = extra[0].size() > 5 && extra[0].compare(extra[0].size() - 5, 5, ".bias") == 0;
-    return DataError(bias ? "IMP-BIAS" : "IMP-EXTRA",
-                     directory + ": " + std::to_string(extra.size()) +
-                         " tensors that the configuration has no place for: " + ListSome(extra));
-  }
-  for (const model::ParameterSpec& spec : model.params.specs()) {
-    SALA_RETURN_IF_ERROR(
-        stored.ReadF32(source_of(spec.name), spec.shape, model.params.data() + spec.offset));
-  }
-  return model;
 }
 
 }  // namespace sala::recipes

@@ -1,39 +1,48 @@
-// A trained model as a Hugging Face folder that inference engines load, and such folders back as
-// models.
+// A model as a Hugging Face folder that other programs load.
 //
 //   DIR/config.json  generation_config.json  model.safetensors (or shards with an index)  tokenizer
 //   files  export.json
 //
-// Weights are rounded to nearest-even bf16 once (or written as they are, f32). The folder appears
-// whole or not at all: it is written under a temporary name beside its place and renamed. Layout:
-// docs/formats.md.
+// Weights are rounded to nearest-even once. A model that came from such a folder and still computes
+// what the folder's config.json says is written as that folder was: same files, same headers, same
+// texts, other values. The folder appears whole or not at all: it is written under a temporary name
+// beside its place and renamed. Layout: docs/formats.md.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
-#include "core/dtype.h"
+#include "core/safetensors.h"
 #include "core/status.h"
 #include "data/tokenizer.h"
 #include "model/config.h"
 #include "model/parameters.h"
 #include "nlohmann/json.hpp"
+#include "recipes/hf_config.h"
+#include "recipes/hf_folder.h"
 
 namespace sala::recipes {
 
 struct ExportOptions {
   std::string directory;
-  DType dtype = DType::kBF16;  // or kF32
+  std::optional<WeightType> dtype = {};  // nullopt: of the folder the model came from, else bf16
   bool verify = false;  // read everything back and compare bits before the folder gets its name
   bool force = false;   // replace an exported model that is there
-  int64_t max_shard_bytes = int64_t{5} * 1000 * 1000 * 1000;
+  int64_t max_shard_bytes = kMaxShardBytes;
   std::string tokenizer_fingerprint = {};  // recorded where no tokenizer is written; "": not known
+  // Its files are copied where the source's form is kept or the tokenizer is of a form that is not
+  // read; "": none.
+  std::string tokenizer_directory = {};
+  const SourceRecord* source_form = nullptr;  // of the folder the model came from, if it did
 };
 
 struct ExportReport {
   int64_t tensors = 0;
   int64_t parameters = 0;
   int64_t bytes = 0;  // of the weights
+  WeightType dtype = WeightType::kBF16;
+  bool as_source = false;  // in the form of the folder the model came from
   bool verified = false;
 };
 
@@ -47,24 +56,16 @@ StatusOr<ExportReport> ExportModel(const model::ModelConfig& config,
                                    const data::Tokenizer* tokenizer, const nlohmann::json& source,
                                    const ExportOptions& options);
 
+// What ExportModel would write of such a model, with true headers and file sizes and holes for
+// values: neither memory nor disk holds them. `stop_token_ids` end a generation (empty: eos).
+// Errors as above.
+StatusOr<ExportReport> ExportShapes(const model::ModelConfig& config,
+                                    const std::vector<int64_t>& stop_token_ids,
+                                    const ExportOptions& options);
+
 // The tokenizer a command works with: `named` if not empty, else the copy in the run directory that
 // holds the checkpoint (CHECKPOINT/../../tokenizer), else the files of an exported folder itself.
 // EXP-TOKENIZER (66) when there is none.
 StatusOr<std::string> TokenizerPathFor(const std::string& model_path, const std::string& named);
-
-struct HfFolder {
-  model::ModelConfig config;
-  model::ParameterStore params;
-  std::string tokenizer_fingerprint;  // of export.json; "" where there is none
-};
-
-// Reads a folder of model_type minicpm_sala, minicpm, llama or qwen3. Tied embeddings are untied:
-// the head becomes a copy of the embedding. An export.json beside the weights says which tokenizer
-// they were trained with. Errors: FILE-MISSING (66), IMP-* and ST-* (65);
-// IMP-MISSING and IMP-EXTRA list tensors the configuration asks for or has no place for.
-StatusOr<HfFolder> LoadHfFolder(const std::string& directory);
-
-// Its config.json alone.
-StatusOr<model::ModelConfig> HfFolderConfig(const std::string& directory);
 
 }  // namespace sala::recipes

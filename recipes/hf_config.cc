@@ -1,6 +1,8 @@
 #include "recipes/hf_config.h"
 
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <optional>
 
 #include "core/file.h"
@@ -14,8 +16,38 @@ constexpr char kLlama[] = "llama";
 constexpr char kQwen3[] = "qwen3";
 constexpr char kLightningScale[] = "1/sqrt(d)";
 
-bool IsPlainTransformer(const model::ModelConfig& config) {
-  return !config.has_lightning() && config.attn_use_rope && !config.attn_use_output_gate;
+struct WeightTypeNames {
+  WeightType type;
+  const char *name, *format, *config;
+};
+constexpr WeightTypeNames kWeightTypes[] = {{WeightType::kBF16, "bf16", "BF16", "bfloat16"},
+                                            {WeightType::kF16, "f16", "F16", "float16"},
+                                            {WeightType::kF32, "f32", "F32", "float32"},
+                                            {WeightType::kF64, "f64", "F64", "float64"}};
+
+const WeightTypeNames& NamesOf(WeightType type) {
+  return *std::find_if(std::begin(kWeightTypes), std::end(kWeightTypes),
+                       [&](const WeightTypeNames& names) { return names.type == type; });
+}
+
+// Factors that change nothing, as ReadScales gives them to models without muP.
+bool HasMuP(const model::ModelConfig& config) {
+  return config.scale_emb != 1 ||
+         config.scale_depth != std::sqrt(static_cast<double>(config.num_hidden_layers)) ||
+         config.dim_model_base != static_cast<double>(config.hidden_size);
+}
+
+// The architecture that computes what the model computes.
+std::string TypeOf(const model::ModelConfig& config) {
+  if (config.has_lightning() || !config.attn_use_rope || config.attn_use_output_gate) return kSala;
+  if (HasMuP(config)) return kMiniCpm;
+  return config.attn_qk_norm ? kQwen3 : kLlama;
+}
+
+const char* ArchitectureOf(const std::string& type) {
+  if (type == kSala) return "MiniCPMSALAForCausalLM";
+  if (type == kMiniCpm) return "MiniCPMForCausalLM";
+  return type == kQwen3 ? "Qwen3ForCausalLM" : "LlamaForCausalLM";
 }
 
 // A JSON integer where the number is whole: the released files write scale_emb as 12, not 12.0.
@@ -152,30 +184,54 @@ class FieldReader {
   Status status_;
 };
 
+bool Mentions(const std::string& text, const char* part) {
+  return text.find(part) != std::string::npos;
+}
+
+// Why a model_type is none of those that are read.
+std::string WhyNot(const std::string& type) {
+  if (Mentions(type, "moe") || Mentions(type, "mixtral") || Mentions(type, "dbrx"))
+    return "mixtures of experts are not supported";
+  if (type == "minicpm3" || Mentions(type, "deepseek")) return "latent attention is not supported";
+  return "expected minicpm_sala, minicpm, llama or qwen3";
+}
+
 // Features that change what the model computes and that it does not have.
 void RefuseUnsupported(FieldReader& in) {
   const nlohmann::json& json = in.json();
   const auto refuse = [&](const char* key, const std::string& why) {
     in.Fail("IMP-ARCH", std::string(key) + " is " + Printable(json[key].dump()) + "; " + why);
   };
-  if (in.Has("quantization_config")) {
-    in.Fail("IMP-QUANT",
-            "the weights are quantised (quantization_config); take the unquantised model");
+  for (const char* key : {"quantization_config", "compression_config"}) {
+    if (in.Has(key)) {
+      in.Fail("IMP-QUANT",
+              std::string("the weights are quantised (") + key + "); take the unquantised model");
+    }
   }
   for (const char* key : {"attention_bias", "mlp_bias"}) {
     if (in.Has(key) && json[key] != false) {
       in.Fail("IMP-BIAS", std::string(key) + " is on; layers with biases are not supported");
     }
   }
-  for (const char* key : {"num_experts", "num_local_experts", "n_routed_experts"}) {
+  for (const char* key :
+       {"num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"}) {
     if (in.Has(key) && json[key].is_number() && json[key].get<double>() > 1)
       refuse(key, "mixtures of experts are not supported");
   }
   for (const char* key : {"q_lora_rank", "kv_lora_rank"}) {
     if (in.Has(key)) refuse(key, "latent attention is not supported");
   }
+  const std::string full_only = "only full attention is supported";
   if (in.Has("use_sliding_window") && json["use_sliding_window"] != false)
-    refuse("use_sliding_window", "only full attention is supported");
+    refuse("use_sliding_window", full_only);
+  // Beside use_sliding_window: false a window is a number that nothing uses.
+  if (in.Has("sliding_window") && !in.Has("use_sliding_window"))
+    refuse("sliding_window", full_only);
+  if (in.Has("layer_types")) {
+    for (const nlohmann::json& type : json["layer_types"]) {
+      if (type != "full_attention") return refuse("layer_types", full_only);
+    }
+  }
   if (in.Has("hidden_act") && json["hidden_act"] != "silu")
     refuse("hidden_act", "only silu is supported");
   if (in.Has("partial_rotary_factor") && json["partial_rotary_factor"] != 1.0) {
@@ -226,21 +282,28 @@ void ReadShapes(FieldReader& in, const std::string& type, model::ModelConfig* c)
 
 void ReadRope(FieldReader& in, const std::string& type, const std::string& path,
               model::ModelConfig* c) {
-  // Newer files keep the rotary numbers in one object.
-  if (!in.Has("rope_theta") && in.Has("rope_parameters") &&
-      in.json()["rope_parameters"].is_object()) {
-    FieldReader inner(in.json()["rope_parameters"], path + ": rope_parameters");
-    std::string rope_type;
-    inner.Read("rope_type", &rope_type, "default");
-    inner.Read("rope_theta", &c->rope_theta);
-    if (rope_type != "default")
-      inner.Fail("IMP-ARCH",
-                 "rope_type is '" + Printable(rope_type) + "'; rotary scaling is not supported");
-    in.Adopt(inner.status());
-    return;
+  if (!in.Has("rope_parameters")) {
+    return in.Read("rope_theta", &c->rope_theta,
+                   type == kSala ? std::nullopt : std::optional<double>(10000.0));
   }
-  in.Read("rope_theta", &c->rope_theta,
-          type == kSala ? std::nullopt : std::optional<double>(10000.0));
+  // Newer files keep the rotary numbers in one object.
+  const nlohmann::json& rope = in.json()["rope_parameters"];
+  if (!rope.is_object())
+    return in.Fail("IMP-FIELD",
+                   "rope_parameters is " + Printable(rope.dump()) + ", expected an object");
+  FieldReader inner(rope, path + ": rope_parameters");
+  std::string rope_type;
+  inner.Read("rope_type", &rope_type, "default");
+  inner.Read("rope_theta", &c->rope_theta);
+  if (rope_type != "default")
+    inner.Fail("IMP-ARCH",
+               "rope_type is '" + Printable(rope_type) + "'; rotary scaling is not supported");
+  in.Adopt(inner.status());
+  if (in.Has("rope_theta") && in.json()["rope_theta"] != rope["rope_theta"]) {
+    in.Fail("IMP-FIELD", "rope_theta is " + Printable(in.json()["rope_theta"].dump()) +
+                             ", in rope_parameters it is " + Printable(rope["rope_theta"].dump()) +
+                             "; make them agree");
+  }
 }
 
 void ReadScales(FieldReader& in, const std::string& type, model::ModelConfig* c) {
@@ -314,20 +377,35 @@ void ReadHybrid(FieldReader& in, const std::string& path, model::ModelConfig* c)
 
 }  // namespace
 
+std::string_view NameOf(WeightType type) { return NamesOf(type).name; }
+
+std::optional<WeightType> ParseWeightType(std::string_view name) {
+  for (const WeightTypeNames& names : kWeightTypes) {
+    if (name == names.name) return names.type;
+  }
+  return std::nullopt;
+}
+
+std::optional<WeightType> WeightTypeOfFormat(std::string_view name) {
+  for (const WeightTypeNames& names : kWeightTypes) {
+    if (name == names.format) return names.type;
+  }
+  return std::nullopt;
+}
+
 StatusOr<nlohmann::json> HfConfig(const model::ModelConfig& config,
                                   const HfConfigOptions& options) {
-  if (config.attn_qk_norm) {
+  const std::string type = TypeOf(config);
+  if (config.attn_qk_norm && type != kQwen3) {
     return MakeError(ExitCode::kData, "EXP-QKNORM",
-                     "attn_qk_norm is true: the exported format has no query/key norm in softmax "
-                     "layers; train with "
-                     "attn_qk_norm: false, or export nothing");
+                     "attn_qk_norm is true: the exported format (" + type +
+                         ") has no query/key norm in softmax layers; train with "
+                         "attn_qk_norm: false, or export nothing");
   }
-  const bool plain = IsPlainTransformer(config);
-  const char* dtype = options.dtype == DType::kBF16 ? "bfloat16" : "float32";
+  const char* dtype = NamesOf(options.dtype).config;
   nlohmann::json out = {
-      {"architectures",
-       nlohmann::json::array({plain ? "MiniCPMForCausalLM" : "MiniCPMSALAForCausalLM"})},
-      {"model_type", plain ? kMiniCpm : kSala},
+      {"architectures", nlohmann::json::array({ArchitectureOf(type)})},
+      {"model_type", type},
       {"torch_dtype", dtype},  // read by engines; newer libraries read "dtype"
       {"dtype", dtype},
       {"vocab_size", config.vocab_size},
@@ -345,17 +423,20 @@ StatusOr<nlohmann::json> HfConfig(const model::ModelConfig& config,
       {"attention_bias", false},
       {"attention_dropout", 0.0},
       {"initializer_range", config.initializer_range},
-      {"scale_emb", Number(config.scale_emb)},
-      {"scale_depth", config.scale_depth},
-      {"dim_model_base", Number(config.dim_model_base)},
       {"tie_word_embeddings", config.tie_word_embeddings},
-      {"pretraining_tp", 1},
       {"use_cache", true},
       {"bos_token_id", config.bos_token_id},
       {"eos_token_id", EosJson(config, options)},
       {"pad_token_id", config.pad_token_id},
   };
-  if (plain) return out;
+  if (type != kQwen3) out["pretraining_tp"] = 1;
+  if (type == kLlama) out["mlp_bias"] = false;
+  if (type == kQwen3) out["use_sliding_window"] = false;
+  if (type == kLlama || type == kQwen3) return out;
+  out["scale_emb"] = Number(config.scale_emb);
+  out["scale_depth"] = config.scale_depth;
+  out["dim_model_base"] = Number(config.dim_model_base);
+  if (type == kMiniCpm) return out;
   out["mup_denominator"] = config.num_hidden_layers;  // never read by the model code; the released
                                                       // file has the layer count
   out["shift_labels"] = true;
@@ -392,10 +473,14 @@ StatusOr<model::ModelConfig> ModelConfigFromHf(const nlohmann::json& json,
   SALA_RETURN_IF_ERROR(in.status());
   if (type != kSala && type != kMiniCpm && type != kLlama && type != kQwen3) {
     return MakeError(ExitCode::kData, "IMP-ARCH",
-                     path + ": model_type is '" + Printable(type) +
-                         "', expected minicpm_sala, minicpm, llama or qwen3");
+                     path + ": model_type is '" + Printable(type) + "'; " + WhyNot(type));
   }
   RefuseUnsupported(in);
+  if (type != kSala && in.Has("sparse_config")) {
+    in.Fail("IMP-ARCH",
+            "sparse_config is set, but sparse attention is read of minicpm_sala only; "
+            "remove the field to take the model with full attention");
+  }
   model::ModelConfig config;
   ReadShapes(in, type, &config);
   ReadRope(in, type, path, &config);

@@ -8,6 +8,7 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "kernels/common/instruction_set.h"
+#include "recipes/source_record.h"
 #include "recipes/stage.h"
 #include "recipes/step_loop.h"
 
@@ -217,6 +218,15 @@ Status CheckInputs(Session& session, const Continuation& next) {
   return OkStatus();
 }
 
+// What checkpoints of the stage say about the folder that its weights came from.
+Status KeepSourceRecord(Session& session, const StageInput& input) {
+  const std::string from = input.resume != nullptr ? input.resume->directory() : input.init_path;
+  if (!session.is_root() || from.empty()) return OkStatus();
+  SALA_ASSIGN_OR_RETURN(const std::optional<SourceRecord> record, SourceRecordAt(from));
+  session.source_record = record ? record->ToText() : "";
+  return OkStatus();
+}
+
 StatusOr<StageSummary> RunStage(Session& session, int64_t index,
                                 const std::string& resume_directory) {
   const StageConfig& stage = session.config().stages[static_cast<size_t>(index)];
@@ -247,6 +257,7 @@ StatusOr<StageSummary> RunStage(Session& session, int64_t index,
       session.global_step = from.info().global_step;
     }
   }
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), KeepSourceRecord(session, input)));
   return stage.kind == StageKind::kHalo ? RunHaloStage(session, input)
                                         : RunPretrainStage(session, input);
 }

@@ -70,6 +70,9 @@ class Session {
   // Steps done over the whole pipeline; checkpoints are named after it.
   int64_t global_step = 0;
   int64_t failed_saves = 0;  // in a row
+  // Rank 0: what checkpoints keep of the model folder the weights came from; "": they came from
+  // none (recipes/source_record.h).
+  std::string source_record;
 
  private:
   Session(parallel::Communicator& world, const PipelineConfig& config);

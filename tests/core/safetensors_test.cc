@@ -2,11 +2,16 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <cmath>
 #include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "core/file.h"
+#include "core/half.h"
 #include "core/safetensors_header.h"
 #include "tests/core/temp_dir.h"
 
@@ -90,6 +95,13 @@ TEST(Safetensors, EveryCheckHasABadFile) {
   EXPECT_EQ(CodeOf(R"({"a":{"dtype":"U8","dtype":"U8","shape":[],"data_offsets":[0,1]}})", "x"),
             "ST-DUP")
       << "inner";
+  EXPECT_EQ(CodeOf(R"({"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]},)"
+                   R"("a":{"dtype":"U8","shape":[],"data_offsets":[0,1]}})",
+                   "x"),
+            "ST-DUP")
+      << "a tensor twice";
+  EXPECT_EQ(CodeOf(R"({"__metadata__":{"x":"1","x":"1"}})", ""), "ST-DUP") << "metadata";
+  EXPECT_EQ(CodeOf("[1]", ""), "ST-HEADER") << "no object";
   EXPECT_EQ(CodeOf(R"({"a":{"b":{"c":{"d":{}}}}})", ""), "ST-JSON") << "nesting";
   EXPECT_EQ(CodeOf("{\"a\":" + std::string(100000, '['), ""), "ST-JSON")
       << "nesting must not exhaust the stack";
@@ -104,6 +116,11 @@ TEST(Safetensors, EveryCheckHasABadFile) {
         "[4294967296,4294967296]", "[4294967296,4294967296,0]"}) {
     EXPECT_EQ(CodeOf(tensor("\"U8\"", shape, "[0,1]"), "x"), "ST-SHAPE") << shape;
   }
+  // The product is 2^64, which wraps to 0: as many bytes as the file has.
+  EXPECT_EQ(CodeOf(tensor("\"U8\"", "[4294967296,4294967296]", "[0,0]"), ""), "ST-SHAPE");
+  EXPECT_EQ(CodeOf(tensor("\"F64\"", "[2305843009213693952]", "[0,0]"), ""), "ST-SHAPE")
+      << "only with the element size does it wrap";
+  EXPECT_EQ(CodeOf(tensor("\"U8\"", "[2]", "[0,3]"), "123"), "ST-SIZE") << "too many bytes";
   for (const char* offsets :
        {"[1,0]", "[0,2]", "[0]", "[0,1,1]", "[-1,1]", "3", "[0,18446744073709551615]"}) {
     EXPECT_EQ(CodeOf(tensor("\"U8\"", "[1]", offsets), "x"), "ST-OFFSET") << offsets;
@@ -125,6 +142,97 @@ TEST(Safetensors, ErrorsNameTheFile) {
   ASSERT_TRUE(WriteFileAtomically(dir / "x", "short").ok());
   EXPECT_THAT(MessageOf(SafetensorsFile::Open(dir / "x").status()),
               HasSubstr("ST-HEADER: " + dir / "x"));
+}
+
+TEST(Safetensors, OrderIsThatOfTheOfficialLibrary) {
+  const TempDir dir;
+  const int64_t zero = 0;
+  std::vector<SafetensorsTensor> tensors;
+  for (const auto& [name, dtype] :
+       std::vector<std::pair<std::string, DType>>{{"u8", DType::kU8},
+                                                  {"f32", DType::kF32},
+                                                  {"bf16", DType::kBF16},
+                                                  {"f64", DType::kF64},
+                                                  {"i64", DType::kI64},
+                                                  {"u16", DType::kU16},
+                                                  {"i32", DType::kI32}})
+    tensors.push_back({.name = name, .dtype = dtype, .shape = {1}, .data = &zero});
+  tensors.push_back(
+      {.name = "f16", .dtype = DType::kU16, .shape = {1}, .data = &zero, .type = "F16"});
+  tensors.push_back({.name = "f32b", .dtype = DType::kF32, .shape = {}, .data = &zero});
+  tensors.push_back({.name = "f32a", .dtype = DType::kF32, .shape = {3, 0}, .data = nullptr});
+  ASSERT_TRUE(WriteSafetensors(dir / "x", tensors, {}).ok());
+  std::vector<std::string> order;
+  const SafetensorsFile file = SafetensorsFile::Open(dir / "x").value();
+  for (const SafetensorsEntry& entry : file.entries()) order.push_back(entry.name);
+  EXPECT_THAT(order,
+              ElementsAre("i64", "f64", "f32", "f32a", "f32b", "i32", "bf16", "f16", "u16", "u8"));
+}
+
+TEST(Safetensors, ValuesThatAreNotGivenAreHoles) {
+  const TempDir dir;
+  const std::vector<float> f = {1, 2};
+  constexpr int64_t kElements = int64_t{1} << 34;
+  ASSERT_TRUE(WriteSafetensors(dir / "x",
+                               {{.name = "a", .dtype = DType::kF32, .shape = {kElements}},
+                                {"b", DType::kF32, {2}, f.data()},
+                                {.name = "c", .dtype = DType::kBF16, .shape = {2, kElements}}},
+                               {})
+                  .ok());
+  struct stat info {};
+  ASSERT_EQ(::stat((dir / "x").c_str(), &info), 0);
+  EXPECT_GT(info.st_size, kElements * 8);
+  EXPECT_LT(info.st_blocks * 512, 1 << 20) << "the file system stores the holes";
+  const SafetensorsFile file = SafetensorsFile::Open(dir / "x").value();
+  EXPECT_EQ(file.Find("c")->bytes, kElements * 4);
+  EXPECT_EQ(std::string(file.Data(*file.Find("b")), 8), std::string("\0\0\x80\x3f\0\0\0\x40", 8));
+  EXPECT_EQ(*file.Data(*file.Find("c")), 0);
+}
+
+TEST(Safetensors, AHeaderOfAnotherProgramIsKept) {
+  const TempDir dir;
+  const std::vector<float> f = {1, 2};
+  const std::vector<uint16_t> h = {0x3c00};
+  // Another order, spaces, metadata, padding.
+  const std::string header =
+      R"({ "b":{"shape":[1],"dtype":"F16","data_offsets":[0,2]}, "__metadata__":{"made by":"x"},)"
+      R"("a":{"dtype":"F32","shape":[2],"data_offsets":[2,10]}}   )";
+  const std::vector<SafetensorsTensor> tensors = {
+      {"a", DType::kF32, {2}, f.data()},
+      {"unnamed", DType::kF32, {2}, f.data()},
+      {.name = "b", .dtype = DType::kU16, .shape = {1}, .data = h.data(), .type = "F16"}};
+  ASSERT_TRUE(WriteSafetensorsAs(dir / "x", header, tensors).ok());
+  EXPECT_EQ(ReadFile(dir / "x").value(),
+            FileBytes(header, std::string("\0\x3c\0\0\x80\x3f\0\0\0\x40", 10)));
+  const SafetensorsFile file = SafetensorsFile::Open(dir / "x").value();
+  EXPECT_EQ(file.HeaderText(), header);
+}
+
+TEST(HalfFloat, EveryOneComesBack) {
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    const float value = HalfToFloat(static_cast<uint16_t>(bits));
+    if (std::isnan(value)) {
+      EXPECT_TRUE(std::isnan(HalfToFloat(FloatToHalf(value)))) << bits;
+    } else {
+      ASSERT_EQ(FloatToHalf(value), bits);
+    }
+  }
+}
+
+TEST(HalfFloat, RoundsToTheNearestTiesToEven) {
+  // Between every two neighbours: just below the middle, the middle, just above.
+  for (uint32_t below = 0; below < 0x7c00; ++below) {
+    const double a = HalfToFloat(static_cast<uint16_t>(below));
+    const double b = below == 0x7bff ? 65536.0 : HalfToFloat(static_cast<uint16_t>(below + 1));
+    const auto middle = static_cast<float>((a + b) / 2);
+    const uint32_t even = below % 2 == 0 ? below : below + 1;
+    ASSERT_EQ(FloatToHalf(std::nextafter(middle, 0.0F)), below);
+    ASSERT_EQ(FloatToHalf(middle), even);
+    ASSERT_EQ(FloatToHalf(std::nextafter(middle, HUGE_VALF)), below + 1);
+    ASSERT_EQ(FloatToHalf(-middle), even | 0x8000U);
+  }
+  EXPECT_EQ(FloatToHalf(HUGE_VALF), 0x7c00);
+  EXPECT_EQ(FloatToHalf(1e30F), 0x7c00);
 }
 
 TEST(SafetensorsModel, ShardsAndTypes) {
@@ -169,23 +277,104 @@ TEST(SafetensorsModel, HalfFloats) {
   EXPECT_TRUE(std::signbit(out[6]));
 }
 
-TEST(SafetensorsModel, PathsMustStayInside) {
+TEST(SafetensorsModel, BoxesAreWhatTheWholeTensorHolds) {
   const TempDir dir;
-  for (const char* name : {"../x", "/x", "", "..", "a/b"}) {
-    ASSERT_TRUE(WriteFileAtomically(dir / "model.safetensors.index.json",
-                                    std::string(R"({"weight_map":{"t":")") + name + "\"}}")
-                    .ok());
-    EXPECT_EQ(ErrorCodeOf(SafetensorsModel::Open(dir.path()).status()), "ST-PATH") << name;
+  std::vector<BF16> h;
+  h.reserve(35);
+  for (int i = 0; i < 35; ++i) h.emplace_back(static_cast<float>(i));
+  ASSERT_TRUE(WriteSafetensorsModel(dir.path(), {{"m", DType::kBF16, {5, 7}, h.data()},
+                                                 {"v", DType::kBF16, {35}, h.data()}})
+                  .ok());
+  const SafetensorsModel model = SafetensorsModel::Open(dir.path()).value();
+  for (const auto& [offset, box] :
+       std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>>{{{0, 0}, {5, 7}},
+                                                                          {{2, 0}, {3, 7}},
+                                                                          {{0, 3}, {5, 2}},
+                                                                          {{1, 6}, {3, 1}},
+                                                                          {{4, 1}, {1, 5}}}) {
+    std::vector<float> whole;
+    for (int64_t r = 0; r < box[0]; ++r) {
+      for (int64_t c = 0; c < box[1]; ++c)
+        whole.push_back(static_cast<float>((offset[0] + r) * 7 + offset[1] + c));
+    }
+    const auto n = static_cast<int64_t>(whole.size());
+    for (int64_t begin = 0; begin <= n; ++begin) {
+      for (int64_t end = begin; end <= n; ++end) {
+        std::vector<float> part(static_cast<size_t>(end - begin));
+        ASSERT_TRUE(model.ReadBoxF32("m", {5, 7}, offset, box, begin, end, part.data()).ok());
+        ASSERT_EQ(part, std::vector<float>(whole.begin() + begin, whole.begin() + end));
+      }
+    }
   }
-  ASSERT_TRUE(WriteFileAtomically(dir / "model.safetensors.index.json", "[]").ok());
-  EXPECT_EQ(ErrorCodeOf(SafetensorsModel::Open(dir.path()).status()), "ST-JSON");
+  std::vector<float> part(4);
+  ASSERT_TRUE(model.ReadBoxF32("v", {35}, {10}, {20}, 3, 7, part.data()).ok());
+  EXPECT_THAT(part, ElementsAre(13, 14, 15, 16));
 }
 
-TEST(SafetensorsModel, PickleIsRefused) {
-  const TempDir dir;
-  EXPECT_EQ(ErrorCodeOf(SafetensorsModel::Open(dir.path()).status()), "FILE-MISSING");
-  ASSERT_TRUE(WriteFileAtomically(dir / "pytorch_model.bin", "x").ok());
-  EXPECT_THAT(MessageOf(SafetensorsModel::Open(dir.path()).status()), HasSubstr("pickle"));
+// A folder of two files with one tensor each, and an index to be spoilt.
+class IndexTest : public testing::Test {
+ protected:
+  IndexTest() {
+    EXPECT_TRUE(WriteSafetensors(dir_ / "1", {{"a", DType::kF32, {2}, f_.data()}}, {}).ok());
+    EXPECT_TRUE(WriteSafetensors(dir_ / "2", {{"b", DType::kF32, {1}, f_.data()}}, {}).ok());
+  }
+  Status Open(const std::string& index) {
+    EXPECT_TRUE(WriteFileAtomically(dir_ / "model.safetensors.index.json", index).ok());
+    return SafetensorsModel::Open(dir_.path()).status();
+  }
+  std::string Code(const std::string& index) { return ErrorCodeOf(Open(index)); }
+
+  const TempDir dir_;
+  const std::vector<float> f_ = {1, 2};
+};
+
+TEST_F(IndexTest, EveryCheckHasABadIndex) {
+  const std::string good = R"("weight_map":{"a":"1","b":"2"})";
+  EXPECT_EQ(Code("{" + good + "}"), "");
+  EXPECT_EQ(Code(R"({"metadata":{"total_size":12},)" + good + "}"), "");
+  EXPECT_EQ(Code(R"({"metadata":{"total_size":12.0,"format":"pt"},)" + good + "}"), "");
+  for (const char* total : {"13", "0", "-12", "12.5", "\"12\"", "1e300", "[]"}) {
+    EXPECT_EQ(Code(std::string(R"({"metadata":{"total_size":)") + total + "}," + good + "}"),
+              "ST-SIZE")
+        << total;
+  }
+  for (const char* text : {"[]", "{", "", "3", "{}", R"({"weight_map":[]})", "{\"\xff\":1}"})
+    EXPECT_EQ(Code(text), "ST-JSON") << text;
+  EXPECT_EQ(Code(R"({"weight_map":{"a":"1","b":"2","a":"1"}})"), "ST-DUP");
+  EXPECT_EQ(Code("{" + good + "," + good + "}"), "ST-DUP");
+  for (const char* name : {"../1", "/1", "", ".", "..", "x/1", "x\\\\1"}) {
+    EXPECT_EQ(Code(std::string(R"({"weight_map":{"b":"2","a":")") + name + "\"}}"), "ST-PATH")
+        << name;
+  }
+  EXPECT_EQ(Code(R"({"weight_map":{"a":1,"b":"2"}})"), "ST-PATH") << "no text";
+  EXPECT_EQ(Code(R"({"weight_map":{"a":"1","b":"3"}})"), "ST-PATH") << "a file that is not here";
+  EXPECT_EQ(Code(R"({"weight_map":{"a":"2","b":"2"}})"), "ST-PATH") << "not in that file";
+  EXPECT_EQ(Code(R"({"weight_map":{"a":"1","b":"2","c":"2"}})"), "ST-PATH") << "in no file";
+  EXPECT_EQ(Code(R"({"weight_map":{"a":"1"}})"), "") << "a file that the index does not name";
+  ASSERT_TRUE(
+      WriteSafetensors(dir_ / "2",
+                       {{"b", DType::kF32, {1}, f_.data()}, {"a", DType::kF32, {2}, f_.data()}}, {})
+          .ok());
+  const Status twice = Open("{" + good + "}");
+  EXPECT_EQ(ErrorCodeOf(twice), "ST-PATH") << "a tensor in two files";
+  EXPECT_THAT(MessageOf(twice), HasSubstr("/2: holds tensor `a`"));
+  ASSERT_TRUE(WriteFileAtomically(dir_ / "2", "short").ok());
+  EXPECT_EQ(Code("{" + good + "}"), "ST-HEADER") << "a bad file";
+}
+
+TEST(SafetensorsModel, OtherFormsOfWeightsAreRefused) {
+  for (const char* name : {"pytorch_model.bin", "pytorch_model-00001-of-00002.bin",
+                           "consolidated.00.pth", "weights.pt", "model-q4_0.gguf"}) {
+    const TempDir dir;
+    EXPECT_EQ(ErrorCodeOf(SafetensorsModel::Open(dir.path()).status()), "FILE-MISSING");
+    ASSERT_TRUE(WriteFileAtomically(dir / name, "x").ok());
+    const Status refused = SafetensorsModel::Open(dir.path()).status();
+    EXPECT_EQ(ErrorCodeOf(refused), "ST-FORMAT") << name;
+    EXPECT_THAT(MessageOf(refused), HasSubstr(name));
+    // Beside safetensors they are not looked at.
+    ASSERT_TRUE(WriteSafetensors(dir / "model.safetensors", {}, {}).ok());
+    EXPECT_TRUE(SafetensorsModel::Open(dir.path()).ok()) << name;
+  }
 }
 
 }  // namespace

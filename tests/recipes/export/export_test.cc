@@ -99,8 +99,9 @@ TEST_P(ExportTest, Float32ComesBackBitForBit) {
   const TempDir dir;
   const model::ModelConfig config = Config();
   const model::ParameterStore params = RandomParameters(config);
-  const auto report = ExportModel(config, params, nullptr, nullptr,
-                                  {.directory = dir / "out", .dtype = DType::kF32, .verify = true});
+  const auto report =
+      ExportModel(config, params, nullptr, nullptr,
+                  {.directory = dir / "out", .dtype = WeightType::kF32, .verify = true});
   ASSERT_TRUE(report.ok()) << MessageOf(report.status());
   EXPECT_EQ(report->parameters, params.parameters());
   EXPECT_EQ(report->bytes, params.parameters() * 4);
@@ -214,9 +215,11 @@ TEST(ExportFolderTest, LargeModelsAreCutIntoShards) {
   const TempDir dir;
   const model::ModelConfig config = Hybrid();
   const model::ParameterStore params = RandomParameters(config);
-  const auto report = ExportModel(
-      config, params, nullptr, nullptr,
-      {.directory = dir / "out", .dtype = DType::kF32, .verify = true, .max_shard_bytes = 30000});
+  const auto report = ExportModel(config, params, nullptr, nullptr,
+                                  {.directory = dir / "out",
+                                   .dtype = WeightType::kF32,
+                                   .verify = true,
+                                   .max_shard_bytes = 30000});
   ASSERT_TRUE(report.ok()) << MessageOf(report.status());
   EXPECT_EQ(ReadJson(dir / "out/model.safetensors.index.json")["metadata"]["total_size"],
             params.parameters() * 4);
@@ -273,13 +276,13 @@ TEST(ExportFolderTest, AFailureLeavesNothing) {
   EXPECT_FALSE(ExportModel(config, params, nullptr, nullptr, {.directory = dir / "out"}).ok());
   EXPECT_TRUE(ListDirectory(dir.path())->empty());
   EXPECT_TRUE(ExportModel(config, params, nullptr, nullptr,
-                          {.directory = dir / "out", .dtype = DType::kF32})
+                          {.directory = dir / "out", .dtype = WeightType::kF32})
                   .ok());
 
   // The directory above is a file: nothing can be written.
   ASSERT_TRUE(WriteFileAtomically(dir / "file", "x").ok());
   EXPECT_FALSE(ExportModel(config, params, nullptr, nullptr,
-                           {.directory = dir / "file/out", .dtype = DType::kF32})
+                           {.directory = dir / "file/out", .dtype = WeightType::kF32})
                    .ok());
 }
 
@@ -299,7 +302,7 @@ TEST(ExportFolderTest, TiedEmbeddingsComeBackUntied) {
   config.tie_word_embeddings = true;
   const model::ParameterStore params = RandomParameters(config);
   ASSERT_TRUE(ExportModel(config, params, nullptr, nullptr,
-                          {.directory = dir / "out", .dtype = DType::kF32})
+                          {.directory = dir / "out", .dtype = WeightType::kF32})
                   .ok());
   EXPECT_EQ(ReadJson(dir / "out/config.json")["tie_word_embeddings"], true);
   const auto back = LoadHfFolder(dir / "out");
@@ -357,6 +360,11 @@ TEST(LoadHfFolderTest, MissingAndExtraTensorsAreNamed) {
   folder.tensors.back().name = "vision.weight";
   EXPECT_EQ(ErrorCodeOf(folder.Load()), "IMP-EXTRA");
   EXPECT_THAT(MessageOf(folder.Load()), HasSubstr("vision.weight"));
+  // One bias among other tensors is still what to say.
+  folder.tensors.push_back(
+      {.name = "z.bias", .dtype = DType::kF32, .shape = {24}, .data = folder.data()});
+  EXPECT_EQ(ErrorCodeOf(folder.Load()), "IMP-BIAS");
+  folder.tensors.pop_back();
   // Computed here, so a stored table is not needed.
   folder.tensors.back().name = "model.layers.0.self_attn.rotary_emb.inv_freq";
   EXPECT_TRUE(folder.Load().ok());
@@ -368,6 +376,42 @@ TEST(LoadHfFolderTest, AnotherShapeThanTheConfigurationIsRefused) {
   ASSERT_EQ(folder.tensors[0].name, "model.embed_tokens.weight");
   folder.tensors[0].shape[0] -= 1;
   EXPECT_EQ(ErrorCodeOf(folder.Load()), "IMP-SHAPE");
+  EXPECT_THAT(MessageOf(folder.Load()),
+              HasSubstr("model.embed_tokens.weight has shape [269,24], expected [270,24]"));
+}
+
+TEST(LoadHfFolderTest, TypesThatAreNoWeightsAreRefused) {
+  const TempDir dir;
+  ForeignFolder folder(dir / "in");
+  folder.tensors[0].dtype = DType::kI32;
+  EXPECT_EQ(ErrorCodeOf(folder.Load()), "ST-DTYPE");
+  EXPECT_THAT(MessageOf(folder.Load()), HasSubstr("model.embed_tokens.weight is I32"));
+}
+
+// Whatever the cut, a rank reads its part of the whole.
+TEST(LoadHfFolderTest, ALayoutGetsItsPartOfEveryTensor) {
+  const TempDir dir;
+  for (const bool tied : {false, true}) {
+    model::ModelConfig config = Hybrid();
+    config.tie_word_embeddings = tied;
+    ASSERT_TRUE(ExportModel(config, RandomParameters(config), nullptr, nullptr,
+                            {.directory = dir / "in", .dtype = WeightType::kF32, .force = true})
+                    .ok());
+    const auto whole = LoadHfFolder(dir / "in");
+    ASSERT_TRUE(whole.ok()) << MessageOf(whole.status());
+    for (const int64_t rank : {0, 1}) {
+      const auto layout = [&](const model::ModelConfig& read) -> StatusOr<model::ParameterStore> {
+        return model::ParameterStore(model::ParameterSpecs(read, {rank, 2}));
+      };
+      const auto part = LoadHfFolder(dir / "in", layout);
+      ASSERT_TRUE(part.ok()) << MessageOf(part.status());
+      model::ParameterStore expected(model::ParameterSpecs(part->config, {rank, 2}));
+      model::TakeParts(whole->params, &expected);
+      EXPECT_EQ(std::memcmp(part->params.data(), expected.data(),
+                            static_cast<size_t>(expected.size()) * sizeof(float)),
+                0);
+    }
+  }
 }
 
 TEST(LoadHfFolderTest, AFolderWithoutConfigOrWithPicklesSaysSo) {

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <map>
 #include <set>
 #include <string>
 #include <vector>
@@ -60,6 +61,10 @@ TEST(HfConfigTest, TheReleasedConfigurationIsUnderstoodAndWrittenBack) {
 }
 
 TEST(HfConfigTest, TheReleasedModelHas395TensorsOfTheKnownShapes) {
+  const nlohmann::json facts = ReleasedFacts();
+  EXPECT_EQ(facts["tensor_count"], 395);
+  EXPECT_EQ(facts["parameters"], 9477203968);
+  EXPECT_EQ(facts["total_size"], 18954407936);
   const auto config = ModelConfigFromHf(ReleasedConfig(), "config.json");
   ASSERT_TRUE(config.ok());
   const std::vector<model::ParameterSpec> specs = model::ParameterSpecs(*config);
@@ -129,10 +134,25 @@ TEST(HfConfigTest, WhatTheModelCannotComputeIsRefused) {
   ExpectError(with("rope_scaling", {{"rope_type", "longrope"}}), "IMP-ARCH", "longrope");
   ExpectError(with("num_experts", 8), "IMP-ARCH", "num_experts");
   ExpectError(with("use_sliding_window", true), "IMP-ARCH", "sliding");
+  ExpectError(with("sliding_window", 4096), "IMP-ARCH", "sliding_window is 4096");
+  ExpectError(with("layer_types", {"full_attention", "sliding_attention"}), "IMP-ARCH",
+              "layer_types");
+  ExpectError(with("kv_lora_rank", 512), "IMP-ARCH", "latent attention");
+  ExpectError(with("mlp_bias", true), "IMP-BIAS", "mlp_bias");
+  ExpectError(with("compression_config", {{"bits", 4}}), "IMP-QUANT", "compression_config");
+  for (const char* moe : {"mixtral", "qwen3_moe", "qwen2_moe", "granitemoe", "dbrx"})
+    ExpectError(with("model_type", moe), "IMP-ARCH", "mixtures of experts");
+  for (const char* mla : {"minicpm3", "deepseek_v2", "deepseek_v3"})
+    ExpectError(with("model_type", mla), "IMP-ARCH", "latent attention");
+  ExpectError(with("model_type", "gpt2"), "IMP-ARCH",
+              "gpt2'; expected minicpm_sala, minicpm, llama or qwen3");
   ExpectError(with("lightning_nkv", 2), "IMP-ARCH", "lightning_nkv is 2");
   ExpectError(with("lightning_scale", "1"), "IMP-ARCH", "lightning_scale");
   ExpectError(with("attention_bias", true), "IMP-BIAS", "attention_bias");
   ExpectError(with("quantization_config", {{"bits", 4}}), "IMP-QUANT", "quantised");
+  nlohmann::json sparse = Llama();
+  sparse["sparse_config"] = ReleasedConfig()["sparse_config"];
+  ExpectError(sparse, "IMP-ARCH", "sparse_config");
   nlohmann::json nope = ReleasedConfig();
   nope["sparse_config"]["use_nope"] = true;
   ExpectError(nope, "IMP-ARCH", "use_nope");
@@ -158,9 +178,11 @@ TEST(HfConfigTest, Qwen3HasQueryAndKeyNorms) {
   json["model_type"] = "qwen3";
   ExpectError(json, "IMP-FIELD", "head_dim");
   json["head_dim"] = 32;
-  const auto config = ModelConfigFromHf(json, "config.json");
+  auto config = ModelConfigFromHf(json, "config.json");
   ASSERT_TRUE(config.ok());
   EXPECT_TRUE(config->attn_qk_norm);
+  // With muP factors it is no qwen3 any more, and no other format has the norms.
+  config->scale_emb = 12;
   const auto written = HfConfig(*config);
   ASSERT_FALSE(written.ok());
   EXPECT_EQ(ErrorCodeOf(written.status()), "EXP-QKNORM");
@@ -172,22 +194,50 @@ TEST(HfConfigTest, RotaryNumbersInTheNewerPlaceAreRead) {
   auto config = ModelConfigFromHf(json, "config.json");
   ASSERT_TRUE(config.ok());
   EXPECT_EQ(config->rope_theta, 5e5);
+  json["rope_theta"] = 5e5;  // in both places, alike
+  EXPECT_TRUE(ModelConfigFromHf(json, "config.json").ok());
+  json["rope_theta"] = 1e4;
+  ExpectError(json, "IMP-FIELD", "in rope_parameters it is 500000.0");
+  json.erase("rope_theta");
   json["rope_parameters"]["rope_type"] = "yarn";
   ExpectError(json, "IMP-ARCH", "yarn");
+  json["rope_parameters"] = 5e5;
+  ExpectError(json, "IMP-FIELD", "rope_parameters");
+  json.erase("rope_parameters");
+  EXPECT_EQ(ModelConfigFromHf(json, "config.json")->rope_theta, 1e4) << "llama's default";
+  json["rope_theta"] = 2e6;
+  EXPECT_EQ(ModelConfigFromHf(json, "config.json")->rope_theta, 2e6) << "the older place";
 }
 
-TEST(HfConfigTest, AFullAttentionModelIsWrittenAsMiniCpm) {
-  const auto config = ModelConfigFromHf(Llama(), "config.json");
-  ASSERT_TRUE(config.ok());
-  const auto written = HfConfig(*config, {.dtype = DType::kF32, .eos_token_ids = {}});
-  ASSERT_TRUE(written.ok());
-  EXPECT_EQ((*written)["model_type"], "minicpm");
-  EXPECT_EQ((*written)["torch_dtype"], "float32");
-  EXPECT_FALSE(
-      written->contains("sparse_config"));  // its presence would switch selection on in readers
-  const auto back = ModelConfigFromHf(*written, "config.json");
-  ASSERT_TRUE(back.ok());
-  EXPECT_EQ(EmitConfig(*back), EmitConfig(*config));
+TEST(HfConfigTest, AFullAttentionModelIsWrittenAsWhatItIs) {
+  nlohmann::json qwen3 = Llama();
+  qwen3["model_type"] = "qwen3";
+  qwen3["head_dim"] = 32;
+  nlohmann::json minicpm = Llama();
+  minicpm["model_type"] = "minicpm";
+  minicpm["scale_emb"] = 12;
+  minicpm["scale_depth"] = 1.4;
+  minicpm["dim_model_base"] = 256;
+  const std::map<std::string, std::string> architectures = {{"llama", "LlamaForCausalLM"},
+                                                            {"qwen3", "Qwen3ForCausalLM"},
+                                                            {"minicpm", "MiniCPMForCausalLM"}};
+  for (const nlohmann::json& json : {Llama(), qwen3, minicpm}) {
+    const std::string type = json["model_type"];
+    SCOPED_TRACE(type);
+    const auto config = ModelConfigFromHf(json, "config.json");
+    ASSERT_TRUE(config.ok());
+    const auto written = HfConfig(*config, {.dtype = WeightType::kF16, .eos_token_ids = {}});
+    ASSERT_TRUE(written.ok());
+    EXPECT_EQ((*written)["model_type"], type);
+    EXPECT_EQ((*written)["architectures"], nlohmann::json::array({architectures.at(type)}));
+    EXPECT_EQ((*written)["torch_dtype"], "float16");
+    EXPECT_EQ(written->contains("scale_emb"), type == "minicpm");
+    // Its presence would switch selection on in readers.
+    EXPECT_FALSE(written->contains("sparse_config"));
+    const auto back = ModelConfigFromHf(*written, "config.json");
+    ASSERT_TRUE(back.ok());
+    EXPECT_EQ(EmitConfig(*back), EmitConfig(*config));
+  }
 }
 
 TEST(HfConfigTest, AHybridComesBackFieldByField) {
