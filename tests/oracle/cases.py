@@ -7,6 +7,7 @@ Weights and inputs come from numpy's seeded generator (PCG64) and are float32, s
 import dataclasses
 import zlib
 
+import ml_dtypes
 import numpy as np
 
 from sala_oracle import config as configs
@@ -109,8 +110,8 @@ def plain(family, layers, **changes):
 
 # Eight tokens a block, five blocks a query: selection drops blocks from 40 tokens on.
 SMALL_BLOCKS = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8, "window_size": 8, "topk": 4, "dense_len": 48}
-# One window more than a block (block_size = kernel_stride * 1), no initial block.
-SMALLEST_BLOCKS = {"kernel_size": 8, "kernel_stride": 4, "init_blocks": 0, "block_size": 4, "window_size": 12, "topk": 5, "dense_len": 40}
+# A stride is a whole block, no initial block.
+SMALLEST_BLOCKS = SMALL_BLOCKS | {"kernel_size": 8, "kernel_stride": 4, "init_blocks": 0, "block_size": 4, "window_size": 12, "topk": 5}
 
 
 # ---- numbers ----
@@ -136,8 +137,6 @@ def random_weights(config, rng, bfloat16=False):
 
 
 def round_bfloat16(value):
-    import ml_dtypes
-
     return value.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
@@ -170,26 +169,41 @@ def all_cases():
     packed = [9, 1, 24, 16]  # with a document of one token
     table = {
         # Teachers.
-        "teacher_minicpm": lambda n: make(n, "muP factors, rotary, grouped heads; packed, masked labels", ce, minicpm(3), packed, masked=0.3),
+        "teacher_minicpm": lambda n: make(
+            n, "muP factors, rotary, grouped heads; packed, masked labels", ce, minicpm(3), packed, masked=0.3
+        ),
         "teacher_qwen3": lambda n: make(
             n, "query/key norm, heads wider than hidden / heads", ce | {"grad_scale": 0.25}, plain("qwen3", 3, head_dim=16), packed
         ),
         "teacher_llama": lambda n: make(
-            n, "one key/value head, six query heads", ce, plain("llama", 3, num_attention_heads=6, num_key_value_heads=1, rms_norm_eps=1e-5), packed
+            n,
+            "one key/value head, six query heads",
+            ce,
+            plain("llama", 3, num_attention_heads=6, num_key_value_heads=1, rms_norm_eps=1e-5),
+            packed,
         ),
         "teacher_tied": lambda n: make(
             n, "tied embeddings, rope_theta 1e6", ce, plain("qwen3", 2, tie_word_embeddings=True, rope_theta=1e6), [40]
         ),
         # Hybrids, dense.
-        "hybrid_dense": lambda n: make(n, "released form, packed, masked labels", ce, sala("SLLSLS"), packed, masked=0.3, published=True),
+        "hybrid_dense": lambda n: make(
+            n, "released form, packed, masked labels", ce, sala("SLLSLS"), packed, masked=0.3, published=True
+        ),
         "hybrid_dense_long": lambda n: make(
-            n, "documents longer than a chunk of linear attention", ce, sala("LSL", hidden_size=24), [150, 70], published=True
+            n, "documents longer than a chunk of linear attention", ce, sala("LSL", hidden_size=24, dim_model_base=12), [150, 70], published=True
         ),
         "hybrid_heads": lambda n: make(
             n,
             "3 linear heads of 16, 6 query and 3 key/value heads of 8, no recompute",
             ce | {"recompute": False},
             sala("SLLS", lightning_nh=3, lightning_head_dim=16, num_attention_heads=6, num_key_value_heads=3),
+            packed,
+        ),
+        "hybrid_many_heads": lambda n: make(
+            n,
+            "12 linear heads, whose slopes are no powers of two; logits divided by 1.5",
+            ce,
+            sala("LSL", hidden_size=24, lightning_nh=12, lightning_head_dim=4),
             packed,
         ),
         "hybrid_bare": lambda n: make(
@@ -267,7 +281,9 @@ def all_cases():
             teacher_config=plain("qwen3", 2),
         ),
         # Small enough to be committed with their results.
-        "golden_teacher": lambda n: make(n, "small teacher", ce, plain("qwen3", 2, **tiny, head_dim=4), [11, 1, 13], masked=0.2, golden=True),
+        "golden_teacher": lambda n: make(
+            n, "small teacher", ce, plain("qwen3", 2, **tiny, head_dim=4), [11, 1, 13], masked=0.2, golden=True
+        ),
         "golden_hybrid": lambda n: make(
             n,
             "small hybrid, three linear heads",

@@ -1,9 +1,10 @@
 """The model: forward only; gradients come from jax.grad.
 
-Everything is float64. Two things are rounded on purpose:
+Everything is float64. Three things are rounded on purpose:
   * The rotary angle is the float32 product float32(position) * float32(theta^(-2i/d)), as published; its cosine and sine are float64.
     An exact angle would be another model: at position 6000 the two differ by 2e-4.
-  * With PUBLISHED arithmetic every tensor that the published code stores in bfloat16 is rounded to it; sums, exponentials and the
+  * The slopes of decay are a float32 table, as published; lambda = exp(-slope) of it is float64.
+  * With Published arithmetic every tensor that the published code stores in bfloat16 is rounded to it; sums, exponentials and the
     recurrent state, which it has in float32, stay float64.
 
 Shapes: T tokens of all documents one after the other, H query heads, K key/value heads, D channels of a head. `documents` is a list
@@ -176,7 +177,7 @@ def linear_mixer(n, weights, config, documents, arithmetic):
         positions = positions_of(documents)
         q = rotate(q, positions, config.theta, arithmetic)
         k = rotate(k, positions, config.theta, arithmetic)
-    decay = np.exp(-decay_slopes(config.linear_heads))
+    decay = np.exp(-decay_slopes(config.linear_heads).astype(np.float32).astype(np.float64))
     o = per_document(lambda q, k, v: recurrence(q, k, v, decay), documents, q, k, v)
     o = arithmetic.store(o.reshape(tokens, -1))
     if config.linear_output_norm:
