@@ -18,24 +18,26 @@
 #include "model/reference_model.h"
 #include "tests/core/context_test_base.h"
 #include "tests/model/cases.h"
+#include "tests/model/reference_check.h"
 
 namespace sala::model {
 namespace {
 
 using ReferenceTest = sala::testing::ContextTest;
+using testing::Complex;
+using testing::ComplexModel;
+using testing::ExpectComplexStep;
+using testing::ExpectElements;
+using testing::ExpectFastPathAgrees;
 using testing::HybridConfig;
+using testing::kDoubleRelative;
 using testing::kRelative;
+using testing::kSafeMargin;
 using testing::RandomBatch;
 using testing::RandomParameters;
 using testing::TeacherConfig;
 
-using Complex = std::complex<double>;
-using ComplexModel = ReferenceModel<Complex>;
 using PublishedModel = ReferenceModel<double, kernels::reference::RoundedToBf16>;
-
-// kRelative is the bound of a chain of float32 roundings, 2^-24 each; a chain of float64 ones has
-// 2^-53 each.
-constexpr double kDoubleRelative = kRelative * 0x1p-29;
 
 struct NamedConfig {
   std::string name;
@@ -69,32 +71,6 @@ std::vector<NamedConfig> Configs() {
   scaled.attn_qk_norm = true;
   add("logit scale", scaled, {.logit_scale_base = 50}, {17, 1, 9});
   return all;
-}
-
-// The gradient of every tensor of `store` along one random direction, against the derivative by a
-// complex step (exact: no difference is formed) of `loss`.
-void ExpectComplexStep(const std::string& name, const ParameterStore& store,
-                       const std::vector<double>& gradients,
-                       const std::function<Complex(const std::vector<Complex>&)>& loss) {
-  ASSERT_EQ(gradients.size(), static_cast<size_t>(store.size()));
-  const std::vector<Complex> values(store.data(), store.data() + store.size());
-  for (const ParameterSpec& spec : store.specs()) {
-    PhiloxStream rng("v1|7|reference_test||0|direction|" + spec.name);
-    std::vector<Complex> point = values;
-    constexpr double kStep = 1e-30;
-    double along = 0;
-    double absolute = 0;  // the sum of the products' sizes: what their rounding is relative to
-    for (int64_t i = spec.offset; i < spec.offset + spec.numel; ++i) {
-      const auto at = static_cast<size_t>(i);
-      const double direction = rng.NextNormal();
-      point[at] += Complex(0, kStep * direction);
-      along += direction * gradients[at];
-      absolute += std::abs(direction * gradients[at]);
-    }
-    EXPECT_GT(absolute, 0) << name << ": no gradient reached " << spec.name;
-    EXPECT_NEAR(along, loss(point).imag() / kStep, kDoubleRelative * absolute)
-        << name << ": " << spec.name;
-  }
 }
 
 TEST_F(ReferenceTest, CrossEntropyGradientsAreComplexSteps) {
@@ -199,46 +175,13 @@ TEST_F(ReferenceTest, AlignmentGradientsAreComplexSteps) {
   }
 }
 
-// Elements of a tensor share their rounding: each is a sum over the tokens of products that are as
-// large as those of the tensor's largest element, and an element may be small by cancellation
-// alone. So the bound is relative to the largest one.
-void ExpectElements(const std::string& what, const float* found, const double* expected,
-                    int64_t n) {
-  double largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::abs(expected[i]));
-  for (int64_t i = 0; i < n; ++i) {
-    ASSERT_NEAR(found[i], expected[i], kRelative * largest) << what << ", element " << i;
-  }
-}
-
-// A block score is a sum of at most 4 exponentials of products of 8 terms below 30: relative errors
-// of (8 + 1) * 30 * 2^-24 and a few units more. Selections with more room than twice that agree.
-constexpr double kSafeMargin = 2 * (9 * 30 + 10) * 0x1p-24;
-
 TEST_F(ReferenceTest, FastPathAgreesElementByElement) {
   for (const NamedConfig& c : Configs()) {
     if (c.options.logit_scale_base > 0) continue;  // for inference: the fast path has no gradient
-    ParameterStore store = RandomParameters(c.config);
-    const Batch batch = RandomBatch(c.config, c.lengths, "elements");
-    const ReferenceResult expected = ReferenceCrossEntropy(c.config, store, batch, c.options, 0.5);
-    ASSERT_GT(expected.selection_margin, kSafeMargin) << c.name << ": take another seed";
-    const Model model(c.config, store);
-    ParameterStore gradients(store.specs());
-    const auto result = CrossEntropyStep(ctx_, arena_, model, batch, c.options, 0.5F,
-                                         BindTensors(c.config, gradients));
-    EXPECT_NEAR(result.loss_sum, expected.loss_sum, kRelative * expected.loss_sum);
-    EXPECT_EQ(result.targets, expected.count);
-    for (const ParameterSpec& spec : store.specs()) {
-      ExpectElements(c.name + ": " + spec.name, gradients.data() + spec.offset,
-                     expected.gradients.data() + spec.offset, spec.numel);
-    }
-    const ArenaScope scope(arena_);
-    const Tensor hidden = model.ForwardOnly(ctx_, arena_, batch, c.options);
-    ExpectElements(c.name + ": hidden", hidden.Data<float>(), expected.hidden.data(),
-                   hidden.numel());
-    const std::vector<float> logits = model.Logits(ctx_, hidden);
-    ExpectElements(c.name + ": logits", logits.data(), expected.logits.data(),
-                   static_cast<int64_t>(logits.size()));
+    const ReferenceResult expected =
+        ExpectFastPathAgrees(ctx_, arena_, c.name, c.config, RandomParameters(c.config), c.options,
+                             RandomBatch(c.config, c.lengths, "elements"));
+    EXPECT_GT(expected.selection_margin, kSafeMargin) << c.name << ": take another seed";
   }
 }
 
