@@ -221,6 +221,24 @@ def all_cases():
             ),
             packed,
         ),
+        "hybrid_odd": lambda n: make(
+            n,
+            "no size is a multiple of four",
+            ce,
+            sala(
+                "SLS",
+                vocab_size=53,
+                hidden_size=37,
+                intermediate_size=45,
+                num_attention_heads=6,
+                num_key_value_heads=3,
+                head_dim=10,
+                lightning_nh=5,
+                lightning_head_dim=6,
+            ),
+            [35, 1, 67],
+            masked=0.5,
+        ),
         # Hybrids, block selection.
         "hybrid_sparse": lambda n: make(
             n,
@@ -237,6 +255,13 @@ def all_cases():
             sparse,
             sala("SLS", num_attention_heads=3, num_key_value_heads=1, sparse_config=SMALLEST_BLOCKS),
             [90],
+        ),
+        "hybrid_sparse_group": lambda n: make(
+            n,
+            "16 query heads to one key/value head as released, rotary in softmax layers",
+            sparse,
+            sala("SSL", num_attention_heads=16, num_key_value_heads=1, head_dim=4, attn_use_rope=True, sparse_config=SMALL_BLOCKS),
+            [81, 49],
         ),
         "hybrid_sparse_released": lambda n: make(
             n,

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import model
-
 
 def cross_entropy_sum(logits, labels):
     """Sum of -log p[label] over the tokens that have a label (>= 0)."""
