@@ -86,6 +86,33 @@ install_packages() {
   if [ -n "$missing" ]; then fail "apt-get ended without error, yet these packages are not installed: $missing"; fi
 }
 
+# ---- Python packages ----
+
+make_oracle_python() {
+  rm -rf "$1" &&
+    python3 -c 'import sys
+if sys.version_info < (3, 11):
+    sys.exit(f"python3 is {sys.version.split()[0]}, the packages of tests/oracle/requirements.txt need 3.11 or later")' &&
+    python3 -m venv "$1" &&
+    "$1/bin/pip" --no-cache-dir install "$(grep -o '^uv==[^ ]*' tests/oracle/requirements.txt)" &&
+    UV_CACHE_DIR=$PWD/build/uv-cache "$1/bin/uv" pip install --python "$1/bin/python" -r tests/oracle/requirements.txt &&
+    rm -rf build/uv-cache # the files stay: they are linked, not copied
+}
+
+# Makes build/oracle-python, a Python with the packages of tests/oracle/requirements.txt (7 GB), unless it is there. Where that fails
+# (no network, an old Python) prints one line that says why and returns 1. Writes nothing outside build/.
+oracle_python() {
+  local folder=build/oracle-python log=build/logs/oracle-python.log key
+  key=$(sha256sum <tests/oracle/requirements.txt)
+  if [ "$(cat "$folder/stamp" 2>/dev/null)" = "$key" ]; then return; fi
+  mkdir -p build/logs
+  if ! make_oracle_python "$folder" >"$log" 2>&1; then
+    echo "$(grep . "$log" | tail -n 1) ($log)"
+    return 1
+  fi
+  echo "$key" >"$folder/stamp"
+}
+
 # ---- environment ----
 
 # Open MPI on a machine with fewer cores than ranks, in a container, as root; compute threads are ours, so no OpenMP team.
