@@ -1,0 +1,430 @@
+// The checks of `sala verify` that compute in this process: gradients, packed, export.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <set>
+#include <utility>
+
+#include "core/file.h"
+#include "model/loss.h"
+#include "model/reference.h"
+#include "parallel/communicator.h"
+#include "parallel/mesh.h"
+#include "recipes/export.h"
+#include "recipes/halo/align.h"
+#include "recipes/halo/distil.h"
+#include "recipes/verify.h"
+#include "recipes/verify_pass.h"
+
+namespace sala::recipes {
+namespace {
+
+using model::ParameterSpec;
+using model::ParameterStore;
+
+std::string Number(double value) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.9g", value);
+  return text;
+}
+
+std::string Short(double value) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.2g", value);
+  return text;
+}
+
+// "model.layers.3.mlp.up_proj.weight (layer 3)"
+std::string Named(const std::string& tensor) {
+  const std::string layer = LayerOfTensor(tensor);
+  return layer.empty() ? tensor : tensor + " (" + layer + ")";
+}
+
+// What the passes compute on: a thread, work space, an arena for results.
+struct Host {
+  Host() { ctx.pool = &pool, ctx.scratch = &scratch; }
+  ThreadPool pool{1};
+  Arena arena, scratch;
+  Context ctx;
+};
+
+// The element that differs most, as a part of the largest expected one of its tensor.
+struct Worst {
+  double difference = 0;  // infinity: not finite, or where zero was expected
+  std::string tensor;
+  int64_t element = 0;
+  double found = 0, expected = 0;
+
+  void Take(const Worst& other) {
+    if (!(other.difference <= difference)) *this = other;
+  }
+  std::string Text() const {
+    return Named(tensor) + ": element " + std::to_string(element) + ": found " + Number(found) +
+           ", expected " + Number(expected) + ", off by " + Short(difference) +
+           " of the largest of its tensor";
+  }
+};
+
+template <typename Expected>
+Worst CompareTensor(const ParameterSpec& spec, const float* found, const Expected* expected) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  double largest = 0;
+  for (int64_t i = spec.offset; i < spec.offset + spec.numel; ++i)
+    largest = std::max(largest, std::abs(static_cast<double>(expected[i])));
+  Worst worst;
+  worst.tensor = spec.name;
+  for (int64_t i = spec.offset; i < spec.offset + spec.numel; ++i) {
+    const auto want = static_cast<double>(expected[i]);
+    const auto have = static_cast<double>(found[i]);
+    double difference = have == want ? 0 : std::abs(have - want) / largest;
+    if (!std::isfinite(difference)) difference = kInfinity;
+    if (difference > worst.difference || i == spec.offset)
+      worst = {difference, spec.name, i - spec.offset, have, want};
+  }
+  return worst;
+}
+
+// ---- gradients ----
+
+struct Gradients {
+  double loss = 0;
+  ParameterStore store;
+};
+
+// The loss is divided by its count as in a step, so that gradients have their usual size.
+double TargetScale(const model::Batch& batch) {
+  return 1.0 / static_cast<double>(std::max<int64_t>(1, batch.targets()));
+}
+
+bool IsTrained(const VerifyPass& pass, const ParameterSpec& spec) {
+  return pass.plan.phase != PlanPhase::kDistil ||
+         IsTrainable(pass.halo.trainable, pass.plan.model, spec);
+}
+
+model::DistillationOptions DistilOptionsOf(const VerifyPass& pass) {
+  model::DistillationOptions options;
+  options.student = pass.options();
+  options.kl_grad_scale = static_cast<float>(1.0 / static_cast<double>(pass.batch.size()));
+  options.ce_grad_scale = static_cast<float>(pass.halo.ce_weight * TargetScale(pass.batch));
+  options.temperature = static_cast<float>(pass.halo.temperature);
+  return options;
+}
+
+StatusOr<Gradients> FastGradients(Host& host, VerifyPass& pass) {
+  Gradients result{.store = ParameterStore(pass.params.specs())};
+  const model::ModelConfig& config = pass.plan.model;
+  if (pass.plan.phase == PlanPhase::kAlign) {
+    const auto self = parallel::MakeSelfCommunicator();
+    SALA_ASSIGN_OR_RETURN(const auto mesh, parallel::Mesh::Create(*self, {}, host.ctx));
+    const model::Model teacher(config, pass.teacher);
+    AlignTask task(host.ctx, *mesh, teacher, pass.params, pass.halo.align_loss, nullptr);
+    std::vector<double> sums(task.SumNames().size());
+    const StepCounts counts{.targets = pass.batch.targets(), .tokens = pass.batch.size()};
+    SALA_RETURN_IF_ERROR(
+        task.MicroBatch(host.ctx, host.arena, pass.batch, counts, result.store, sums));
+    result.loss = task.Values(sums, counts)[0].second;
+    return result;
+  }
+  const model::Model model(config, pass.params);
+  const model::ModelTensors views = model::BindTensors(
+      config, result.store, [&pass](const ParameterSpec& spec) { return IsTrained(pass, spec); });
+  if (pass.plan.phase == PlanPhase::kDistil) {
+    const model::Model teacher(pass.plan.teacher, pass.teacher);
+    result.loss = model::DistillationStep(host.ctx, host.arena, teacher, model, pass.batch,
+                                          DistilOptionsOf(pass), views)
+                      .kl.loss_sum;
+  } else {
+    result.loss =
+        model::CrossEntropyStep(host.ctx, host.arena, model, pass.batch, pass.options(),
+                                static_cast<float>(TargetScale(pass.batch)), views)
+            .loss_sum;
+  }
+  return result;
+}
+
+model::ReferenceResult Reference(const VerifyPass& pass) {
+  const model::ModelConfig& config = pass.plan.model;
+  switch (pass.plan.phase) {
+    case PlanPhase::kAlign:
+      return model::ReferenceAlignment(config, pass.teacher, AllLinear(config), pass.params,
+                                       pass.batch,
+                                       pass.halo.align_loss == AlignLoss::kMse
+                                           ? model::MixerDistance::kMeanSquare
+                                           : model::MixerDistance::kEuclidean,
+                                       1.0);
+    case PlanPhase::kDistil:
+      return model::ReferenceDistillation(pass.plan.teacher, pass.teacher, config, pass.params,
+                                          pass.batch, DistilOptionsOf(pass));
+    default:
+      return model::ReferenceCrossEntropy(config, pass.params, pass.batch, pass.options(),
+                                          static_cast<float>(TargetScale(pass.batch)));
+  }
+}
+
+// Choices of blocks that lie closer than this may go the other way in float32: a score's relative
+// error is 2^-24 = 6e-8 times the size of q.k (a few units) and a few units more.
+constexpr double kLeastMargin = 2e-6;
+
+// The reference of weights with which no choice of a block is that close.
+StatusOr<model::ReferenceResult> ClearReference(VerifyPass& pass) {
+  constexpr int64_t kDraws = 5;
+  for (int64_t seed = 0; seed < kDraws; ++seed) {
+    if (seed > 0) DrawWeights(seed, &pass);
+    model::ReferenceResult reference = Reference(pass);
+    if (reference.selection_margin > kLeastMargin) return reference;
+  }
+  return MakeError(ExitCode::kInternal, "INTERNAL",
+                   pass.where + ": block scores lie within " + Short(kLeastMargin) +
+                       " of each other with every weights drawn");
+}
+
+// A float32 gradient is a chain of some 12 rounded tensors a layer, 2^-24 = 6e-8 each, of 5 layers,
+// forward and backward, and of sums over up to 300 terms: as a random walk sqrt(120 * 300) * 6e-8 =
+// 1.1e-5 of the typical gradient, and the largest of a tensor is a few times the typical one; norms
+// and softmax have condition numbers of a few.
+constexpr double kGradientBound = 2e-5;
+
+}  // namespace
+
+StatusOr<VerifyRow> VerifyGradients(const VerifyContext& context) {
+  SALA_ASSIGN_OR_RETURN(std::vector<VerifyPass> passes, MakeVerifyPasses(*context.scaled));
+  VerifyRow row;
+  Host host;
+  Worst worst;
+  int64_t tensors = 0;
+  for (VerifyPass& pass : passes) {
+    if (context.interrupted()) return row;
+    context.progress("gradients: " + pass.where);
+    SALA_ASSIGN_OR_RETURN(const model::ReferenceResult reference, ClearReference(pass));
+    SALA_ASSIGN_OR_RETURN(const Gradients fast, FastGradients(host, pass));
+    const double loss_error =
+        std::abs(fast.loss - reference.loss_sum) / std::abs(reference.loss_sum);
+    if (!(loss_error <= kGradientBound)) {
+      row.Fail(pass.where + ": loss: found " + Number(fast.loss) + ", expected " +
+               Number(reference.loss_sum));
+    }
+    const std::vector<double> zeros(reference.gradients.size());
+    for (const ParameterSpec& spec : pass.params.specs()) {
+      const Worst of_tensor =
+          CompareTensor(spec, fast.store.data(),
+                        (IsTrained(pass, spec) ? reference.gradients : zeros).data());
+      ++tensors;
+      worst.Take(of_tensor);
+      if (!(of_tensor.difference <= kGradientBound))
+        row.Fail(pass.where + ": gradient of " + of_tensor.Text());
+    }
+  }
+  row.compared = "float32 gradients with the float64 reference: " + std::to_string(tensors) +
+                 " tensors of " + std::to_string(passes.size()) + " kinds of pass";
+  row.measured = Short(worst.difference) + " of the largest of a tensor (" + worst.tensor + ")";
+  row.bound = Short(kGradientBound);
+  row.notes.push_back(context.device == DeviceKind::kCuda
+                          ? "the GPU path was not checked: launch/gpu-test does that"
+                          : "the GPU path was not checked: run.device is cpu");
+  return row;
+}
+
+// ---- packed ----
+
+namespace {
+
+// Document s of a batch, alone.
+model::Batch Document(const model::Batch& batch, size_t s) {
+  const auto part = [&](const std::vector<int32_t>& all) {
+    return std::vector<int32_t>(all.begin() + batch.cu_seqlens[s],
+                                all.begin() + batch.cu_seqlens[s + 1]);
+  };
+  model::Batch alone;
+  alone.tokens = part(batch.tokens);
+  alone.labels = part(batch.labels);
+  alone.positions = part(batch.positions);
+  alone.cu_seqlens = {0, batch.cu_seqlens[s + 1] - batch.cu_seqlens[s]};
+  return alone;
+}
+
+std::vector<float> TokenLosses(Host& host, const model::Model& model, const model::Batch& batch,
+                               const model::RunOptions& options) {
+  std::vector<float> losses(static_cast<size_t>(batch.size()));
+  model::EvaluateCrossEntropy(host.ctx, host.arena, model, batch, options,
+                              Tensor(losses.data(), {batch.size()}));
+  return losses;
+}
+
+// The first token with a target whose losses have other bits; -1: none.
+int64_t FirstDifference(const model::Batch& alone, const float* packed, const float* single) {
+  for (int64_t t = 0; t < alone.size(); ++t) {
+    const auto i = static_cast<size_t>(t);
+    if (alone.labels[i] >= 0 &&
+        std::bit_cast<uint32_t>(packed[t]) != std::bit_cast<uint32_t>(single[t]))
+      return t;
+  }
+  return -1;
+}
+
+// Gradients of documents are added in another order: each addition rounds by at most 2^-24 = 6e-8 of
+// the sum so far, over up to 400 tokens as a random walk sqrt(400) * 6e-8 = 1.2e-6 of the sums on
+// the way, which are a few times the largest of the tensor where terms cancel.
+constexpr double kPackedBound = 5e-6;
+
+}  // namespace
+
+StatusOr<VerifyRow> VerifyPacked(const VerifyContext& context) {
+  SALA_ASSIGN_OR_RETURN(std::vector<VerifyPass> passes, MakeVerifyPasses(*context.scaled));
+  VerifyRow row;
+  Host host;
+  Worst worst;
+  int64_t documents = 0;
+  int64_t tokens = 0;
+  for (VerifyPass& pass : passes) {
+    if (context.interrupted()) return row;
+    if (pass.plan.phase == PlanPhase::kAlign) continue;  // no loss of tokens; the passes of its
+                                                         // teacher are those of the stage before
+    const model::ModelConfig& config = pass.plan.model;
+    const model::Model model(config, pass.params);
+    const std::vector<float> packed = TokenLosses(host, model, pass.batch, pass.options());
+    ParameterStore together(pass.params.specs());
+    ParameterStore apart(pass.params.specs());
+    const auto scale = static_cast<float>(TargetScale(pass.batch));
+    model::CrossEntropyStep(host.ctx, host.arena, model, pass.batch, pass.options(), scale,
+                            model::BindTensors(config, together));
+    for (size_t s = 0; s + 1 < pass.batch.cu_seqlens.size(); ++s) {
+      const model::Batch alone = Document(pass.batch, s);
+      const std::vector<float> single = TokenLosses(host, model, alone, pass.options());
+      const float* of_packed = packed.data() + pass.batch.cu_seqlens[s];
+      if (const int64_t t = FirstDifference(alone, of_packed, single.data()); t >= 0) {
+        row.Fail(pass.where + ": loss of token " + std::to_string(t) + " of document " +
+                 std::to_string(s) + " (of " + std::to_string(alone.size()) +
+                 " tokens): packed " + Number(of_packed[t]) + ", alone " +
+                 Number(single[static_cast<size_t>(t)]));
+      }
+      model::CrossEntropyStep(host.ctx, host.arena, model, alone, pass.options(), scale,
+                              model::BindTensors(config, apart));
+      ++documents;
+      tokens += alone.size();
+    }
+    for (const ParameterSpec& spec : pass.params.specs()) {
+      const Worst of_tensor = CompareTensor(spec, together.data(), apart.data());
+      worst.Take(of_tensor);
+      if (!(of_tensor.difference <= kPackedBound)) {
+        row.Fail(pass.where + ": gradient of the packed batch and of its documents: " +
+                 of_tensor.Text());
+      }
+    }
+  }
+  row.compared = "packed batches with each document alone: " + std::to_string(documents) +
+                 " documents, " + std::to_string(tokens) + " tokens";
+  row.measured = std::string(row.verdict == Verdict::kHolds ? "losses of equal bits" : "see below") +
+                 "; gradients " + Short(worst.difference) + " of the largest of a tensor";
+  row.bound = "equal bits; " + Short(kPackedBound);
+  return row;
+}
+
+// ---- export ----
+
+namespace {
+
+// One rounding to bfloat16, worked out from the two neighbours: the nearer one, of two equally near
+// the one whose last bit is 0.
+bool IsRoundedOnce(float value, float rounded) {
+  const auto bits = std::bit_cast<uint32_t>(value);
+  const uint32_t below = bits & 0xffff0000U;  // towards zero
+  const float low = std::bit_cast<float>(below);
+  const float high = std::bit_cast<float>(below + 0x10000U);
+  const double to_low = std::abs(static_cast<double>(value) - low);
+  const double to_high = std::abs(static_cast<double>(high) - value);
+  const bool take_low =
+      to_low < to_high || (to_low == to_high && (below & 0x10000U) == 0);
+  return std::bit_cast<uint32_t>(rounded) == std::bit_cast<uint32_t>(take_low ? low : high);
+}
+
+// Tensors of `params` in a folder that was read back; every one must be as `same` says.
+void CompareFolder(const std::string& where, const ParameterStore& params, const HfFolder& folder,
+                   bool (*same)(float, float), VerifyRow* row) {
+  for (const ParameterSpec& spec : params.specs()) {
+    if (!folder.params.Has(spec.name)) {
+      row->Fail(where + ": " + Named(spec.name) + " is not in the exported folder");
+      continue;
+    }
+    const float* expected = params.data() + spec.offset;
+    const float* found = folder.params.data() + folder.params.Spec(spec.name).offset;
+    for (int64_t i = 0; i < spec.numel; ++i) {
+      if (same(expected[i], found[i])) continue;
+      row->Fail(where + ": " + Named(spec.name) + ": element " + std::to_string(i) + ": exported " +
+                Number(expected[i]) + ", read back " + Number(found[i]));
+      break;
+    }
+  }
+}
+
+bool SameBits(float a, float b) {
+  return std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b);
+}
+
+// EXP-QKNORM is returned: the model has no place in the format.
+Status RoundTrip(Host& host, const std::string& directory, VerifyPass& pass, VerifyRow* row) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    const bool f32 = dtype == DType::kF32;
+    const std::string folder = directory + "/" + std::string(NameOf(dtype));
+    SALA_RETURN_IF_ERROR(MakeDirectories(directory));
+    SALA_RETURN_IF_ERROR(ExportModel(pass.plan.model, pass.params, nullptr, {},
+                                     {.directory = folder, .dtype = dtype, .verify = true})
+                             .status());
+    SALA_ASSIGN_OR_RETURN(HfFolder loaded, LoadHfFolder(folder));
+    CompareFolder(pass.where + ", " + std::string(NameOf(dtype)), pass.params, loaded,
+                  f32 ? SameBits : IsRoundedOnce, row);
+    if (!f32) continue;
+    const auto loss = [&](const model::ModelConfig& config, ParameterStore& params) {
+      return model::EvaluateCrossEntropy(host.ctx, host.arena, model::Model(config, params),
+                                         pass.batch, pass.options())
+          .loss_sum;
+    };
+    const double before = loss(pass.plan.model, pass.params);
+    const double after = loss(loaded.config, loaded.params);
+    if (std::bit_cast<uint64_t>(before) != std::bit_cast<uint64_t>(after)) {
+      row->Fail(pass.where + ": loss of the exported model: before " + Number(before) +
+                ", read back " + Number(after));
+    }
+  }
+  return OkStatus();
+}
+
+}  // namespace
+
+StatusOr<VerifyRow> VerifyExport(const VerifyContext& context) {
+  SALA_ASSIGN_OR_RETURN(std::vector<VerifyPass> passes, MakeVerifyPasses(*context.scaled));
+  VerifyRow row;
+  Host host;
+  std::set<std::string> seen;
+  int64_t models = 0;
+  int64_t tensors = 0;
+  for (VerifyPass& pass : passes) {
+    if (context.interrupted()) return row;
+    // Between the phases of HALO the model is a mixture that is not handed on.
+    const bool handed_on =
+        pass.plan.phase == PlanPhase::kTrain || pass.plan.phase == PlanPhase::kFinetune;
+    if (!handed_on || !seen.insert(EmitConfig(pass.plan.model)).second) continue;
+    context.progress("export: the model of " + pass.where);
+    const Status status = RoundTrip(
+        host, context.directory + "/export-" + std::to_string(seen.size()), pass, &row);
+    if (ErrorCodeOf(status) == "EXP-QKNORM") {
+      row.notes.push_back("the model of " + pass.where + " was not checked: " + MessageOf(status));
+      continue;
+    }
+    SALA_RETURN_IF_ERROR(status);
+    ++models;
+    tensors += static_cast<int64_t>(pass.params.specs().size());
+  }
+  row.compared = "exported folders, f32 and bf16, with what they were written from: " +
+                 std::to_string(models) + " models, " + std::to_string(tensors) + " tensors";
+  if (models == 0 && row.verdict == Verdict::kHolds) row.verdict = Verdict::kNotChecked;
+  row.measured = row.verdict == Verdict::kHolds ? "f32 and losses of equal bits, bf16 rounded once"
+                                                : "see below";
+  row.bound = "equal bits";
+  return row;
+}
+
+}  // namespace sala::recipes
