@@ -397,11 +397,11 @@ void Model::RunLayers(const Context& ctx, Arena& arena, const Batch& batch,
   }
 }
 
-std::vector<float> Model::Logits(const Context& ctx, Arena& arena,
-                                 const ConstTensor& hidden_row) const {
-  SALA_CHECK(!ctx.cuda()) << "generation runs on the CPU";
-  std::vector<float> logits(static_cast<size_t>(config_.vocab_size));
-  kernels::GemmNT(ctx, hidden_row, tensors_.head, Tensor(logits.data(), {1, config_.vocab_size}),
+std::vector<float> Model::Logits(const Context& ctx, const ConstTensor& hidden) const {
+  SALA_CHECK(!ctx.cuda()) << "whole rows of logits are computed on the CPU";
+  const int64_t rows = hidden.dim(0);
+  std::vector<float> logits(static_cast<size_t>(rows * config_.vocab_size));
+  kernels::GemmNT(ctx, hidden, tensors_.head, Tensor(logits.data(), {rows, config_.vocab_size}),
                   {.alpha = logit_scale()});
   return logits;
 }
@@ -434,7 +434,7 @@ std::vector<float> Model::Prefill(const Context& ctx, Arena& arena,
     MlpForward(ctx, arena, l, x);
   }
   kernels::RmsNormForward(ctx, x, tensors_.norm, eps, n, rstd);
-  return Logits(ctx, arena, n.Rows(batch.size() - 1, batch.size()));
+  return Logits(ctx, n.Rows(batch.size() - 1, batch.size()));
 }
 
 // x += r * mlp(norm(x)), nothing kept.
@@ -478,7 +478,7 @@ std::vector<float> Model::Decode(const Context& ctx, Arena& arena, int32_t token
     MlpForward(ctx, arena, l, x);
   }
   kernels::RmsNormForward(ctx, x, tensors_.norm, eps, n, rstd);
-  return Logits(ctx, arena, n);
+  return Logits(ctx, n);
 }
 
 }  // namespace sala::model

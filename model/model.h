@@ -197,6 +197,9 @@ class Model {
   void RunLayers(const Context& ctx, Arena& arena, const Batch& batch, const RunOptions& options,
                  int64_t first_layer, int64_t end_layer, const Tensor& x) const;
 
+  // hidden [T, H], after the final norm, on one rank and a CPU -> [T, V].
+  std::vector<float> Logits(const Context& ctx, const ConstTensor& hidden) const;
+
   // Runs a prompt (one document) and fills the cache; returns the logits [V] of the last token.
   std::vector<float> Prefill(const Context& ctx, Arena& arena, const std::vector<int32_t>& tokens,
                              const RunOptions& options, Cache* cache) const;
@@ -214,7 +217,6 @@ class Model {
                      const LayerState& state, const LayerTensors& gradients,
                      const Tensor& dx) const;
   void MlpForward(const Context& ctx, Arena& arena, int64_t layer, const Tensor& x) const;
-  std::vector<float> Logits(const Context& ctx, Arena& arena, const ConstTensor& hidden_row) const;
 
   ModelConfig config_;
   Spread spread_;

@@ -1,4 +1,4 @@
-// Output head and softmax losses by plain loops, for tests; contiguous arrays.
+// Output head and softmax losses by plain loops; contiguous arrays.
 #pragma once
 
 #include <cmath>
@@ -52,16 +52,35 @@ inline void HeadBackward(int64_t tokens, int64_t width, int64_t vocabulary, doub
   }
 }
 
+// Summed over the labels that are not negative.
+template <typename T>
+T CrossEntropyOfLogits(int64_t tokens, int64_t vocabulary, const T* logits, const int32_t* labels) {
+  T loss = 0;
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (labels[t] < 0) continue;
+    loss -= LogSoftmax(vocabulary, logits + t * vocabulary)[static_cast<size_t>(labels[t])];
+  }
+  return loss;
+}
+
 template <typename T>
 T CrossEntropyForward(int64_t tokens, int64_t width, int64_t vocabulary, double scale,
                       const T* hidden, const T* weight, const int32_t* labels) {
   const std::vector<T> logits = Logits(tokens, width, vocabulary, scale, hidden, weight);
-  T loss = 0;
+  return CrossEntropyOfLogits(tokens, vocabulary, logits.data(), labels);
+}
+
+// Turns logits into the gradient of grad_scale * loss with respect to them.
+inline void CrossEntropyLogitGradient(int64_t tokens, int64_t vocabulary, double grad_scale,
+                                      const int32_t* labels, double* logits) {
   for (int64_t t = 0; t < tokens; ++t) {
-    if (labels[t] < 0) continue;
-    loss -= LogSoftmax(vocabulary, logits.data() + t * vocabulary)[static_cast<size_t>(labels[t])];
+    double* row = logits + t * vocabulary;
+    const std::vector<double> log_p = LogSoftmax(vocabulary, row);
+    for (int64_t v = 0; v < vocabulary; ++v) {
+      const double onehot = v == labels[t] ? 1 : 0;
+      row[v] = labels[t] < 0 ? 0 : grad_scale * (std::exp(log_p[static_cast<size_t>(v)]) - onehot);
+    }
   }
-  return loss;
 }
 
 // Gradient of grad_scale * loss; both outputs accumulate.
@@ -69,14 +88,7 @@ inline void CrossEntropyBackward(int64_t tokens, int64_t width, int64_t vocabula
                                  double grad_scale, const double* hidden, const double* weight,
                                  const int32_t* labels, double* dhidden, double* dweight) {
   std::vector<double> d = Logits(tokens, width, vocabulary, scale, hidden, weight);
-  for (int64_t t = 0; t < tokens; ++t) {
-    double* row = d.data() + t * vocabulary;
-    const std::vector<double> log_p = LogSoftmax(vocabulary, row);
-    for (int64_t v = 0; v < vocabulary; ++v) {
-      const double onehot = v == labels[t] ? 1 : 0;
-      row[v] = labels[t] < 0 ? 0 : grad_scale * (std::exp(log_p[static_cast<size_t>(v)]) - onehot);
-    }
-  }
+  CrossEntropyLogitGradient(tokens, vocabulary, grad_scale, labels, d.data());
   HeadBackward(tokens, width, vocabulary, scale, d.data(), hidden, weight, dhidden, dweight);
 }
 

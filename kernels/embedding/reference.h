@@ -1,4 +1,4 @@
-// Token embedding by plain loops, for tests; contiguous arrays.
+// Token embedding by plain loops; contiguous arrays.
 #pragma once
 
 #include <cstdint>

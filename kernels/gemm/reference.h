@@ -1,5 +1,5 @@
-// C = alpha * A B (+ C) by plain loops, for tests. Elements are named by strides, so one function
-// serves NT, NN and TN: A(i, k) = a[i * a_row + k * a_k], B(k, j) = b[k * b_k + j * b_column].
+// C = alpha * A B (+ C) by plain loops. Elements are named by strides, so one function serves NT,
+// NN and TN: A(i, k) = a[i * a_row + k * a_k], B(k, j) = b[k * b_k + j * b_column].
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// tau^2 KL(teacher || student) on logits by plain loops, for tests; contiguous [tokens,
-// vocabulary]. Uses LogSoftmax of the cross entropy's reference.
+// tau^2 KL(teacher || student) on logits by plain loops; contiguous [tokens, vocabulary]. Uses
+// LogSoftmax of the cross entropy's reference.
 #pragma once
 
 #include <vector>

@@ -1,4 +1,4 @@
-// The logit scale by a plain formula, for tests.
+// The logit scale by a plain formula.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// Squared error by plain loops, for tests; n elements.
+// Squared error by plain loops; n elements.
 #pragma once
 
 #include <cstdint>

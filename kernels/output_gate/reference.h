@@ -1,4 +1,4 @@
-// Norm and gate after a mixer by plain loops, for tests; contiguous [tokens, width]. A null weight
+// Norm and gate after a mixer by plain loops; contiguous [tokens, width]. A null weight
 // means no norm, a null z no gate.
 #pragma once
 
@@ -9,14 +9,17 @@
 
 namespace sala::kernels::reference {
 
-template <typename T>
+// The norm, the gate and their product are stored.
+template <typename T, typename Stored = Exact>
 void OutputGateForward(int64_t tokens, int64_t width, const T* o, const T* weight, const T* z,
-                       double eps, T* y) {
+                       double eps, T* y, const Stored& stored = {}) {
   std::vector<T> n(o, o + tokens * width);
   if (weight != nullptr) {
-    RmsNormForward(tokens, width, o, weight, eps, n.data(), static_cast<T*>(nullptr));
+    RmsNormForward(tokens, width, o, weight, eps, n.data(), static_cast<T*>(nullptr), stored);
   }
-  for (size_t i = 0; i < n.size(); ++i) y[i] = z != nullptr ? n[i] * Sigmoid(z[i]) : n[i];
+  for (size_t i = 0; i < n.size(); ++i) {
+    y[i] = z != nullptr ? stored(n[i] * stored(Sigmoid(z[i]))) : n[i];
+  }
 }
 
 // dout and dz overwritten, dweight accumulates (null without a norm).

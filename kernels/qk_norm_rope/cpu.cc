@@ -96,9 +96,9 @@ void RopeTable(const Context& ctx, const ConstTensor& positions, int64_t head_di
   const std::vector<float> frequency = RopeFrequencies(head_dim, theta);
   ctx.pool->For(tokens, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const auto position = static_cast<float>(positions.Data<int32_t>()[t]);
+      const int32_t position = positions.Data<int32_t>()[t];
       for (int64_t i = 0; i < half; ++i) {
-        const float angle = position * frequency[static_cast<size_t>(i)];
+        const float angle = RopeAngle(position, frequency[static_cast<size_t>(i)]);
         cos.Row<float>(t)[i] = static_cast<float>(std::cos(static_cast<double>(angle)));
         sin.Row<float>(t)[i] = static_cast<float>(std::sin(static_cast<double>(angle)));
       }

@@ -1,5 +1,5 @@
 // The frequencies of the rotary embedding, theta^(-2i/D) for i in [0, D/2): worked out in float64
-// and rounded once to float32, on the host for every device.
+// and rounded once to float32, on the host for every device. The angles: a float32 product.
 #pragma once
 
 #include <cmath>
@@ -15,6 +15,11 @@ inline std::vector<float> RopeFrequencies(int64_t head_dim, float theta) {
         static_cast<double>(theta), -2.0 * static_cast<double>(i) / static_cast<double>(head_dim)));
   }
   return frequency;
+}
+
+// Rounded to float32, also where everything else is float64 (model.md 3.3).
+inline float RopeAngle(int32_t position, float frequency) {
+  return static_cast<float>(position) * frequency;
 }
 
 }  // namespace sala::kernels

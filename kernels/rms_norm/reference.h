@@ -1,16 +1,18 @@
-// RMSNorm by plain loops, for tests; contiguous [tokens, width]. T: double or std::complex<double>.
+// RMSNorm by plain loops; contiguous [tokens, width]. T: double or std::complex<double>.
 #pragma once
 
 #include <cmath>
 #include <complex>
 #include <cstdint>
 
+#include "kernels/common/stored.h"
+
 namespace sala::kernels::reference {
 
-// weight null: 1. rstd [tokens] may be null.
-template <typename T>
+// weight null: 1. rstd [tokens] may be null. The normed value is stored, then the product.
+template <typename T, typename Stored = Exact>
 void RmsNormForward(int64_t tokens, int64_t width, const T* x, const T* weight, double eps, T* y,
-                    T* rstd) {
+                    T* rstd, const Stored& stored = {}) {
   using std::sqrt;
   for (int64_t t = 0; t < tokens; ++t) {
     const T* row = x + t * width;
@@ -18,7 +20,8 @@ void RmsNormForward(int64_t tokens, int64_t width, const T* x, const T* weight, 
     for (int64_t i = 0; i < width; ++i) square += row[i] * row[i];
     const T r = 1.0 / sqrt(square / static_cast<double>(width) + eps);
     for (int64_t i = 0; i < width; ++i) {
-      y[t * width + i] = row[i] * r * (weight != nullptr ? weight[i] : T(1));
+      const T normed = stored(row[i] * r);
+      y[t * width + i] = weight != nullptr ? stored(normed * weight[i]) : normed;
     }
     if (rstd != nullptr) rstd[t] = r;
   }

@@ -10,14 +10,16 @@
 #include <vector>
 
 #include "kernels/attention/reference.h"
+#include "kernels/common/stored.h"
 #include "kernels/sparse_attention/sparse_attention.h"
 
 namespace sala::kernels::reference {
 
 // Means of k [n, K, D] over full windows: [count, K * D].
-inline std::vector<std::vector<double>> WindowMeans(const AttentionShape& shape,
-                                                    const std::vector<double>& k, int64_t size,
-                                                    int64_t stride) {
+template <typename Stored = Exact>
+std::vector<std::vector<double>> WindowMeans(const AttentionShape& shape,
+                                             const std::vector<double>& k, int64_t size,
+                                             int64_t stride, const Stored& stored = {}) {
   std::vector<std::vector<double>> means;
   const int64_t width = shape.kv_heads * shape.d;
   for (int64_t begin = 0; begin + size <= shape.n; begin += stride) {
@@ -28,6 +30,7 @@ inline std::vector<std::vector<double>> WindowMeans(const AttentionShape& shape,
             k[static_cast<size_t>(t * width + c)] / static_cast<double>(size);
       }
     }
+    for (double& value : mean) value = stored(value);
     means.push_back(mean);
   }
   return means;
@@ -37,36 +40,42 @@ struct Compressed {
   std::vector<std::vector<double>> fine, coarse;
 };
 
-inline Compressed CompressKeys(const AttentionShape& shape, const std::vector<double>& k,
-                               const SparseAttentionConfig& config) {
-  return {WindowMeans(shape, k, config.kernel_size, config.kernel_stride),
-          WindowMeans(shape, k, config.coarse_size(), config.coarse_stride())};
+template <typename Stored = Exact>
+Compressed CompressKeys(const AttentionShape& shape, const std::vector<double>& k,
+                        const SparseAttentionConfig& config, const Stored& stored = {}) {
+  return {WindowMeans(shape, k, config.kernel_size, config.kernel_stride, stored),
+          WindowMeans(shape, k, config.coarse_size(), config.coarse_stride(), stored)};
 }
 
 // R of the fine keys for token t under key/value head g: sum over the group's heads of exp(scale
 // q.fine - Z), Z the log of the sum of exponentials over the visible coarse keys; 0 where not
-// visible or where no coarse key is visible.
-inline std::vector<double> Relevance(const AttentionShape& shape, const std::vector<double>& q,
-                                     const Compressed& keys, const SparseAttentionConfig& config,
-                                     int64_t t, int64_t g) {
+// visible or where no coarse key is visible. The sum is stored.
+template <typename Stored = Exact>
+std::vector<double> Relevance(const AttentionShape& shape, const std::vector<double>& q,
+                              const Compressed& keys, const SparseAttentionConfig& config,
+                              int64_t t, int64_t g, const Stored& stored = {}) {
   std::vector<double> relevance(keys.fine.size());
   const auto score = [&](int64_t h, const std::vector<double>& key) {
     return shape.scale * Dot(q.data() + shape.Query(t, h), key.data() + g * shape.d, shape.d);
   };
   for (int64_t h = g * shape.group(); h < (g + 1) * shape.group(); ++h) {
-    double sum = 0;
+    std::vector<double> coarse;
     for (size_t i = 0; i < keys.coarse.size(); ++i) {
       const int64_t last =
           static_cast<int64_t>(i) * config.coarse_stride() + config.coarse_size() - 1;
-      if (last <= t) sum += std::exp(score(h, keys.coarse[i]));
+      if (last <= t) coarse.push_back(score(h, keys.coarse[i]));
     }
-    if (sum == 0) return relevance;
+    if (coarse.empty()) return relevance;
+    const double largest = *std::max_element(coarse.begin(), coarse.end());
+    double sum = 0;
+    for (const double x : coarse) sum += std::exp(x - largest);
+    const double normaliser = largest + std::log(sum);
     for (size_t i = 0; i < keys.fine.size(); ++i) {
       const int64_t last = static_cast<int64_t>(i) * config.kernel_stride + config.kernel_size - 1;
-      if (last <= t)
-        relevance[i] += std::exp(std::min(score(h, keys.fine[i]) - std::log(sum), 80.0));
+      if (last <= t) relevance[i] += std::exp(std::min(score(h, keys.fine[i]) - normaliser, 80.0));
     }
   }
+  for (double& value : relevance) value = stored(value);
   return relevance;
 }
 
@@ -75,10 +84,11 @@ struct Selection {
   std::vector<int64_t> chosen;  // ascending, forced ones included
 };
 
-inline Selection Select(const AttentionShape& shape, const std::vector<double>& q,
-                        const Compressed& keys, const SparseAttentionConfig& config, int64_t t,
-                        int64_t g) {
-  const std::vector<double> relevance = Relevance(shape, q, keys, config, t, g);
+template <typename Stored = Exact>
+Selection Select(const AttentionShape& shape, const std::vector<double>& q, const Compressed& keys,
+                 const SparseAttentionConfig& config, int64_t t, int64_t g,
+                 const Stored& stored = {}) {
+  const std::vector<double> relevance = Relevance(shape, q, keys, config, t, g, stored);
   const int64_t own = t / config.block_size;
   const int64_t per_block = config.block_size / config.kernel_stride;
   Selection selection;
@@ -106,6 +116,25 @@ inline Selection Select(const AttentionShape& shape, const std::vector<double>& 
   }
   std::sort(selection.chosen.begin(), selection.chosen.end());
   return selection;
+}
+
+// How far the last chosen block's score lies above the first rejected one's, relative to the
+// former: 0 for a tie, infinity where no past block is rejected. Scores with relative errors below
+// half of it choose the same blocks.
+inline double SelectionMargin(const Selection& selection, const SparseAttentionConfig& config,
+                              int64_t t) {
+  double chosen = std::numeric_limits<double>::infinity();
+  double rejected = -1;
+  for (int64_t b = 0; b <= t / config.block_size; ++b) {
+    const double score = selection.scores[static_cast<size_t>(b)];
+    if (std::binary_search(selection.chosen.begin(), selection.chosen.end(), b)) {
+      chosen = std::min(chosen, score);
+    } else {
+      rejected = std::max(rejected, score);
+    }
+  }
+  if (rejected < 0) return std::numeric_limits<double>::infinity();
+  return chosen > 0 ? (chosen - rejected) / chosen : 0.0;
 }
 
 }  // namespace sala::kernels::reference

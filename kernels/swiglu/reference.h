@@ -1,9 +1,11 @@
-// SwiGLU by plain loops, for tests; n elements.
+// SwiGLU by plain loops; n elements.
 #pragma once
 
 #include <cmath>
 #include <complex>
 #include <cstdint>
+
+#include "kernels/common/stored.h"
 
 namespace sala::kernels::reference {
 
@@ -13,9 +15,10 @@ T Sigmoid(const T& x) {
   return 1.0 / (1.0 + exp(-x));
 }
 
-template <typename T>
-void SwiGluForward(int64_t n, const T* gate, const T* up, T* y) {
-  for (int64_t i = 0; i < n; ++i) y[i] = gate[i] * Sigmoid(gate[i]) * up[i];
+// silu(gate) is stored, then the product.
+template <typename T, typename Stored = Exact>
+void SwiGluForward(int64_t n, const T* gate, const T* up, T* y, const Stored& stored = {}) {
+  for (int64_t i = 0; i < n; ++i) y[i] = stored(stored(gate[i] * Sigmoid(gate[i])) * up[i]);
 }
 
 // silu'(x) = s + x s (1 - s), s = sigmoid(x)

@@ -10,13 +10,11 @@
 #include "core/rng.h"
 #include "model/generate.h"
 #include "model/loss.h"
+#include "model/reference_model.h"
 #include "tests/core/context_test_base.h"
-#include "tests/model/reference_model.h"
 
 namespace sala::model {
 namespace {
-
-using testing::ReferenceModel;
 
 using ModelTest = sala::testing::ContextTest;
 

@@ -6,8 +6,8 @@
 #include <numeric>
 
 #include "core/rng.h"
+#include "model/reference_model.h"
 #include "recipes/optimizer.h"
-#include "tests/model/reference_model.h"
 #include "tests/recipes/halo/tiny.h"
 
 namespace sala::recipes {
@@ -30,7 +30,7 @@ class AlignTest : public testing::TaskTest {
   // Loss of one layer in complex numbers: the same mixer from the kernels' references.
   std::complex<double> ReferenceLoss(AlignLoss loss, int64_t layer,
                                      const std::vector<std::complex<double>>& parameters) const {
-    using Reference = model::testing::ReferenceModel<std::complex<double>>;
+    using Reference = model::ReferenceModel<std::complex<double>>;
     const Reference reference(AllLinear(config_), mixers_.specs(), parameters);
     const auto l = static_cast<size_t>(layer);
     const Reference::Vector y = reference.Mixer(layer, inputs_[l], batch_, {});
