@@ -42,17 +42,17 @@ struct TrainRun {
 };
 struct TrainStart {
   std::string config, run;
-  int ranks = 1;  // more than one: under mpirun
+  int ranks = 1;      // more than one: under mpirun
   bool stop = false;  // asks it to save and stop (SIGUSR2) as soon as it trains
 };
 
 struct VerifyContext {
   const ScaledPipeline* scaled = nullptr;
-  std::string directory;    // to write in; exists
-  std::string user_run;     // the run.dir of the user's configuration, only read; may not exist
+  std::string directory;  // to write in; exists
+  std::string user_run;   // the run.dir of the user's configuration, only read; may not exist
   DeviceKind device = DeviceKind::kCpu;  // the user's run.device
-  int ranks = 2;            // 1: nothing is started under mpirun
-  std::string no_mpirun;    // why there is no mpirun; "" when there is one
+  int ranks = 2;                         // 1: nothing is started under mpirun
+  std::string no_mpirun;                 // why there is no mpirun; "" when there is one
   // Errors only where nothing could be started, or on Interrupted.
   std::function<StatusOr<TrainRun>(const TrainStart&)> train;
   std::function<void(const std::string&)> progress;  // a line for the waiting user

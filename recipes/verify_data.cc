@@ -29,19 +29,19 @@ std::string DrawText(PhiloxStream& rng, int64_t bytes) {
 
 Status WriteDataset(const VerifyDataset& dataset, int64_t number,
                     const data::Tokenizer& tokenizer) {
-  SALA_ASSIGN_OR_RETURN(auto writer, data::TokenStoreWriter::Create(
-                                         {.directory = dataset.directory,
-                                          .name = "made-" + std::to_string(number),
-                                          .sft = dataset.chat},
-                                         tokenizer));
+  SALA_ASSIGN_OR_RETURN(auto writer,
+                        data::TokenStoreWriter::Create({.directory = dataset.directory,
+                                                        .name = "made-" + std::to_string(number),
+                                                        .sft = dataset.chat},
+                                                       tokenizer));
   const int64_t source = writer->AddSource("made", "CC0-1.0", "drawn by sala verify");
   PhiloxStream rng("verify_documents|" + std::to_string(number));
   const auto between = [&rng](int64_t least, int64_t most) {
     return least + static_cast<int64_t>(rng.Bounded(static_cast<uint64_t>(most - least + 1)));
   };
   for (int64_t i = 0; i < kDocuments; ++i) {
-    const int64_t length = i % 2 == 0 ? between(8, dataset.short_tokens)
-                                      : between(dataset.long_min, dataset.long_max);
+    const int64_t length =
+        i % 2 == 0 ? between(8, dataset.short_tokens) : between(dataset.long_min, dataset.long_max);
     const std::string text = DrawText(rng, length - 2);  // bos and eos are part of the length
     std::vector<int32_t> tokens = tokenizer.Encode(text);
     tokens.insert(tokens.begin(), tokenizer.bos_id());
@@ -51,8 +51,8 @@ Status WriteDataset(const VerifyDataset& dataset, int64_t number,
       mask.assign(tokens.size(), 1);
       std::fill_n(mask.begin(), tokens.size() / 3, uint8_t{0});  // what the user says
     }
-    SALA_RETURN_IF_ERROR(writer->Add(
-        {.tokens = tokens, .loss_mask = mask, .hash = Xxh3(text), .source = source}));
+    SALA_RETURN_IF_ERROR(
+        writer->Add({.tokens = tokens, .loss_mask = mask, .hash = Xxh3(text), .source = source}));
   }
   return writer->Finish({{"command", "verify"}}).status();
 }

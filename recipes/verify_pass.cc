@@ -26,7 +26,8 @@ void MoveFromStart(ParameterStore& store) {
   for (const ParameterSpec& spec : store.specs()) {
     float* data = store.data() + spec.offset;
     for (int64_t i = 0; i < spec.numel; ++i) {
-      if (spec.kind == ParameterKind::kVector) data[i] += static_cast<float>(0.2 * rng.NextNormal());
+      if (spec.kind == ParameterKind::kVector)
+        data[i] += static_cast<float>(0.2 * rng.NextNormal());
       if (spec.kind == ParameterKind::kMatrix) data[i] *= 3;
     }
   }
@@ -40,8 +41,7 @@ ParameterStore DrawModel(const model::ModelConfig& config, int64_t seed) {
 }
 
 bool Selects(const model::Batch& batch, const kernels::SparseAttentionConfig& sparse) {
-  const int64_t least =
-      std::max(sparse.dense_len, (sparse.total_blocks() + 1) * sparse.block_size);
+  const int64_t least = std::max(sparse.dense_len, (sparse.total_blocks() + 1) * sparse.block_size);
   for (size_t s = 0; s + 1 < batch.cu_seqlens.size(); ++s) {
     if (batch.cu_seqlens[s + 1] - batch.cu_seqlens[s] >= least) return true;
   }
@@ -51,9 +51,9 @@ bool Selects(const model::Batch& batch, const kernels::SparseAttentionConfig& sp
 // The first micro-batch of the stage's samples; with sparse attention the first that selects.
 StatusOr<model::Batch> FirstBatch(const StageConfig& stage, const std::string& stream_name,
                                   const PlanInput& plan, const data::Tokenizer& tokenizer) {
-  SALA_ASSIGN_OR_RETURN(auto stream,
-                        data::SampleStream::Open(stage.data, stream_name,
-                                                 plan.batch.seq_len_tokens, tokenizer));
+  SALA_ASSIGN_OR_RETURN(
+      auto stream,
+      data::SampleStream::Open(stage.data, stream_name, plan.batch.seq_len_tokens, tokenizer));
   const int64_t size =
       std::min(plan.batch.micro_batch_sequences, plan.batch.global_batch_sequences());
   constexpr int64_t kTries = 64;
@@ -116,10 +116,9 @@ StatusOr<std::vector<VerifyPass>> MakeVerifyPasses(const ScaledPipeline& scaled)
     for (NamedPlan& plan : *plans) {
       if (!seen.insert(KeyOf(stage, plan.input)).second) continue;
       const bool halo = stage.kind == StageKind::kHalo;
-      SALA_ASSIGN_OR_RETURN(
-          model::Batch batch,
-          FirstBatch(stage, halo ? stage.name + "/" + plan.phase : stage.name, plan.input,
-                     *tokenizer));
+      SALA_ASSIGN_OR_RETURN(model::Batch batch,
+                            FirstBatch(stage, halo ? stage.name + "/" + plan.phase : stage.name,
+                                       plan.input, *tokenizer));
       VerifyPass& pass = passes.emplace_back();
       pass.where = "stage " + stage.name + (halo ? ", " + plan.phase : "");
       pass.plan = std::move(plan.input);

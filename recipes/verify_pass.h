@@ -14,9 +14,9 @@
 namespace sala::recipes {
 
 struct VerifyPass {
-  std::string where;    // "stage stable", "stage halo, distil"
-  PlanInput plan;       // phase, models, sparse_attention, recompute
-  HaloConfig halo;      // of the HALO phases
+  std::string where;  // "stage stable", "stage halo, distil"
+  PlanInput plan;     // phase, models, sparse_attention, recompute
+  HaloConfig halo;    // of the HALO phases
   // kTrain, kFinetune and kDistil: of plan.model; kAlign: the linear mixers of all layers.
   model::ParameterStore params;
   model::ParameterStore teacher;  // of the HALO phases

@@ -17,6 +17,7 @@
 #include "recipes/export.h"
 #include "recipes/halo/align.h"
 #include "recipes/halo/distil.h"
+#include "recipes/halo/transfer.h"
 #include "recipes/verify.h"
 #include "recipes/verify_pass.h"
 
@@ -138,10 +139,9 @@ StatusOr<Gradients> FastGradients(Host& host, VerifyPass& pass) {
                                           DistilOptionsOf(pass), views)
                       .kl.loss_sum;
   } else {
-    result.loss =
-        model::CrossEntropyStep(host.ctx, host.arena, model, pass.batch, pass.options(),
-                                static_cast<float>(TargetScale(pass.batch)), views)
-            .loss_sum;
+    result.loss = model::CrossEntropyStep(host.ctx, host.arena, model, pass.batch, pass.options(),
+                                          static_cast<float>(TargetScale(pass.batch)), views)
+                      .loss_sum;
   }
   return result;
 }
@@ -150,12 +150,11 @@ model::ReferenceResult Reference(const VerifyPass& pass) {
   const model::ModelConfig& config = pass.plan.model;
   switch (pass.plan.phase) {
     case PlanPhase::kAlign:
-      return model::ReferenceAlignment(config, pass.teacher, AllLinear(config), pass.params,
-                                       pass.batch,
-                                       pass.halo.align_loss == AlignLoss::kMse
-                                           ? model::MixerDistance::kMeanSquare
-                                           : model::MixerDistance::kEuclidean,
-                                       1.0);
+      return model::ReferenceAlignment(
+          config, pass.teacher, AllLinear(config), pass.params, pass.batch,
+          pass.halo.align_loss == AlignLoss::kMse ? model::MixerDistance::kMeanSquare
+                                                  : model::MixerDistance::kEuclidean,
+          1.0);
     case PlanPhase::kDistil:
       return model::ReferenceDistillation(pass.plan.teacher, pass.teacher, config, pass.params,
                                           pass.batch, DistilOptionsOf(pass));
@@ -209,9 +208,8 @@ StatusOr<VerifyRow> VerifyGradients(const VerifyContext& context) {
     }
     const std::vector<double> zeros(reference.gradients.size());
     for (const ParameterSpec& spec : pass.params.specs()) {
-      const Worst of_tensor =
-          CompareTensor(spec, fast.store.data(),
-                        (IsTrained(pass, spec) ? reference.gradients : zeros).data());
+      const Worst of_tensor = CompareTensor(
+          spec, fast.store.data(), (IsTrained(pass, spec) ? reference.gradients : zeros).data());
       ++tensors;
       worst.Take(of_tensor);
       if (!(of_tensor.difference <= kGradientBound))
@@ -265,9 +263,9 @@ int64_t FirstDifference(const model::Batch& alone, const float* packed, const fl
   return -1;
 }
 
-// Gradients of documents are added in another order: each addition rounds by at most 2^-24 = 6e-8 of
-// the sum so far, over up to 400 tokens as a random walk sqrt(400) * 6e-8 = 1.2e-6 of the sums on
-// the way, which are a few times the largest of the tensor where terms cancel.
+// Gradients of documents are added in another order: each addition rounds by at most 2^-24 = 6e-8
+// of the sum so far, over up to 400 tokens as a random walk sqrt(400) * 6e-8 = 1.2e-6 of the sums
+// on the way, which are a few times the largest of the tensor where terms cancel.
 constexpr double kPackedBound = 5e-6;
 
 }  // namespace
@@ -281,8 +279,9 @@ StatusOr<VerifyRow> VerifyPacked(const VerifyContext& context) {
   int64_t tokens = 0;
   for (VerifyPass& pass : passes) {
     if (context.interrupted()) return row;
-    if (pass.plan.phase == PlanPhase::kAlign) continue;  // no loss of tokens; the passes of its
-                                                         // teacher are those of the stage before
+    if (pass.plan.phase == PlanPhase::kAlign)
+      continue;  // no loss of tokens; the passes of its
+                 // teacher are those of the stage before
     const model::ModelConfig& config = pass.plan.model;
     const model::Model model(config, pass.params);
     const std::vector<float> packed = TokenLosses(host, model, pass.batch, pass.options());
@@ -297,9 +296,8 @@ StatusOr<VerifyRow> VerifyPacked(const VerifyContext& context) {
       const float* of_packed = packed.data() + pass.batch.cu_seqlens[s];
       if (const int64_t t = FirstDifference(alone, of_packed, single.data()); t >= 0) {
         row.Fail(pass.where + ": loss of token " + std::to_string(t) + " of document " +
-                 std::to_string(s) + " (of " + std::to_string(alone.size()) +
-                 " tokens): packed " + Number(of_packed[t]) + ", alone " +
-                 Number(single[static_cast<size_t>(t)]));
+                 std::to_string(s) + " (of " + std::to_string(alone.size()) + " tokens): packed " +
+                 Number(of_packed[t]) + ", alone " + Number(single[static_cast<size_t>(t)]));
       }
       model::CrossEntropyStep(host.ctx, host.arena, model, alone, pass.options(), scale,
                               model::BindTensors(config, apart));
@@ -310,15 +308,16 @@ StatusOr<VerifyRow> VerifyPacked(const VerifyContext& context) {
       const Worst of_tensor = CompareTensor(spec, together.data(), apart.data());
       worst.Take(of_tensor);
       if (!(of_tensor.difference <= kPackedBound)) {
-        row.Fail(pass.where + ": gradient of the packed batch and of its documents: " +
-                 of_tensor.Text());
+        row.Fail(pass.where +
+                 ": gradient of the packed batch and of its documents: " + of_tensor.Text());
       }
     }
   }
   row.compared = "packed batches with each document alone: " + std::to_string(documents) +
                  " documents, " + std::to_string(tokens) + " tokens";
-  row.measured = std::string(row.verdict == Verdict::kHolds ? "losses of equal bits" : "see below") +
-                 "; gradients " + Short(worst.difference) + " of the largest of a tensor";
+  row.measured =
+      std::string(row.verdict == Verdict::kHolds ? "losses of equal bits" : "see below") +
+      "; gradients " + Short(worst.difference) + " of the largest of a tensor";
   row.bound = "equal bits; " + Short(kPackedBound);
   return row;
 }
@@ -336,8 +335,7 @@ bool IsRoundedOnce(float value, float rounded) {
   const float high = std::bit_cast<float>(below + 0x10000U);
   const double to_low = std::abs(static_cast<double>(value) - low);
   const double to_high = std::abs(static_cast<double>(high) - value);
-  const bool take_low =
-      to_low < to_high || (to_low == to_high && (below & 0x10000U) == 0);
+  const bool take_low = to_low < to_high || (to_low == to_high && (below & 0x10000U) == 0);
   return std::bit_cast<uint32_t>(rounded) == std::bit_cast<uint32_t>(take_low ? low : high);
 }
 
@@ -360,9 +358,7 @@ void CompareFolder(const std::string& where, const ParameterStore& params, const
   }
 }
 
-bool SameBits(float a, float b) {
-  return std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b);
-}
+bool SameBits(float a, float b) { return std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b); }
 
 // EXP-QKNORM is returned: the model has no place in the format.
 Status RoundTrip(Host& host, const std::string& directory, VerifyPass& pass, VerifyRow* row) {
@@ -408,8 +404,8 @@ StatusOr<VerifyRow> VerifyExport(const VerifyContext& context) {
         pass.plan.phase == PlanPhase::kTrain || pass.plan.phase == PlanPhase::kFinetune;
     if (!handed_on || !seen.insert(EmitConfig(pass.plan.model)).second) continue;
     context.progress("export: the model of " + pass.where);
-    const Status status = RoundTrip(
-        host, context.directory + "/export-" + std::to_string(seen.size()), pass, &row);
+    const Status status =
+        RoundTrip(host, context.directory + "/export-" + std::to_string(seen.size()), pass, &row);
     if (ErrorCodeOf(status) == "EXP-QKNORM") {
       row.notes.push_back("the model of " + pass.where + " was not checked: " + MessageOf(status));
       continue;

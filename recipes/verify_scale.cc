@@ -149,7 +149,8 @@ class Scaler {
   StatusOr<ScaledPipeline> Scale() {
     SALA_RETURN_IF_ERROR(Start());
     to_.config = from_;
-    to_.config.run = {.threads = std::min<int64_t>(from_.run.threads, 2)};
+    to_.config.run = RunConfig();
+    to_.config.run.threads = std::min<int64_t>(from_.run.threads, 2);
     for (StageConfig& stage : to_.config.stages) Stage(stage);
     StageConfig& first = to_.config.stages[0];
     if (first.init_from) {
@@ -159,10 +160,9 @@ class Scaler {
     }
     for (const auto& [path, dataset] : datasets_) {
       to_.datasets.push_back(dataset);
-      to_.changes.push_back("dataset " + path + ": made documents of " +
-                            std::to_string(kLeastDocument) + " to " +
-                            std::to_string(dataset.long_max) + " bytes" +
-                            (dataset.chat ? ", with a loss mask" : ""));
+      to_.changes.push_back(
+          "dataset " + path + ": made documents of " + std::to_string(kLeastDocument) + " to " +
+          std::to_string(dataset.long_max) + " bytes" + (dataset.chat ? ", with a loss mask" : ""));
     }
     return to_;
   }
@@ -201,9 +201,8 @@ class Scaler {
     mesh.tp = std::min<int64_t>(mesh.tp, 2);
     if (!to_.start.TensorParallelProblem(mesh.tp).empty()) mesh.tp = 1;
     if (mesh.cp != stage.parallel.cp || mesh.tp != stage.parallel.tp) {
-      to_.changes.push_back("stage " + stage.name + ": " +
-                            Arrow("cp", stage.parallel.cp, mesh.cp) + ", " +
-                            Arrow("tp", stage.parallel.tp, mesh.tp));
+      to_.changes.push_back("stage " + stage.name + ": " + Arrow("cp", stage.parallel.cp, mesh.cp) +
+                            ", " + Arrow("tp", stage.parallel.tp, mesh.tp));
     }
     to_.meshes.push_back(mesh);
     stage.parallel = {.zero_stage = mesh.zero_stage, .transport = mesh.transport};
@@ -247,15 +246,13 @@ class Scaler {
       const BatchConfig batch = config.batch;
       config.batch = ScaleBatch(batch, lengths_.dense);
       ScaleWarmup(batch.steps, &config.schedule);
-      to_.changes.push_back(
-          BatchLine("stage " + stage.name + ", " + name, batch, config.batch));
+      to_.changes.push_back(BatchLine("stage " + stage.name + ", " + name, batch, config.batch));
     };
     phase("align", halo.align);
     phase("distil", halo.distil);
     if (halo.finetune) phase("finetune", *halo.finetune);
 
-    const int64_t from_softmax =
-        halo.softmax_layers > 0 ? halo.softmax_layers : from_layers_ / 4;
+    const int64_t from_softmax = halo.softmax_layers > 0 ? halo.softmax_layers : from_layers_ / 4;
     halo.keep = ScaleLayers(halo.keep, from_layers_, layers);
     if (halo.selector == Selector::kExplicit) {
       halo.explicit_layers = ScaleLayers(halo.explicit_layers, from_layers_, layers);
@@ -287,8 +284,8 @@ class Scaler {
     before.tokenizer = first.tokenizer;
     before.model = to_.start;
     before.seed = first.seed;
-    before.batch = ScaleBatch({.seq_len_tokens = 1, .global_batch_tokens = 2, .steps = 1},
-                              lengths_.dense);
+    before.batch =
+        ScaleBatch({.seq_len_tokens = 1, .global_batch_tokens = 2, .steps = 1}, lengths_.dense);
     before.schedule = {.shape = ScheduleShape::kConstant, .peak_lr = 1e-3};
     before.data = first.data;
     before.checkpoint = first.checkpoint;
@@ -380,8 +377,7 @@ StatusOr<ModelConfig> ScaleModel(const ModelConfig& given) {
   ScaleHeads(from, &to);
   static_cast<kernels::SparseAttentionConfig&>(to.sparse) = ScaleSparse(from.sparse);
   // dim_model_base is at least 1 (ModelConfig::Bind).
-  to.dim_model_base =
-      std::max(1.0, static_cast<double>(to.hidden_size) / from.width_multiplier());
+  to.dim_model_base = std::max(1.0, static_cast<double>(to.hidden_size) / from.width_multiplier());
   // A residual factor that is switched off (1) stays off.
   const double off = std::sqrt(static_cast<double>(from.num_hidden_layers));
   if (std::abs(from.scale_depth - off) < 1e-6 * off)

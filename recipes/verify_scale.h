@@ -34,7 +34,7 @@ struct VerifyDataset {
 };
 
 struct ScaledPipeline {
-  PipelineConfig config;  // of one rank; its run.dir is to be given
+  PipelineConfig config;     // of one rank; its run.dir is to be given
   model::ModelConfig start;  // of its first stage, resolved
   std::vector<VerifyDataset> datasets;
   // The user's cp and tp of each stage, as far as the scaled model can be cut: 1 or 2.
@@ -43,8 +43,8 @@ struct ScaledPipeline {
 };
 
 // `start`: the model the first stage starts from, of its `model` or of what `init_from` names.
-// Where weights come from `init_from`, a stage of random weights is put before. `directory` is where
-// the datasets will be. CFG-MODEL (78) when the model itself is contradictory.
+// Where weights come from `init_from`, a stage of random weights is put before. `directory` is
+// where the datasets will be. CFG-MODEL (78) when the model itself is contradictory.
 StatusOr<ScaledPipeline> ScalePipeline(const PipelineConfig& config,
                                        const model::ModelConfig& start,
                                        const std::string& directory);
