@@ -126,8 +126,9 @@ StatusOr<std::map<StepKey, json>> Metrics(const std::string& run) {
   for (std::string line; std::getline(stream, line);) {
     json object = json::parse(line, nullptr, false);
     if (!object.is_object() || !object.contains("stage")) continue;
-    lines[{object.value("step", int64_t{0}), object.value("stage", ""),
-           object.value("phase", "")}] = std::move(object);
+    const StepKey key = {object.value("step", int64_t{0}), object.value("stage", ""),
+                         object.value("phase", "")};
+    lines[key] = std::move(object);
   }
   return lines;
 }
@@ -268,12 +269,14 @@ StatusOr<Flip> RewriteWithOneBit(const std::string& directory) {
   Flip flip;
   CheckpointInfo info;
   std::string config;
+  std::string model;
   std::vector<std::vector<char>> content;
   std::vector<TensorSlice> slices;
   {
     SALA_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(directory));
     info = checkpoint.info();
     SALA_ASSIGN_OR_RETURN(config, checkpoint.ReadConfig());
+    SALA_ASSIGN_OR_RETURN(model, checkpoint.ReadExtra("model.yaml"));
     content.reserve(checkpoint.tensors().size());
     for (const StoredTensor& tensor : checkpoint.tensors()) {
       int64_t elements = 1;
@@ -309,7 +312,7 @@ StatusOr<Flip> RewriteWithOneBit(const std::string& directory) {
                         CheckpointCommit::Begin(root, info.global_step, 0));
   SALA_ASSIGN_OR_RETURN(const WrittenSlices written,
                         WriteCheckpointSlices(commit.directory(), 0, commit.save_id(), slices));
-  SALA_RETURN_IF_ERROR(commit.Finish(info, {written}, config).status());
+  SALA_RETURN_IF_ERROR(commit.Finish(info, {written}, config, {{"model.yaml", model}}).status());
   // The control is honest only where nothing but the value gives it away.
   SALA_ASSIGN_OR_RETURN(const Checkpoint again, Checkpoint::Open(directory));
   SALA_RETURN_IF_ERROR(again.Verify(VerifyLevel::kDeep));

@@ -20,9 +20,11 @@ constexpr int64_t kLayers = 5;  // first, last, and a few between them to choose
 constexpr int64_t kHidden = 64;
 constexpr int64_t kHeadDim = 16;  // the least that the GPU kernels compute
 constexpr int64_t kDenseTokens = 64;
-constexpr int64_t kBytesVocabulary = 261;  // of the byte tokenizer (data/tokenizer.h)
-constexpr int64_t kSequences = 2;          // of a micro-batch
-constexpr int64_t kMicroBatches = 2;       // of a step
+// Of the byte tokenizer (data/tokenizer.h).
+constexpr int64_t kBytesVocabulary = 261;
+constexpr int64_t kBytesBos = 256, kBytesEos = 257, kBytesPad = 258;
+constexpr int64_t kSequences = 2;     // of a micro-batch
+constexpr int64_t kMicroBatches = 2;  // of a step
 // Of a recall prompt in bytes: the wording alone takes some 250.
 constexpr int64_t kRecallTokens = 384;
 constexpr int64_t kLeastDocument = 8;
@@ -382,7 +384,9 @@ StatusOr<ModelConfig> ScaleModel(const ModelConfig& given) {
   const double off = std::sqrt(static_cast<double>(from.num_hidden_layers));
   if (std::abs(from.scale_depth - off) < 1e-6 * off)
     to.scale_depth = std::sqrt(static_cast<double>(to.num_hidden_layers));
-  for (int64_t* id : {&to.bos_token_id, &to.eos_token_id, &to.pad_token_id}) *id = -1;
+  to.bos_token_id = kBytesBos;
+  to.eos_token_id = kBytesEos;
+  to.pad_token_id = kBytesPad;
   SALA_RETURN_IF_ERROR(to.Resolve());
   return to;
 }
