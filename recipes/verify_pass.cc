@@ -1,6 +1,7 @@
 #include "recipes/verify_pass.h"
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <set>
 #include <utility>
@@ -18,25 +19,27 @@ using model::ParameterKind;
 using model::ParameterSpec;
 using model::ParameterStore;
 
-// Norm gains around 1 and not 1, matrices of three times their start: gradients are compared away
-// from special points, and the scores of block selection lie far enough apart that float32 and
-// float64 choose alike.
-void MoveFromStart(ParameterStore& store) {
-  PhiloxStream rng("verify_weights|gains");
-  for (const ParameterSpec& spec : store.specs()) {
-    float* data = store.data() + spec.offset;
-    for (int64_t i = 0; i < spec.numel; ++i) {
-      if (spec.kind == ParameterKind::kVector)
-        data[i] += static_cast<float>(0.2 * rng.NextNormal());
-      if (spec.kind == ParameterKind::kMatrix) data[i] *= 3;
-    }
-  }
-}
-
+// Weights whose gradients are compared away from special points: norm gains around 1 and not 1;
+// matrices that give numbers of size 1.2 from numbers of size 1, so that scores and gates are
+// neither nearly linear nor saturated, whatever the configuration's initializer; logits of
+// size 1.5.
 ParameterStore DrawModel(const model::ModelConfig& config, int64_t seed) {
   ParameterStore store(model::ParameterSpecs(config));
   model::InitialiseParameters(config, seed, store);
-  MoveFromStart(store);
+  PhiloxStream rng("verify_weights|gains");
+  const double head =
+      1.5 * config.width_multiplier() / std::sqrt(static_cast<double>(config.hidden_size));
+  for (const ParameterSpec& spec : store.specs()) {
+    if (spec.kind == ParameterKind::kVector) {
+      for (int64_t i = spec.offset; i < spec.offset + spec.numel; ++i)
+        store.data()[i] += static_cast<float>(0.2 * rng.NextNormal());
+    } else if (spec.kind == ParameterKind::kMatrix) {
+      const double inputs = std::sqrt(static_cast<double>(spec.shape[1]));
+      model::InitialiseNormal(seed, 1.2 / inputs, store, spec.name);
+    } else if (spec.kind == ParameterKind::kHead || config.tie_word_embeddings) {
+      model::InitialiseNormal(seed, head, store, spec.name);
+    }
+  }
   return store;
 }
 
@@ -48,24 +51,24 @@ bool Selects(const model::Batch& batch, const kernels::SparseAttentionConfig& sp
   return false;
 }
 
-// The first micro-batch of the stage's samples; with sparse attention the first that selects.
+// The first samples of the stage that are a micro-batch, hold three documents or more and, with
+// sparse attention, one that selects.
 StatusOr<model::Batch> FirstBatch(const StageConfig& stage, const std::string& stream_name,
                                   const PlanInput& plan, const data::Tokenizer& tokenizer) {
   SALA_ASSIGN_OR_RETURN(
       auto stream,
       data::SampleStream::Open(stage.data, stream_name, plan.batch.seq_len_tokens, tokenizer));
-  const int64_t size =
-      std::min(plan.batch.micro_batch_sequences, plan.batch.global_batch_sequences());
-  constexpr int64_t kTries = 64;
-  for (int64_t first = 0; first < kTries * size; first += size) {
-    std::vector<data::PackedSample> samples;
-    for (int64_t i = 0; i < size; ++i) {
-      SALA_ASSIGN_OR_RETURN(data::PackedSample sample, stream->Get(first + i));
-      samples.push_back(std::move(sample));
-    }
+  constexpr int64_t kMostSamples = 64;
+  constexpr size_t kLeastBorders = 4;
+  const bool select = plan.sparse_attention && plan.model.has_softmax();
+  std::vector<data::PackedSample> samples;
+  for (int64_t g = 0; g < kMostSamples; ++g) {
+    SALA_ASSIGN_OR_RETURN(data::PackedSample sample, stream->Get(g));
+    samples.push_back(std::move(sample));
+    if (g + 1 < plan.batch.micro_batch_sequences) continue;
     model::Batch batch = MakeBatch(samples);
-    if (!plan.sparse_attention || !plan.model.has_softmax() || Selects(batch, plan.model.sparse))
-      return batch;
+    if (batch.cu_seqlens.size() < kLeastBorders) continue;
+    if (!select || Selects(batch, plan.model.sparse)) return batch;
   }
   return MakeError(ExitCode::kInternal, "INTERNAL",
                    "stage " + stage.name + ": no made document is long enough for block selection");

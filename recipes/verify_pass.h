@@ -20,7 +20,7 @@ struct VerifyPass {
   // kTrain, kFinetune and kDistil: of plan.model; kAlign: the linear mixers of all layers.
   model::ParameterStore params;
   model::ParameterStore teacher;  // of the HALO phases
-  model::Batch batch;             // a micro-batch of the stage's own stream, packed as it says
+  model::Batch batch;  // of the stage's own stream, packed as it says; three documents or more
 
   model::RunOptions options() const {
     return {.sparse_attention = plan.sparse_attention, .recompute = plan.recompute};

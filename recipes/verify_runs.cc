@@ -403,9 +403,9 @@ PipelineConfig OneStepConfig(const VerifyContext& context) {
 
 // Layouts add the same numbers in another order. A gradient is a sum over the 128 to 900 tokens of
 // a step, whose partial sums are rounded with 2^-24 = 6e-8 each: as a random walk sqrt(900) * 6e-8
-// = 1.8e-6 of the size of the terms' sum, compared as ||a - b|| / ||a|| over a tensor. Where terms
-// cancel (norms of queries and keys) the sum is a few times smaller than what was rounded.
-constexpr double kLayoutBound = 1e-5;
+// = 1.8e-6 of what was added up, compared as ||a - b|| / ||a|| over a tensor. Of norms of queries
+// and keys, where terms cancel, the sum is a third of that or so.
+constexpr double kLayoutBound = 5e-6;
 
 struct LargestDifference {
   double value = 0;
