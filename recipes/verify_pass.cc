@@ -43,35 +43,66 @@ ParameterStore DrawModel(const model::ModelConfig& config, int64_t seed) {
   return store;
 }
 
-bool Selects(const model::Batch& batch, const kernels::SparseAttentionConfig& sparse) {
+// Documents of a sample, and whether one is long enough that its tokens cannot see all blocks.
+struct Content {
+  int64_t documents = 0;
+  bool selects = false;
+};
+
+Content ContentOf(const data::PackedSample& sample, const kernels::SparseAttentionConfig& sparse) {
   const int64_t least = std::max(sparse.dense_len, (sparse.total_blocks() + 1) * sparse.block_size);
-  for (size_t s = 0; s + 1 < batch.cu_seqlens.size(); ++s) {
-    if (batch.cu_seqlens[s + 1] - batch.cu_seqlens[s] >= least) return true;
+  Content content;
+  for (const data::SegmentMeta& segment : sample.segments) {
+    ++content.documents;
+    content.selects = content.selects || segment.length >= least;
   }
-  return false;
+  return content;
 }
 
-// The first samples of the stage that are a micro-batch, hold three documents or more and, with
-// sparse attention, one that selects.
-StatusOr<model::Batch> FirstBatch(const StageConfig& stage, const std::string& stream_name,
-                                  const PlanInput& plan, const data::Tokenizer& tokenizer) {
+// Of the stage's first samples that with the most documents, with sparse attention the first that
+// selects, and others in order: a micro-batch, and three documents or more.
+StatusOr<model::Batch> DrawBatch(const StageConfig& stage, const std::string& stream_name,
+                                 const PlanInput& plan, const data::Tokenizer& tokenizer) {
   SALA_ASSIGN_OR_RETURN(
       auto stream,
       data::SampleStream::Open(stage.data, stream_name, plan.batch.seq_len_tokens, tokenizer));
-  constexpr int64_t kMostSamples = 64;
-  constexpr size_t kLeastBorders = 4;
-  const bool select = plan.sparse_attention && plan.model.has_softmax();
+  constexpr size_t kSamples = 512;  // some of all kinds: packing puts the fullest first
+  constexpr int64_t kLeastDocuments = 3;
   std::vector<data::PackedSample> samples;
-  for (int64_t g = 0; g < kMostSamples; ++g) {
-    SALA_ASSIGN_OR_RETURN(data::PackedSample sample, stream->Get(g));
+  std::vector<Content> contents;
+  for (size_t g = 0; g < kSamples; ++g) {
+    SALA_ASSIGN_OR_RETURN(data::PackedSample sample, stream->Get(static_cast<int64_t>(g)));
+    contents.push_back(ContentOf(sample, plan.model.sparse));
     samples.push_back(std::move(sample));
-    if (g + 1 < plan.batch.micro_batch_sequences) continue;
-    model::Batch batch = MakeBatch(samples);
-    if (batch.cu_seqlens.size() < kLeastBorders) continue;
-    if (!select || Selects(batch, plan.model.sparse)) return batch;
   }
-  return MakeError(ExitCode::kInternal, "INTERNAL",
-                   "stage " + stage.name + ": no made document is long enough for block selection");
+  const auto most = std::max_element(
+      contents.begin(), contents.end(),
+      [](const Content& a, const Content& b) { return a.documents < b.documents; });
+  std::vector<size_t> order = {static_cast<size_t>(most - contents.begin())};
+  if (plan.sparse_attention && plan.model.has_softmax()) {
+    const auto first = std::find_if(contents.begin(), contents.end(),
+                                    [](const Content& content) { return content.selects; });
+    if (first == contents.end()) {
+      return MakeError(
+          ExitCode::kInternal, "INTERNAL",
+          "stage " + stage.name + ": no made document is long enough to select blocks");
+    }
+    order.push_back(static_cast<size_t>(first - contents.begin()));
+  }
+  for (size_t g = 0; g < kSamples; ++g) order.push_back(g);
+  std::vector<data::PackedSample> taken;
+  std::set<size_t> seen;
+  int64_t documents = 0;
+  for (const size_t g : order) {
+    if (!seen.insert(g).second) continue;
+    taken.push_back(samples[g]);
+    documents += contents[g].documents;
+    const bool enough = static_cast<int64_t>(taken.size()) >= plan.batch.micro_batch_sequences &&
+                        documents >= kLeastDocuments;
+    // `order` begins with what must be in it.
+    if (enough && seen.size() >= order.size() - kSamples) break;
+  }
+  return MakeBatch(taken);
 }
 
 // What decides the numbers of a pass; equal for stages that differ in rates and steps only.
@@ -120,8 +151,8 @@ StatusOr<std::vector<VerifyPass>> MakeVerifyPasses(const ScaledPipeline& scaled)
       if (!seen.insert(KeyOf(stage, plan.input)).second) continue;
       const bool halo = stage.kind == StageKind::kHalo;
       SALA_ASSIGN_OR_RETURN(model::Batch batch,
-                            FirstBatch(stage, halo ? stage.name + "/" + plan.phase : stage.name,
-                                       plan.input, *tokenizer));
+                            DrawBatch(stage, halo ? stage.name + "/" + plan.phase : stage.name,
+                                      plan.input, *tokenizer));
       VerifyPass& pass = passes.emplace_back();
       pass.where = "stage " + stage.name + (halo ? ", " + plan.phase : "");
       pass.plan = std::move(plan.input);

@@ -325,7 +325,6 @@ StatusOr<Flip> RewriteWithOneBit(const std::string& directory) {
 PipelineConfig UpTo(const VerifyContext& context, int64_t stage_index) {
   PipelineConfig config = context.scaled->config;
   config.stages.resize(static_cast<size_t>(stage_index) + 1);
-  SaveEveryStep(config);
   return config;
 }
 

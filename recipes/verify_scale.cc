@@ -216,7 +216,7 @@ class Scaler {
     VerifyDataset& made = it->second;
     if (added) {
       made.directory = directory_ + "/dataset-" + std::to_string(datasets_.size());
-      made.short_tokens = lengths_.dense + kLeastDocument;
+      made.short_tokens = lengths_.dense / 2 + kLeastDocument;  // several in a sample
       made.long_min = std::max(lengths_.dense_len, kLeastDocument);
       made.long_max = lengths_.sparse;
     }
