@@ -17,8 +17,6 @@
 
 #include "core/file.h"
 
-extern char** environ;
-
 namespace sala::launch {
 namespace {
 
@@ -37,6 +35,7 @@ std::vector<std::string> Environment(
 
 std::vector<char*> Pointers(std::vector<std::string>& texts) {
   std::vector<char*> pointers;
+  pointers.reserve(texts.size() + 1);
   for (std::string& text : texts) pointers.push_back(text.data());
   pointers.push_back(nullptr);
   return pointers;
@@ -113,7 +112,7 @@ std::string FindInPath(const std::string& name) {
   const char* path = std::getenv("PATH");
   std::istringstream folders(path == nullptr ? "" : path);
   for (std::string folder; std::getline(folders, folder, ':');) {
-    const std::string file = (folder.empty() ? "." : folder) + "/" + name;
+    std::string file = (folder.empty() ? "." : folder) + "/" + name;
     if (!IsDirectory(file) && access(file.c_str(), X_OK) == 0) return file;
   }
   return "";
