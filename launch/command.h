@@ -42,6 +42,7 @@ void AddTokenizerCommands(CommandLine& line);
 void AddCheckpointCommands(CommandLine& line);
 void AddExportCommand(CommandLine& line);
 void AddGenerateCommand(CommandLine& line);
+void AddLogitsCommand(CommandLine& line);
 void AddBenchCommands(CommandLine& line);
 void AddPlanCommand(CommandLine& line);
 void AddDoctorCommand(CommandLine& line);

@@ -6,10 +6,10 @@
 #include <thread>
 #include <vector>
 
-#include "core/config.h"
 #include "data/chat.h"
 #include "data/tokenizer.h"
 #include "launch/command.h"
+#include "launch/sparse_rule.h"
 #include "model/generate.h"
 #include "recipes/checkpointing.h"
 #include "recipes/export.h"
@@ -26,25 +26,6 @@ struct GenerateOptions {
   int threads = 0;
   model::SamplingOptions sampling;
 };
-
-// The one key of a stage's configuration that matters here.
-struct SparseKey {
-  bool sparse_attention = false;
-  void Bind(ConfigBinder& b) { b.Field("sparse_attention", &sparse_attention); }
-};
-
-// auto: as the model was trained. A stage's configuration says so; an exported hybrid is one whose
-// long stages used it.
-StatusOr<bool> UseSparse(const GenerateOptions& options, const recipes::LoadedModel& loaded) {
-  if (options.sparse != "auto") return options.sparse == "on";
-  if (!loaded.checkpoint) return loaded.config.has_lightning();
-  SALA_ASSIGN_OR_RETURN(const std::string yaml, loaded.checkpoint->ReadConfig());
-  SALA_ASSIGN_OR_RETURN(const ConfigDocument document,
-                        ConfigDocument::Parse(yaml, options.checkpoint + "/config.yaml"));
-  SparseKey key;
-  static_cast<void>(BindConfig(document, &key));  // complains of all the other keys
-  return key.sparse_attention;
-}
 
 StatusOr<std::vector<int32_t>> PromptIds(const GenerateOptions& options,
                                          const data::Tokenizer& tokenizer) {
@@ -90,7 +71,8 @@ Status GenerateText(GenerateOptions options) {
                          " tokens, the model " + std::to_string(loaded.config.vocab_size) +
                          "; name the tokenizer the model was trained with");
   }
-  SALA_ASSIGN_OR_RETURN(const bool sparse, UseSparse(options, loaded));
+  SALA_ASSIGN_OR_RETURN(const bool sparse,
+                        UseSparseAttention(options.sparse, options.checkpoint, loaded));
   SALA_ASSIGN_OR_RETURN(const std::vector<int32_t> prompt, PromptIds(options, *tokenizer));
   options.sampling.stop_tokens = StopTokens(loaded.config, *tokenizer);
 

@@ -62,6 +62,7 @@ int Run(int argc, char** argv) {
   sala::launch::AddCheckpointCommands(line);
   sala::launch::AddExportCommand(line);
   sala::launch::AddGenerateCommand(line);
+  sala::launch::AddLogitsCommand(line);
   sala::launch::AddBenchCommands(line);
   sala::launch::AddPlanCommand(line);
   sala::launch::AddDoctorCommand(line);

@@ -1,7 +1,8 @@
 // RMSNorm of one row, shared by the operations that contain it (rms_norm, qk_norm_rope,
 // output_gate). Backward:
 //   n_i = x_i r w_i,  r = (mean(x^2) + eps)^-1/2
-//   dx_i = r w_i dn_i - x_i r^3 mean_j(w_j dn_j x_j),   dw_i += dn_i x_i r
+//   dx_i = r (w_i dn_i - (x_i r) mean_j(w_j dn_j x_j r)),   dw_i += dn_i x_i r
+// x_i r is of size 1 whatever the size of x; x_i r^3 would leave float32 from x = 1e15 on.
 #pragma once
 
 #include <cmath>
@@ -42,15 +43,15 @@ template <bool kAdd>
 SALA_INLINE void RowNormBackward(int64_t n, const float* dn, const float* x, const float* weight,
                                  float rstd, double dot, int64_t width, float* dx,
                                  float* weight_sums) {
-  const double r = rstd;
-  const auto slope = static_cast<float>(dot * r * r * r / static_cast<double>(width));
+  const auto mean =
+      static_cast<float>(dot * static_cast<double>(rstd) / static_cast<double>(width));
   if (weight_sums != nullptr) {
     SALA_INDEPENDENT
     for (int64_t i = 0; i < n; ++i) weight_sums[i] += dn[i] * (x[i] * rstd);
   }
   SALA_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
-    const float value = rstd * (weight[i] * dn[i]) - slope * x[i];
+    const float value = rstd * (weight[i] * dn[i] - x[i] * rstd * mean);
     dx[i] = kAdd ? dx[i] + value : value;
   }
 }

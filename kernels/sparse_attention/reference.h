@@ -80,26 +80,35 @@ std::vector<double> Relevance(const AttentionShape& shape, const std::vector<dou
 }
 
 struct Selection {
-  std::vector<double> scores;   // per block of the document; forced ones infinite
-  std::vector<int64_t> chosen;  // ascending, forced ones included
+  std::vector<double> relevance;  // per fine key
+  std::vector<double> scores;     // per block of the document; forced ones infinite
+  std::vector<int64_t> chosen;    // ascending, forced ones included
 };
+
+// The largest relevance of the fine windows that overlap block b, without the first `skip` of them;
+// 0 where there is none.
+inline double BlockScore(const std::vector<double>& relevance, const SparseAttentionConfig& config,
+                         int64_t b, int64_t skip = 0) {
+  const int64_t per_block = config.block_size / config.kernel_stride;
+  double score = 0;
+  for (int64_t i = per_block * b - 1 + skip; i <= per_block * b + per_block - 1; ++i) {
+    if (i >= 0 && i < static_cast<int64_t>(relevance.size())) {
+      score = std::max(score, relevance[static_cast<size_t>(i)]);
+    }
+  }
+  return score;
+}
 
 template <typename Stored = Exact>
 Selection Select(const AttentionShape& shape, const std::vector<double>& q, const Compressed& keys,
                  const SparseAttentionConfig& config, int64_t t, int64_t g,
                  const Stored& stored = {}) {
-  const std::vector<double> relevance = Relevance(shape, q, keys, config, t, g, stored);
-  const int64_t own = t / config.block_size;
-  const int64_t per_block = config.block_size / config.kernel_stride;
   Selection selection;
+  selection.relevance = Relevance(shape, q, keys, config, t, g, stored);
+  const int64_t own = t / config.block_size;
   std::vector<int64_t> order;
   for (int64_t b = 0; b * config.block_size < shape.n; ++b) {
-    double score = 0;
-    for (int64_t i = per_block * b - 1; i <= per_block * b + per_block - 1; ++i) {
-      if (i >= 0 && i < static_cast<int64_t>(relevance.size())) {
-        score = std::max(score, relevance[static_cast<size_t>(i)]);
-      }
-    }
+    double score = BlockScore(selection.relevance, config, b);
     const bool local = own - config.window_size / config.block_size <= b && b <= own;
     // Later blocks see nothing; below zero they also lose every tie.
     if (b > own) score = -1;
@@ -118,23 +127,28 @@ Selection Select(const AttentionShape& shape, const std::vector<double>& q, cons
   return selection;
 }
 
-// How far the last chosen block's score lies above the first rejected one's, relative to the
-// former: 0 for a tie, infinity where no past block is rejected. Scores with relative errors below
-// half of it choose the same blocks.
+// By what part of itself a chosen block's score exceeds that of a rejected one, for the closest two
+// of token t: scores with relative errors below half of it choose the same blocks. Infinity where
+// no past block is rejected. Ties that every arithmetic has do not count: neighbours share a
+// window, which alone cannot lift the later one above the earlier one, and where no coarse key is
+// visible all scores are zero.
 inline double SelectionMargin(const Selection& selection, const SparseAttentionConfig& config,
                               int64_t t) {
-  double chosen = std::numeric_limits<double>::infinity();
-  double rejected = -1;
+  std::vector<int64_t> rejected;
   for (int64_t b = 0; b <= t / config.block_size; ++b) {
+    if (!std::binary_search(selection.chosen.begin(), selection.chosen.end(), b))
+      rejected.push_back(b);
+  }
+  double margin = std::numeric_limits<double>::infinity();
+  for (const int64_t b : selection.chosen) {
     const double score = selection.scores[static_cast<size_t>(b)];
-    if (std::binary_search(selection.chosen.begin(), selection.chosen.end(), b)) {
-      chosen = std::min(chosen, score);
-    } else {
-      rejected = std::max(rejected, score);
+    if (std::isinf(score) || score == 0) continue;
+    for (const int64_t other : rejected) {
+      const double rival = BlockScore(selection.relevance, config, other, other == b + 1 ? 1 : 0);
+      margin = std::min(margin, (score - rival) / score);
     }
   }
-  if (rejected < 0) return std::numeric_limits<double>::infinity();
-  return chosen > 0 ? (chosen - rejected) / chosen : 0.0;
+  return margin;
 }
 
 }  // namespace sala::kernels::reference

@@ -306,6 +306,42 @@ class Models(BadInputCase):
                 path = h.write_stage(h.ROOT / "bad" / "own-tokenizer.yaml", {**stage, "data": self.stage["data"]})
                 h.succeed(h.train(path, h.ROOT / "runs" / f"own-tokenizer-{start.name}"))
 
+    def test_tokens_that_are_no_tokens(self):
+        path = h.ROOT / "bad" / "tokens.json"
+        target = h.ROOT / "bad" / "logits.safetensors"
+
+        def logits(tokens):
+            if isinstance(tokens, bytes):
+                path.write_bytes(tokens)
+                tokens = path
+            return ["logits", self.checkpoint, "--tokens", tokens, "--to", target]
+
+        for tokens, *texts in (
+            ("1,70000", "--tokens", "token 70000", "expected 0 to"),
+            ("-1,2", "--tokens", "token -1"),
+            ("1,,2", "--tokens", "no JSON list"),
+            (b"[[1, 2], [3, 70000]]", path, "token 70000"),
+            (b"[1, 2.5]", path, "found 2.5"),
+            (b'[1, "2"]', path, 'found "2"'),
+            (b"[]", path, "without tokens"),
+            (b"[[1], []]", path, "without tokens"),
+            (b"[[1], 2]", path, "found 2 beside lists"),
+            (b"[1, 2", path, "no JSON list"),
+            (b"\xff\x00", path, "no JSON list"),
+            (b"", path, "no JSON list"),
+        ):
+            with self.subTest(tokens=tokens):
+                self.refuse(logits(tokens), 65, "TOK-LIST", *texts)
+                self.assertFalse(target.exists())
+        nowhere = h.ROOT / "bad" / "nowhere.json"
+        self.refuse(logits(nowhere), 66, "FILE-MISSING", nowhere)
+        target.write_text("precious")
+        self.refuse(logits("1"), 74, "EXP-EXISTS", target)
+        self.assertEqual(target.read_text(), "precious")
+        target.unlink()
+        h.succeed(logits(b"[[1, 2], [30]]"))
+        self.assertIn(b'"logits":{"dtype":"F32","shape":[3,', target.read_bytes())
+
     def test_checkpoint_that_is_not_there(self):
         missing = h.ROOT / "runs" / "nowhere"
         stage = {**self.stage, "init_from": {"path": str(missing)}}

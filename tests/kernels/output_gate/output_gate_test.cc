@@ -72,8 +72,8 @@ TEST_P(OutputGate, AgreesWithReference) {
         dw_size = std::max(dw_size, std::abs(dyd[row + i] * od[row + i] * r));
       }
     }
-    // The norm's backward (8 roundings, rms_norm_test.cc) after sigmoid and a product.
-    ExpectClose(dout, dout_expected, [&](size_t i) { return 15 * kF32Round * size[i]; });
+    // The norm's backward (10 roundings, rms_norm_test.cc) after sigmoid and a product.
+    ExpectClose(dout, dout_expected, [&](size_t i) { return 17 * kF32Round * size[i]; });
     if (gate) {
       // 1 - s may cancel for s near 1: its error is that of s itself, so relative to |dy n| s.
       ExpectClose(dz, dz_expected, [&](size_t i) {

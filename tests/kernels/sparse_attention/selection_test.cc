@@ -202,6 +202,34 @@ TEST(SelectBlocks, EqualsTheRuleOnRandomInput) {
   }
 }
 
+// Documents of 95, 96 and 97 blocks, and of a token less and more, with the released numbers: the
+// first and the last token of the blocks around those where not all blocks are forced any more
+// (34), where as many lie behind as may be chosen (62), and where one is left out (96).
+TEST(SelectBlocks, ReleasedNumbersAtTheBordersOfBlocks) {
+  KernelTest kernel;
+  const SparseAttentionConfig config;
+#ifdef SALA_SANITIZED
+  const std::vector<int64_t> lengths = {6143, 6209};
+#else
+  const std::vector<int64_t> lengths = {6079, 6080, 6081, 6143, 6144, 6145, 6207, 6208, 6209};
+#endif
+  for (const int64_t n : lengths) {
+    SparseCase c(n, {2, 1, 4}, config);
+    c.Select(kernel.ctx(), {{0, n}});
+    ExpectWellFormed(c);
+    const auto q = c.q.values();
+    const auto keys = reference::CompressKeys(c.Shape(), c.k.values(), config);
+    for (const int64_t block : {31, 32, 33, 34, 35, 61, 62, 63, 64, 93, 94, 95, 96, 97}) {
+      for (const int64_t t : {64 * block, 64 * block + 63, n - 1}) {
+        if (t >= n) continue;
+        const reference::Selection expected = reference::Select(c.Shape(), q, keys, config, t, 0);
+        EXPECT_EQ(static_cast<int64_t>(expected.chosen.size()), std::min<int64_t>(96, t / 64 + 1));
+        ExpectChoice(c, expected, t, 0);
+      }
+    }
+  }
+}
+
 TEST(SelectBlocks, FutureTokensDoNotMatter) {
   KernelTest kernel;
   SparseCase before(400, {4, 2, 8}, SmallConfig());
