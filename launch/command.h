@@ -36,6 +36,7 @@ CLI::App* AddCommand(CLI::App& parent, const std::string& name, const std::strin
                      const std::string& example);
 
 void AddTrainCommand(CommandLine& line);
+void AddVerifyCommand(CommandLine& line);
 void AddDataCommands(CommandLine& line);
 void AddTokenizerCommands(CommandLine& line);
 void AddCheckpointCommands(CommandLine& line);

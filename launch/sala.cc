@@ -57,6 +57,7 @@ int Run(int argc, char** argv) {
   line.app.footer(
       "Each subcommand has --help with an example. Exit codes and error codes: docs/errors.md");
   sala::launch::AddTrainCommand(line);
+  sala::launch::AddVerifyCommand(line);
   sala::launch::AddDataCommands(line);
   sala::launch::AddTokenizerCommands(line);
   sala::launch::AddCheckpointCommands(line);

@@ -283,6 +283,8 @@ void MpiSession::Abort(int exit_code) {
   _exit(exit_code);
 }
 
+bool BuiltWithMpi() { return true; }
+
 bool LaunchedByMpi() {
   return std::getenv("OMPI_COMM_WORLD_SIZE") != nullptr || std::getenv("PMIX_RANK") != nullptr ||
          std::getenv("PMI_RANK") != nullptr;

@@ -40,8 +40,11 @@ class MpiSession {
 // This machine's name, as it stands in messages.
 std::string HostName();
 
-// "Open MPI v4.1.4", without starting MPI.
+// "Open MPI v4.1.4", without starting MPI; "none" in a build without it.
 std::string MpiLibraryVersion();
+
+// False in a build without MPI, whose processes are alone.
+bool BuiltWithMpi();
 
 // True when this process was started by an MPI launcher (mpirun, srun): a lone process then needs
 // no MPI at all.

@@ -24,6 +24,10 @@ StatusOr<std::unique_ptr<Communicator>> MpiSession::World() { return MakeSelfCom
 
 void MpiSession::Abort(int exit_code) { _exit(exit_code); }
 
+std::string MpiLibraryVersion() { return "none"; }
+
+bool BuiltWithMpi() { return false; }
+
 // Asked all the same: ranks of a launcher that each believe to be alone would write one run
 // directory.
 bool LaunchedByMpi() {
