@@ -1,7 +1,7 @@
 // The whole model in float64, forward and backward, in plain loops: what the fast path is measured
 // against. It is built from the kernels' references and shares no code with the kernels, but for
-// tables and rules (decay slopes, rotary angles). One document at a time, one thread, memory for
-// all activations: for small models and short batches.
+// tables and rules (decay slopes, rotary angles). One thread, parameters and what the backward pass
+// needs in float64: for small models and short batches.
 //
 //   ReferenceResult r = ReferenceCrossEntropy(config, store, batch, options, 1.0);
 //   r.gradients[spec.offset + i]          // of element i of a tensor of store.specs()

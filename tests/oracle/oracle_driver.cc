@@ -15,7 +15,7 @@
 //                      + ce_weight * cross entropy summed over the targets; alignment: the stage's
 //                      mean over layers, tokens and features
 //   "hidden" [T, H]    after the final norm, of the model (of the teacher for alignment)
-//   "logits" [T, V]    when asked for, not for alignment
+//   "logits" [T, V]    when asked for, and with published_rounding; not for alignment
 //   "grad/NAME"        of grad_scale * loss for every tensor of DIR/model (its mixers for
 //                      alignment); not with published_rounding, which is a forward pass of
 //                      cross_entropy only
@@ -274,7 +274,8 @@ StatusOr<Output> Reference(const Case& c) {
     out.loss = result.loss_sum;
     out.selection_margin = result.selection_margin;
     out.hidden = std::move(result.hidden);
-    if (c.request.logits) out.logits = std::move(result.logits);
+    if (c.request.logits || c.request.arithmetic == "published_rounding")
+      out.logits = std::move(result.logits);
     out.gradients = std::move(result.gradients);
   };
   out.specs = c.model.params.specs();
