@@ -59,12 +59,12 @@ struct VerifyContext {
   std::function<bool()> interrupted;                 // the user wants to stop: checks return early
 };
 
-// "" for `gradients`, ... in the order of the table.
 struct VerifyCheck {
   const char* name;
   const char* about;  // one line for --help
   StatusOr<VerifyRow> (*run)(const VerifyContext& context);
 };
+// In the order of the table.
 const std::vector<VerifyCheck>& VerifyChecks();
 
 // A check returns an error where it could not be done at all (its row then fails with it).

@@ -180,7 +180,7 @@ class Use(unittest.TestCase):
         self.assertTrue(job.wait_for(lambda: temporaries() - before, "a temporary directory"))
         time.sleep(0.5)  # a run is under way, most likely
         job.process.send_signal(h.SIGTERM)
-        self.assertEqual(job.process.wait(timeout=h.LIMIT_SECONDS), -h.SIGTERM)
+        self.assertEqual(job.result().code, -h.SIGTERM)
         self.assertEqual(temporaries(), before)
 
     def test_no_mpirun(self):
