@@ -191,12 +191,12 @@ void PrintRow(const TimedRow& timed) {
   std::printf("%-12s %-12s %6.1f s  %s\n", row.name.c_str(), NameOf(row.verdict), timed.seconds,
               row.compared.c_str());
   if (!row.measured.empty())
-    std::printf("%33s  %s; bound: %s\n", "", row.measured.c_str(), row.bound.c_str());
-  for (const std::string& note : row.notes) std::printf("%33s  %s\n", "", note.c_str());
+    std::printf("%14s%s; bound: %s\n", "", row.measured.c_str(), row.bound.c_str());
+  for (const std::string& note : row.notes) std::printf("%14s%s\n", "", note.c_str());
   for (size_t i = 0; i < row.failures.size() && i < kShown; ++i)
-    std::printf("%33s  %s\n", "", row.failures[i].c_str());
+    std::printf("%14s%s\n", "", row.failures[i].c_str());
   if (row.failures.size() > kShown)
-    std::printf("%33s  and %zu more (--json has all)\n", "", row.failures.size() - kShown);
+    std::printf("%14sand %zu more (--json has all)\n", "", row.failures.size() - kShown);
   std::fflush(stdout);
 }
 
