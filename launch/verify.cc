@@ -313,11 +313,14 @@ Status Verify(const VerifyOptions& options) {
 
 void AddVerifyCommand(CommandLine& line) {
   auto options = std::make_shared<VerifyOptions>();
-  std::string about = "checks, on a small form of a configuration, that what it trains is right\n";
+  CLI::App* command =
+      AddCommand(line.app, "verify",
+                 "checks, on a small form of a configuration, that what it trains is right",
+                 "sala verify configs/tiny/pipeline.yaml --only gradients,resume");
+  std::string checks = "Checks:";
   for (const recipes::VerifyCheck& check : recipes::VerifyChecks())
-    about += Format("\n  %-12s %s", check.name, check.about);
-  CLI::App* command = AddCommand(line.app, "verify", about,
-                                 "sala verify configs/tiny/pipeline.yaml --only gradients,resume");
+    checks += Format("\n  %-12s %s", check.name, check.about);
+  command->footer(checks + "\n" + command->get_footer());
   command->add_option("config", options->config, "pipeline or stage file")->required();
   command
       ->add_option("--set", options->sets,
