@@ -191,12 +191,12 @@ void PrintRow(const TimedRow& timed) {
   std::printf("%-12s %-12s %6.1f s  %s\n", row.name.c_str(), NameOf(row.verdict), timed.seconds,
               row.compared.c_str());
   if (!row.measured.empty())
-    std::printf("%33s  %s; bound: %s\n", "", row.measured.c_str(), row.bound.c_str());
-  for (const std::string& note : row.notes) std::printf("%33s  %s\n", "", note.c_str());
+    std::printf("%14s%s; bound: %s\n", "", row.measured.c_str(), row.bound.c_str());
+  for (const std::string& note : row.notes) std::printf("%14s%s\n", "", note.c_str());
   for (size_t i = 0; i < row.failures.size() && i < kShown; ++i)
-    std::printf("%33s  %s\n", "", row.failures[i].c_str());
+    std::printf("%14s%s\n", "", row.failures[i].c_str());
   if (row.failures.size() > kShown)
-    std::printf("%33s  and %zu more (--json has all)\n", "", row.failures.size() - kShown);
+    std::printf("%14sand %zu more (--json has all)\n", "", row.failures.size() - kShown);
   std::fflush(stdout);
 }
 
@@ -313,11 +313,14 @@ Status Verify(const VerifyOptions& options) {
 
 void AddVerifyCommand(CommandLine& line) {
   auto options = std::make_shared<VerifyOptions>();
-  std::string about = "checks, on a small form of a configuration, that what it trains is right\n";
+  CLI::App* command =
+      AddCommand(line.app, "verify",
+                 "checks, on a small form of a configuration, that what it trains is right",
+                 "sala verify configs/tiny/pipeline.yaml --only gradients,resume");
+  std::string checks = "Checks:";
   for (const recipes::VerifyCheck& check : recipes::VerifyChecks())
-    about += Format("\n  %-12s %s", check.name, check.about);
-  CLI::App* command = AddCommand(line.app, "verify", about,
-                                 "sala verify configs/tiny/pipeline.yaml --only gradients,resume");
+    checks += Format("\n  %-12s %s", check.name, check.about);
+  command->footer(checks + "\n" + command->get_footer());
   command->add_option("config", options->config, "pipeline or stage file")->required();
   command
       ->add_option("--set", options->sets,

@@ -53,18 +53,18 @@ struct VerifyContext {
   DeviceKind device = DeviceKind::kCpu;  // the user's run.device
   int ranks = 2;                         // 1: nothing is started under mpirun
   std::string no_mpirun;                 // why there is no mpirun; "" when there is one
-  // Errors only where nothing could be started, or on Interrupted.
+  // Errors only where nothing could be started, or the user interrupted it.
   std::function<StatusOr<TrainRun>(const TrainStart&)> train;
   std::function<void(const std::string&)> progress;  // a line for the waiting user
   std::function<bool()> interrupted;                 // the user wants to stop: checks return early
 };
 
-// "" for `gradients`, ... in the order of the table.
 struct VerifyCheck {
   const char* name;
   const char* about;  // one line for --help
   StatusOr<VerifyRow> (*run)(const VerifyContext& context);
 };
+// In the order of the table.
 const std::vector<VerifyCheck>& VerifyChecks();
 
 // A check returns an error where it could not be done at all (its row then fails with it).

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <memory>
 #include <set>
 #include <utility>
@@ -162,6 +163,12 @@ StatusOr<std::vector<VerifyPass>> MakeVerifyPasses(const ScaledPipeline& scaled)
     }
   }
   return passes;
+}
+
+std::string ShortText(double value) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.2g", value);
+  return text;
 }
 
 std::string LayerOfTensor(const std::string& name) {

@@ -34,6 +34,9 @@ StatusOr<std::vector<VerifyPass>> MakeVerifyPasses(const ScaledPipeline& scaled)
 // Weights away from the start of a training, where gates and scores are nearly linear.
 void DrawWeights(int64_t seed, VerifyPass* pass);
 
+// Numbers as they stand in the table: "1.2e-06".
+std::string ShortText(double value);
+
 // "layer 3" of "model.layers.3.mlp.up_proj.weight"; "" for a tensor of no layer.
 std::string LayerOfTensor(const std::string& name);
 

@@ -3,7 +3,6 @@
 #include <bit>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -35,12 +34,6 @@ using model::ParameterStore;
 std::string Number(double value) {
   char text[32];
   std::snprintf(text, sizeof(text), "%.9g", value);
-  return text;
-}
-
-std::string Short(double value) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%.2g", value);
   return text;
 }
 
@@ -79,7 +72,7 @@ struct Worst {
   }
   std::string Text() const {
     return Named(tensor) + ": element " + std::to_string(element) + ": found " + Number(found) +
-           ", expected " + Number(expected) + ", off by " + Short(difference) +
+           ", expected " + Number(expected) + ", off by " + ShortText(difference) +
            " of the largest of its tensor";
   }
 };
@@ -199,9 +192,7 @@ model::ReferenceResult Reference(const VerifyPass& pass) {
 constexpr double kGradientBound = 2e-5;
 
 // Choices of blocks that lie closer than this may go the other way in float32: a score's relative
-// error is 2^-24 = 6e-8 times the size of q.k (a few units) and a few units more. The reference
-// counts as a tie also two blocks whose score is that of the window they share, which is none: both
-// have the same bits in any arithmetic.
+// error is 2^-24 = 6e-8 times the size of q.k (a few units) and a few units more.
 constexpr double kLeastMargin = 2e-6;
 
 // A pass with one draw of weights.
@@ -222,13 +213,18 @@ StatusOr<Compared> CompareWithReference(Host& host, VerifyPass& pass) {
                                 Number(reference.loss_sum));
   }
   const std::vector<double> zeros(reference.gradients.size());
+  std::vector<Worst> off;
   for (const ParameterSpec& spec : pass.params.specs()) {
     const std::vector<double>& expected = IsTrained(pass, spec) ? reference.gradients : zeros;
     const Worst of_tensor = CompareTensor(spec, fast.store.data(), expected.data());
     compared.worst.Take(of_tensor);
-    if (!(of_tensor.difference <= kGradientBound))
-      compared.failures.push_back(pass.where + ": gradient of " + of_tensor.Text());
+    if (!(of_tensor.difference <= kGradientBound)) off.push_back(of_tensor);
   }
+  // A fault is largest where it is made; what it spoils behind comes after.
+  std::stable_sort(off.begin(), off.end(),
+                   [](const Worst& a, const Worst& b) { return a.difference > b.difference; });
+  for (const Worst& tensor : off)
+    compared.failures.push_back(pass.where + ": gradient of " + tensor.Text());
   return compared;
 }
 
@@ -285,7 +281,7 @@ StatusOr<double> CompareOnGpu(Host& gpu, VerifyPass& pass, VerifyRow* row) {
     if (!(difference <= largest)) largest = difference;
     if (!(difference <= kGpuBound)) {
       row->Fail(pass.where + ", GPU: gradient of " + Named(spec.name) + " differs by " +
-                Short(difference) + " of its size, at most " + Short(kGpuBound));
+                ShortText(difference) + " of its size, at most " + ShortText(kGpuBound));
     }
   }
   return largest;
@@ -314,8 +310,8 @@ StatusOr<std::string> CheckGpu(const VerifyContext& context, std::vector<VerifyP
     ++checked;
   }
   return "GPU (" + (*device)->info().name + "), " + std::to_string(checked) +
-         " kinds of pass: gradients within " + Short(largest) +
-         " of their size; bound: " + Short(kGpuBound);
+         " kinds of pass: gradients within " + ShortText(largest) +
+         " of their size; bound: " + ShortText(kGpuBound);
 }
 
 }  // namespace
@@ -336,8 +332,8 @@ StatusOr<VerifyRow> VerifyGradients(const VerifyContext& context) {
   }
   row.compared = "float32 gradients with the float64 reference: " + std::to_string(tensors) +
                  " tensors of " + std::to_string(passes.size()) + " kinds of pass";
-  row.measured = Short(worst.difference) + " of the largest of a tensor (" + worst.tensor + ")";
-  row.bound = Short(kGradientBound);
+  row.measured = ShortText(worst.difference) + " of the largest of a tensor (" + worst.tensor + ")";
+  row.bound = ShortText(kGradientBound);
   SALA_ASSIGN_OR_RETURN(const std::string gpu, CheckGpu(context, passes, &row));
   row.notes.push_back(gpu);
   return row;
@@ -499,11 +495,11 @@ StatusOr<VerifyRow> VerifyPacked(const VerifyContext& context) {
   }
   row.compared = "packed batches with each document alone, and with other documents around it: " +
                  std::to_string(documents) + " documents";
-  row.measured = "alone: losses within " + Short(loss) + " nats, gradients within " +
-                 Short(worst.difference) + " of the largest of a tensor" +
+  row.measured = "alone: losses within " + ShortText(loss) + " nats, gradients within " +
+                 ShortText(worst.difference) + " of the largest of a tensor" +
                  (row.verdict == Verdict::kHolds ? "; others around it: equal bits" : "");
-  row.bound = Short(kLossBound) + " (equal bits without linear layers), " + Short(kPackedBound) +
-              "; equal bits";
+  row.bound = ShortText(kLossBound) + " (equal bits without linear layers), " +
+              ShortText(kPackedBound) + "; equal bits";
   return row;
 }
 

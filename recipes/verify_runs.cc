@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <map>
@@ -25,12 +24,6 @@ namespace {
 using nlohmann::json;
 
 constexpr int64_t kMiddle = kVerifySteps / 2;  // the step after which a phase is stopped
-
-std::string Short(double value) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%.2g", value);
-  return text;
-}
 
 // "model.layers.3.mlp.up_proj.weight (layer 3, exp_avg)"
 std::string Named(const TensorDifference& tensor) {
@@ -204,7 +197,7 @@ Status CompareFinals(const std::string& where, const std::string& run_a, const s
     if (++other > kShown) continue;
     found->push_back(
         where + ": final checkpoint of stage " + stage + ": " + Named(tensor) + ": " +
-        (tensor.note.empty() ? "largest difference " + Short(tensor.max_abs) : tensor.note));
+        (tensor.note.empty() ? "largest difference " + ShortText(tensor.max_abs) : tensor.note));
   }
   count->other += other;
   if (other > kShown) {
@@ -419,8 +412,8 @@ Status CompareFirstSteps(const std::string& where, const std::string& one, const
   const auto take = [&](const std::string& what, double difference) {
     if (!(difference <= largest->value)) *largest = {difference, what};
     if (!(difference <= kLayoutBound)) {
-      row->Fail(where + ": " + what + " differs by " + Short(difference) +
-                " of its size, at most " + Short(kLayoutBound));
+      row->Fail(where + ": " + what + " differs by " + ShortText(difference) +
+                " of its size, at most " + ShortText(kLayoutBound));
     }
   };
   SALA_ASSIGN_OR_RETURN(const auto a, Metrics(one));
@@ -626,8 +619,8 @@ StatusOr<VerifyRow> VerifyRanks(const VerifyContext& context) {
     row.compared += ", the configuration's " + layout;
   }
   row.measured = "with rank_independent_sums " + BitsText(count) +
-                 "; without, gradients differ by " + Short(largest.value) + " of their size";
-  row.bound = "equal bits; " + Short(kLayoutBound);
+                 "; without, gradients differ by " + ShortText(largest.value) + " of their size";
+  row.bound = "equal bits; " + ShortText(kLayoutBound);
   return row;
 }
 
