@@ -1,44 +1,6 @@
-"""The faults that faults.py plants. One entry each:
+"""The faults of the CUDA kernels; fault.py says what an entry holds."""
 
-    Fault(
-        name        plain words, of the operation first
-        kind        the sort of mistake; summaries count by it
-        file        the file that is changed
-        old, new    its exact text, which must stand there once, and what is put in its place
-        tests       Suite.Test, ...: one of them must fail; the quickest that finds it
-        found_by    plain (default), asan or tsan: the build that finds it
-        unit        the .cu that is compiled, when `file` is a header
-        environment variables of the emulator, when only another order or device shows it
-        quick       planted in every test run
-    )
-
-A fault stands for a class of mistakes that somebody could make in that place: it compiles without a warning, and most of
-them leave nearly all numbers right. One that no test finds shows a hole in the tests; the test is to be improved then, not
-the fault replaced. Found by a sanitizer means that the plain build lets it pass.
-"""
-
-import dataclasses
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    name: str
-    kind: str
-    file: str
-    old: str
-    new: str
-    tests: tuple
-    found_by: str = "plain"
-    unit: str = ""
-    environment: dict = dataclasses.field(default_factory=dict)
-    quick: bool = False
-
-    def __post_init__(self):
-        if not self.unit:
-            object.__setattr__(self, "unit", self.file)
-        if isinstance(self.tests, str):
-            object.__setattr__(self, "tests", (self.tests,))
-
+from fault import Fault
 
 MATH = "kernels/common/cuda_math.h"
 ROWS = "kernels/common/cuda_rows.h"
