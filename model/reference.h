@@ -34,7 +34,7 @@ namespace sala::model {
 //   weight; the output of every linear map; queries and keys after norm and after rotation; the
 //   output of either attention; o_norm as a norm; the gate's sigmoid and its product; silu(gate),
 //   its product with up; a branch times the residual factor, then the sum; compressed keys; the
-//   block scores summed over heads; the logits.
+//   block scores summed over heads; the hidden states divided for the head; the logits.
 // Everything between two of these points is float64 where the published code has float32, or bf16
 // products summed in float32, and its attention kernels round probabilities to bfloat16 on the way.
 // So results agree to a bfloat16 rounding here and there, not to the bit.

@@ -129,9 +129,12 @@ class ReferenceModel {
 
   // [T, V]
   Vector Logits(const Vector& hidden) const {
+    Vector scaled = hidden;
+    for (Number& value : scaled) value /= config_.width_multiplier();
+    Store(&scaled);
     Vector logits = kernels::reference::Logits(
         static_cast<int64_t>(hidden.size()) / config_.hidden_size, config_.hidden_size,
-        config_.vocab_size, logit_scale(), hidden.data(), Get(head()));
+        config_.vocab_size, 1.0, scaled.data(), Get(head()));
     Store(&logits);
     return logits;
   }

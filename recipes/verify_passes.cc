@@ -543,8 +543,8 @@ bool SameBits(float a, float b) { return std::bit_cast<uint32_t>(a) == std::bit_
 
 // EXP-QKNORM is returned: the model has no place in the format.
 Status RoundTrip(Host& host, const std::string& directory, VerifyPass& pass, VerifyRow* row) {
-  for (const DType dtype : {DType::kF32, DType::kBF16}) {
-    const bool f32 = dtype == DType::kF32;
+  for (const WeightType dtype : {WeightType::kF32, WeightType::kBF16}) {
+    const bool f32 = dtype == WeightType::kF32;
     const std::string folder = directory + "/" + std::string(NameOf(dtype));
     SALA_RETURN_IF_ERROR(MakeDirectories(directory));
     SALA_RETURN_IF_ERROR(ExportModel(pass.plan.model, pass.params, nullptr, {},

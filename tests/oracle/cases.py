@@ -205,6 +205,7 @@ def all_cases():
             ce,
             sala("LSL", hidden_size=24, lightning_nh=12, lightning_head_dim=4),
             packed,
+            published=True,
         ),
         "hybrid_bare": lambda n: make(
             n,

@@ -95,7 +95,7 @@ void RegisterAll() {
       const std::string label = std::string(name) + "/" + std::to_string(s.m) + "x" +
                                 std::to_string(s.n) + "x" + std::to_string(s.k) + "/";
       for (InstructionSet set : SupportedInstructionSets()) {
-        if (isa == InstructionSet::kPortable) continue;
+        if (set == InstructionSet::kPortable) continue;
         benchmark::RegisterBenchmark((label + std::string(NameOf(set))).c_str(), RunOwn, form, set,
                                      s);
       }
