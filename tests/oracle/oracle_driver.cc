@@ -38,9 +38,9 @@
 #include "nlohmann/json.hpp"
 #include "parallel/communicator.h"
 #include "parallel/mesh.h"
-#include "recipes/export.h"
 #include "recipes/halo/align.h"
 #include "recipes/halo/transfer.h"
+#include "recipes/hf_folder.h"
 
 namespace sala {
 namespace {
@@ -126,12 +126,15 @@ StatusOr<Request> ReadRequest(const std::string& path) {
   }
 }
 
-// As the folder has it: a tied head is one tensor again, which LoadHfFolder makes two of.
+// As the folder has it: a tied head is one tensor.
 StatusOr<Folder> ReadFolder(const std::string& directory) {
-  SALA_ASSIGN_OR_RETURN(recipes::HfFolder loaded, recipes::LoadHfFolder(directory));
-  SALA_ASSIGN_OR_RETURN(const ModelConfig config, recipes::HfFolderConfig(directory));
-  Folder folder{config, ParameterStore(model::ParameterSpecs(config))};
-  model::TakeParts(loaded.params, &folder.params);
+  SALA_ASSIGN_OR_RETURN(const recipes::ModelFolder source,
+                        recipes::ModelFolder::Open(directory, {.keep_tied = true}));
+  SALA_RETURN_IF_ERROR(source.CheckValues());
+  Folder folder{source.config(), ParameterStore(source.specs())};
+  for (const model::ParameterSpec& spec : source.specs()) {
+    SALA_RETURN_IF_ERROR(source.Read(spec, 0, spec.numel, folder.params.data() + spec.offset));
+  }
   return folder;
 }
 
