@@ -59,8 +59,8 @@ TEST_F(DistilTest, LossIsTheKlOverAllPositions) {
   }
   expected /= static_cast<double>(batch_.size());
   ASSERT_GT(expected, 1e-4);
-  // halo.md 12.3 (5): 1e-6 absolute. Logits are rounded at 2^-24 times values of a few; KL is
-  // second order in them.
+  // docs/math/halo.md 9 (5): 1e-6 absolute. Logits are rounded at 2^-24 times values of a few; KL
+  // is second order in them.
   EXPECT_NEAR(loss, expected, 1e-6);
 }
 
