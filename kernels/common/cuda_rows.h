@@ -98,8 +98,8 @@ __device__ __forceinline__ int RowColumn(int p) {
   return static_cast<int>(threadIdx.x + static_cast<unsigned>(p) * blockDim.x) * 8;
 }
 
-// Norms of rows. The sum of a row's squares leaves float32 from numbers near 1e18 on. Then it is
-// taken again, of the numbers times kShrink, and stands with a minus sign:
+// Norms of rows. A sum of squares leaves float32 where the numbers are near 1e18 or larger. Then it
+// is taken again, of the numbers times kShrink, and stands with a minus sign:
 //   square >= 0: the sum of x^2;   square < 0: minus the sum of (x kShrink)^2
 constexpr float kShrink = 0x1p-80F;
 

@@ -140,7 +140,7 @@ TEST_F(RmsNormCuda, BackwardAgreesWithReferenceAndObeysWrite) {
     constexpr double kRoundings = kRowSum + 3 * (kRowSum / 2 + 4) + 10;
     for (Write write : {Write::kOverwrite, Write::kAccumulate}) {
       const bool accumulate = write == Write::kAccumulate;
-      const auto fresh = [&] {
+      const auto fresh = [&, tokens = tokens, width = width] {
         return accumulate ? DeviceMatrix(DType::kBF16, old_dx, 8)
                           : DeviceMatrix(DType::kBF16, tokens, width, 8);
       };
