@@ -187,8 +187,10 @@ StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& path) {
   const bool has_json = PathExists(path + "/tokenizer.json");
   return MakeError(ExitCode::kNoInput, "TOK-MISSING",
                    path + ": the directory has no tokenizer.model" +
-                       (has_json ? "; it has a tokenizer.json, a form that is not read" : "") +
-                       "; put the SentencePiece model there");
+                       (has_json ? ", only a tokenizer.json, a form that is not read: a model "
+                                   "without a SentencePiece tokenizer cannot be trained on its "
+                                   "own tokens"
+                                 : "; put the SentencePiece model there"));
 }
 
 }  // namespace sala::data

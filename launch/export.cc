@@ -41,6 +41,8 @@ void Print(const ExportCommand& command, const recipes::ExportReport& report) {
               shapes ? ", shapes only: the values are holes" : "",
               report.as_source ? ", in the form of the folder it came from" : "",
               report.verified ? ", read back and equal bit for bit" : "");
+  if (!report.source_problem.empty())
+    std::printf("not in the form of the folder it came from: %s\n", report.source_problem.c_str());
 }
 
 Status ExportShapes(const ExportCommand& command) {

@@ -326,26 +326,32 @@ Status CheckVocabulary(const model::ModelConfig& config, const data::Tokenizer* 
                                         "; name the tokenizer the model was trained with");
 }
 
-// Whether the folder the model came from still says what the model computes and is stored in the
-// wanted type: its configuration gives this model, its headers name exactly these tensors.
-bool SourceHolds(const SourceRecord& record, const model::ModelConfig& config,
-                 const nlohmann::json& hf_config, const HfConfigOptions& hf,
-                 const std::vector<model::ParameterSpec>& specs, const ExportOptions& options) {
+// "" where the folder the model came from still says what the model computes and is stored in the
+// wanted type: its configuration gives this model, its headers name exactly these tensors. Else why
+// not.
+std::string SourceProblem(const SourceRecord& record, const model::ModelConfig& config,
+                          const nlohmann::json& hf_config, const HfConfigOptions& hf,
+                          const std::vector<model::ParameterSpec>& specs,
+                          const ExportOptions& options) {
   const nlohmann::json json =
       nlohmann::json::parse(record.config, nullptr, /*allow_exceptions=*/false);
   const auto said = ModelConfigFromHf(json, "config.json");
-  if (!said.ok()) return false;
+  if (!said.ok()) return "its config.json is not read";
+  if (said->tie_word_embeddings && !config.tie_word_embeddings)
+    return "the head was untied from the embedding (import --keep-tied keeps it)";
   const auto said_json = HfConfig(*said, hf);
+  if (!said_json.ok() || *said_json != hf_config) return "the model is another one than it says";
   const auto tensors = record.Tensors();
-  if (!said_json.ok() || *said_json != hf_config || !tensors || tensors->size() != specs.size())
-    return false;
+  if (!tensors || tensors->size() != specs.size()) return "it has other tensors";
   std::map<std::string, std::vector<int64_t>> shapes;
   for (const model::ParameterSpec& spec : specs) shapes[spec.name] = spec.shape;
-  return std::all_of(tensors->begin(), tensors->end(), [&](const SourceRecord::Tensor& tensor) {
+  for (const SourceRecord::Tensor& tensor : *tensors) {
     const auto at = shapes.find(tensor.name);
-    return at != shapes.end() && at->second == tensor.shape &&
-           (!options.dtype || *options.dtype == tensor.type);
-  });
+    if (at == shapes.end() || at->second != tensor.shape) return "it has other tensors";
+    if (options.dtype && *options.dtype != tensor.type)
+      return "--dtype is another than that of its weights";
+  }
+  return "";
 }
 
 Status Place(const std::string& temporary, const std::string& directory, Status written) {
@@ -378,8 +384,10 @@ StatusOr<ExportReport> ExportModel(const model::ModelConfig& config,
   ExportReport report{.tensors = static_cast<int64_t>(params.specs().size()),
                       .parameters = params.parameters(),
                       .dtype = dtype};
-  report.as_source =
-      record != nullptr && SourceHolds(*record, config, hf_config, hf, params.specs(), options);
+  if (record != nullptr) {
+    report.source_problem = SourceProblem(*record, config, hf_config, hf, params.specs(), options);
+    report.as_source = report.source_problem.empty();
+  }
   std::map<std::string, WeightType> types;
   Texts texts{.config = hf_config.dump(2) + "\n",
               .generation = HfGenerationConfig(config, hf).dump(2) + "\n"};

@@ -42,7 +42,8 @@ struct ExportReport {
   int64_t parameters = 0;
   int64_t bytes = 0;  // of the weights
   WeightType dtype = WeightType::kBF16;
-  bool as_source = false;  // in the form of the folder the model came from
+  bool as_source = false;           // in the form of the folder the model came from
+  std::string source_problem = {};  // why not, where it came from one
   bool verified = false;
 };
 

@@ -400,7 +400,7 @@ StatusOr<nlohmann::json> HfConfig(const model::ModelConfig& config,
     return MakeError(ExitCode::kData, "EXP-QKNORM",
                      "attn_qk_norm is true: the exported format (" + type +
                          ") has no query/key norm in softmax layers; train with "
-                         "attn_qk_norm: false, or export nothing");
+                         "attn_qk_norm: false, or start from a llama or minicpm teacher");
   }
   const char* dtype = NamesOf(options.dtype).config;
   nlohmann::json out = {

@@ -151,7 +151,8 @@ Status HaloStage::Prepare() {
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), batches.status()));
   held_out_ = std::move(batches).value();
   if (is_root()) {
-    for (const std::string& warning : HaloWarnings(halo_, plan_)) SALA_LOG(Warn) << warning;
+    for (const std::string& warning : HaloWarnings(halo_, plan_, teacher_.config))
+      SALA_LOG(Warn) << warning;
     SALA_LOG(Info) << "stage " << stage_.name << ": teacher " << input_.init_path << ", "
                    << teacher_.config.num_hidden_layers << " layers, " << plan_.softmax_layers
                    << " keep softmax attention (by decision: " << Text(plan_.forced)
@@ -427,7 +428,8 @@ Status HaloStage::Distil() {
       std::isfinite(summary.validation_before) ? summary.validation_before : summary.first_loss;
   if (std::isfinite(before)) state_["kl_before"] = before;
   SALA_ASSIGN_OR_RETURN(const DistilReport trained, Compare());
-  state_["distilled"] = {{"kl", trained.kl}, {"student_loss", trained.student_loss}};
+  if (trained.tokens > 0)
+    state_["distilled"] = {{"kl", trained.kl}, {"student_loss", trained.student_loss}};
   return OkStatus();
 }
 
@@ -472,21 +474,26 @@ StatusOr<StageSummary> HaloStage::Finish() {
   }
   summary.loss_before = final.tokens > 0 ? final.teacher_loss : std::nan("");
   summary.loss_after = final.tokens > 0 ? final.student_loss : std::nan("");
-  const json distilled = state_.value("distilled", json::object());
-  const double kl_distilled = NumberOf(distilled, "kl");
-  summary.note = "softmax layers " + Text(chosen_) + "; KL " +
-                 Text("%.4f", NumberOf(state_, "kl_before")) + " -> " + Text("%.4f", kl_distilled) +
-                 ", handed on with " + Text("%.4f", final.kl);
-  state_["result"] = {
-      {"kl_trained", kl_distilled},         {"kl_final", final.kl},
-      {"teacher_loss", final.teacher_loss}, {"student_loss", final.student_loss},
-      {"agreement", final.agreement},       {"teacher_entropy", final.teacher_entropy}};
+  summary.note = "softmax layers " + Text(chosen_);
+  std::string losses;
+  if (final.tokens > 0) {
+    const json distilled = state_.value("distilled", json::object());
+    const double kl_distilled = NumberOf(distilled, "kl");
+    summary.note += "; KL " + Text("%.4f", NumberOf(state_, "kl_before")) + " -> " +
+                    Text("%.4f", kl_distilled) + ", handed on with " + Text("%.4f", final.kl);
+    losses = "; held-out loss: teacher " + Text("%.4f", final.teacher_loss) + ", hybrid " +
+             Text("%.4f", NumberOf(distilled, "student_loss")) + ", handed on " +
+             Text("%.4f", final.student_loss);
+    state_["result"] = {
+        {"kl_trained", kl_distilled},         {"kl_final", final.kl},
+        {"teacher_loss", final.teacher_loss}, {"student_loss", final.student_loss},
+        {"agreement", final.agreement},       {"teacher_entropy", final.teacher_entropy}};
+  } else {
+    summary.note += "; KL not measured: no held-out documents (data.validation)";
+  }
   if (is_root()) {
     SALA_LOG(Info) << "stage " << stage_.name << ": " << summary.note
-                   << " (no rotary embedding, gated softmax layers); "
-                   << "held-out loss: teacher " << Text("%.4f", final.teacher_loss) << ", hybrid "
-                   << Text("%.4f", NumberOf(distilled, "student_loss")) << ", handed on "
-                   << Text("%.4f", final.student_loss);
+                   << " (no rotary embedding, gated softmax layers)" << losses;
   }
 
   ++session_.global_step;  // the assembled model is not the end of a training step: its checkpoint

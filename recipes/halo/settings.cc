@@ -119,7 +119,8 @@ StatusOr<HaloPlan> PlanHalo(const StageConfig& stage, const model::ModelConfig& 
   return plan;
 }
 
-std::vector<std::string> HaloWarnings(const HaloConfig& halo, const HaloPlan& plan) {
+std::vector<std::string> HaloWarnings(const HaloConfig& halo, const HaloPlan& plan,
+                                      const model::ModelConfig& teacher) {
   std::vector<std::string> warnings;
   if (std::string frozen = FrozenLayersWarning(halo); !frozen.empty())
     warnings.push_back(std::move(frozen));
@@ -133,6 +134,12 @@ std::vector<std::string> HaloWarnings(const HaloConfig& halo, const HaloPlan& pl
         "layer 0 may become linear: the reference implementation counts the tokens of its cache "
         "by layer 0, which a linear layer does not fill; put 0 into halo.keep if the result shall "
         "generate there");
+  }
+  if (teacher.attn_qk_norm && plan.softmax_layers > 0) {
+    warnings.emplace_back(
+        "the teacher's softmax layers have query/key norm, and so will the hybrid's: no exported "
+        "format has a place for it (EXP-QKNORM), so the result trains and generates in this "
+        "program only; a llama or minicpm teacher gives a hybrid that can be exported");
   }
   return warnings;
 }

@@ -22,7 +22,8 @@ struct HaloPlan {
 // CFG-HALO (78), naming the keys. `stage.halo` is present.
 StatusOr<HaloPlan> PlanHalo(const StageConfig& stage, const model::ModelConfig& teacher);
 
-// Settings that are allowed but known to give a bad result.
-std::vector<std::string> HaloWarnings(const HaloConfig& halo, const HaloPlan& plan);
+// Settings that are allowed but known to give a bad result, or one of less use than may be thought.
+std::vector<std::string> HaloWarnings(const HaloConfig& halo, const HaloPlan& plan,
+                                      const model::ModelConfig& teacher);
 
 }  // namespace sala::recipes

@@ -113,11 +113,12 @@ class Exchange(unittest.TestCase):
         shutil.copytree(teacher("llama"), folder)
         (folder / "byte_tokenizer.json").unlink()
         run = h.ROOT / "runs" / "other-tokenizer"
-        h.succeed(["import", "--from", folder, "--to", run])
+        self.assertIn("tokenizer.json is kept for exports but not read", h.succeed(["import", "--from", folder, "--to", run]).out)
         checkpoint = run / "checkpoints" / "step-000000000"
-        for name, more in (("same", []), ("other-type", ["--dtype", "bf16"])):
+        for name, more, form in (("same", [], "in the form of the folder it came from"),
+                                 ("other-type", ["--dtype", "bf16"], "not in the form of the folder it came from: --dtype is another")):
             exported = h.ROOT / "exports" / f"other-tokenizer-{name}"
-            h.succeed(["export", "--ckpt", checkpoint, "--to", exported, *more])
+            self.assertIn(form, h.succeed(["export", "--ckpt", checkpoint, "--to", exported, *more]).out)
             for file in ("tokenizer.json", "chat_template.jinja"):
                 self.assertEqual((exported / file).read_bytes(), (folder / file).read_bytes())
         self.assertEqual(files(h.ROOT / "exports" / "other-tokenizer-same"), files(folder))

@@ -123,6 +123,15 @@ class Pipeline(unittest.TestCase):
               f"teacher {result['teacher_loss']:.4f}, hybrid {result['student_loss']:.4f}")
         self.assertLess(result["kl_trained"], before)
 
+    def test_without_held_out_documents_nothing_is_said_to_be_measured(self):
+        run = h.ROOT / "runs" / "unmeasured"
+        stage = h.halo("halo", 2, 2, init_from={"path": str(self.final["base"])}, data=h.data(h.ingest("prose"), validation={"fraction": 0}))
+        stage["halo"].update(selector="uniform")
+        h.succeed(h.train(h.write_stage(h.ROOT / "unmeasured.yaml", stage), run))
+        row, = json.loads((run / "summary.json").read_text())
+        self.assertIn("KL not measured", row["note"])
+        self.assertNotIn("result", h.manifest(h.checkpoints(run)[-1])["trainer"]["halo"])
+
     def test_the_hybrid_has_the_chosen_layers(self):
         state = h.manifest(self.final["halo"])["trainer"]["halo"]
         mixers = h.manifest(self.final["halo"])["model"]["mixer_types"]

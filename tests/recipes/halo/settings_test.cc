@@ -95,7 +95,9 @@ TEST(HaloPlan, RefusesContradictions) {
 
 TEST(HaloWarnings, NameFrozenLayersThatChange) {
   const HaloPlan plan{.softmax_layers = 2, .forced = {0}, .explicit_layers = {}};
-  const auto warnings = [&plan](const HaloConfig& halo) { return HaloWarnings(halo, plan); };
+  const auto warnings = [&plan](const HaloConfig& halo) {
+    return HaloWarnings(halo, plan, Teacher(8));
+  };
   HaloConfig halo;
   EXPECT_THAT(warnings(halo), IsEmpty());
   halo.nope_at = HaloMoment::kDistil;
@@ -112,7 +114,7 @@ TEST(HaloWarnings, NameFrozenLayersThatChange) {
 
 TEST(HaloWarnings, NameALinearLayer0AndAStudentWithoutSoftmax) {
   const auto warnings = [](const StageConfig& stage, int64_t layers) {
-    return HaloWarnings(*stage.halo, *PlanHalo(stage, Teacher(layers)));
+    return HaloWarnings(*stage.halo, *PlanHalo(stage, Teacher(layers)), Teacher(layers));
   };
   StageConfig stage = Stage();
   EXPECT_THAT(warnings(stage, 8), ElementsAre(HasSubstr("layer 0 may become linear")));
@@ -130,6 +132,15 @@ TEST(HaloWarnings, NameALinearLayer0AndAStudentWithoutSoftmax) {
   EXPECT_THAT(warnings(stage, 8), ElementsAre(HasSubstr("layer 0 may become linear")));
   stage.halo->explicit_layers = {3, 0};
   EXPECT_THAT(warnings(stage, 8), IsEmpty());
+}
+
+TEST(HaloWarnings, SayThatAHybridWithQueryKeyNormCannotBeExported) {
+  StageConfig stage = Stage();
+  stage.halo->keep = {0};
+  model::ModelConfig teacher = Teacher(8);
+  teacher.attn_qk_norm = true;
+  EXPECT_THAT(HaloWarnings(*stage.halo, *PlanHalo(stage, teacher), teacher),
+              ElementsAre(HasSubstr("EXP-QKNORM")));
 }
 
 TEST(HaloPhase, DefaultsToOneRateForAllTensorsAndNoDecay) {
