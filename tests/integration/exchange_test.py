@@ -178,7 +178,7 @@ class Exchange(unittest.TestCase):
         h.succeed(h.train(config, run))
         exported = h.ROOT / "exports" / "halo"
         result = h.succeed(["export", "--ckpt", h.final_checkpoints(run)["halo"], "--to", exported])
-        self.assertNotIn("in the form of", result.out)
+        self.assertIn("not in the form of the folder it came from: the model is another one than it says", result.out)
         written = json.loads((exported / "config.json").read_text())
         self.assertEqual(written["model_type"], "minicpm_sala")
         self.assertEqual(written["mixer_types"].count("lightning-attn"), 2)

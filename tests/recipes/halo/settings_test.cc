@@ -23,6 +23,7 @@ model::ModelConfig Teacher(int64_t layers) {
   model::ModelConfig config = testing::TeacherConfig();
   config.num_hidden_layers = layers;
   config.mixer_types.clear();
+  config.attn_qk_norm = false;  // as a minicpm has it
   EXPECT_TRUE(config.Resolve().ok());
   return config;
 }
