@@ -110,8 +110,8 @@ StatusOr<Sums> ReadTensor(const ModelFolder& folder, const model::ParameterSpec&
       return MakeError(
           ExitCode::kData, "IMP-NUMBERS",
           folder.directory() + ": " + spec.name + ": element " + std::to_string(i) + " is " +
-              nlohmann::json(value).dump() +
-              (std::isfinite(value) ? ", too large for float32" : ", not a finite number") +
+              (std::isfinite(value) ? nlohmann::json(value).dump() + ", too large for float32"
+                                    : std::to_string(value) + ", not a finite number") +
               "; take another copy or an earlier version of the model");
     }
     const double number = out[i];
