@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <map>
 #include <optional>
 #include <sstream>
@@ -131,11 +132,23 @@ std::string StepText(const StepKey& key) {
          std::get<2>(key) + ")";
 }
 
-// Where steps that both runs have are not the same bits; "" when they are. The first one only: all
-// later ones follow from it.
-StatusOr<std::string> FirstOtherStep(const std::string& run_a, const std::string& run_b) {
+// Steps (begin, end] of a run.
+struct StepRange {
+  int64_t begin = 0;
+  int64_t end = std::numeric_limits<int64_t>::max();
+};
+
+// Where steps are not the same bits in both runs; "" when they are. The first one only: all later
+// ones follow from it. `run_b` has the steps of the range, `run_a` those and others.
+StatusOr<std::string> FirstOtherStep(const std::string& run_a, const std::string& run_b,
+                                     const StepRange& range = {}) {
   SALA_ASSIGN_OR_RETURN(const auto a, Metrics(run_a));
   SALA_ASSIGN_OR_RETURN(const auto b, Metrics(run_b));
+  for (const auto& [key, line] : a) {
+    const int64_t step = std::get<0>(key);
+    if (step > range.begin && step <= range.end && b.find(key) == b.end())
+      return StepText(key) + " is in one of the runs only";
+  }
   for (const auto& [key, line] : b) {
     const auto it = a.find(key);
     if (it == a.end()) return StepText(key) + " is in one of the runs only";
@@ -152,21 +165,22 @@ StatusOr<std::string> FirstOtherStep(const std::string& run_a, const std::string
 struct SavedStep {
   std::string directory;
   StagePosition position;
+  int64_t global_step = 0;
 };
 
 StatusOr<std::vector<SavedStep>> SavedSteps(const std::string& run) {
   std::vector<SavedStep> steps;
   for (const CheckpointListing& entry : ListCheckpoints(run + "/checkpoints")) {
     SALA_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(entry.directory));
-    steps.push_back({entry.directory, PositionOf(checkpoint)});
+    steps.push_back({entry.directory, PositionOf(checkpoint), checkpoint.info().global_step});
   }
   return steps;
 }
 
-StatusOr<std::string> FinalOf(const std::string& run, const std::string& stage) {
+StatusOr<SavedStep> FinalOf(const std::string& run, const std::string& stage) {
   SALA_ASSIGN_OR_RETURN(const std::vector<SavedStep> steps, SavedSteps(run));
   for (const SavedStep& step : steps) {
-    if (step.position.stage_final && step.position.stage == stage) return step.directory;
+    if (step.position.stage_final && step.position.stage == stage) return step;
   }
   return MakeError(ExitCode::kData, "CKPT-NONE",
                    run + ": no checkpoint of the end of stage " + stage);
@@ -186,9 +200,10 @@ struct BitCount {
 // Final checkpoints of a stage, bit for bit; the first tensors that differ become failures.
 Status CompareFinals(const std::string& where, const std::string& run_a, const std::string& run_b,
                      const std::string& stage, BitCount* count, std::vector<std::string>* found) {
-  SALA_ASSIGN_OR_RETURN(const std::string a, FinalOf(run_a, stage));
-  SALA_ASSIGN_OR_RETURN(const std::string b, FinalOf(run_b, stage));
-  SALA_ASSIGN_OR_RETURN(const std::vector<TensorDifference> tensors, Differences(a, b));
+  SALA_ASSIGN_OR_RETURN(const SavedStep a, FinalOf(run_a, stage));
+  SALA_ASSIGN_OR_RETURN(const SavedStep b, FinalOf(run_b, stage));
+  SALA_ASSIGN_OR_RETURN(const std::vector<TensorDifference> tensors,
+                        Differences(a.directory, b.directory));
   constexpr int64_t kShown = 3;
   int64_t other = 0;
   for (const TensorDifference& tensor : tensors) {
@@ -340,7 +355,10 @@ StatusOr<std::vector<std::string>> ResumeAt(const VerifyContext& context, const 
                         WritePipeline(context, name, UpTo(context, at.stage_index)));
   SALA_RETURN_IF_ERROR(Train(context, name, {.config = file, .run = copy}));
   std::vector<std::string> found;
-  SALA_ASSIGN_OR_RETURN(const std::string other, FirstOtherStep(run, copy));
+  SALA_ASSIGN_OR_RETURN(const SavedStep end, FinalOf(run, at.stage));
+  SALA_ASSIGN_OR_RETURN(
+      const std::string other,
+      FirstOtherStep(run, copy, {.begin = step.global_step, .end = end.global_step}));
   if (!other.empty()) found.push_back(where + ": " + other);
   SALA_RETURN_IF_ERROR(CompareFinals(where, run, copy, at.stage, count, &found));
   return found;
@@ -506,8 +524,9 @@ Status OpenAndVerify(const std::string& directory) {
 // That a flipped bit in a copy is found, and named by file and tensor.
 Status DamageIsFound(const VerifyContext& context, VerifyRow* row) {
   SALA_ASSIGN_OR_RETURN(const std::string run, StraightRun(context, false));
-  SALA_ASSIGN_OR_RETURN(const std::string good,
+  SALA_ASSIGN_OR_RETURN(const SavedStep last,
                         FinalOf(run, context.scaled->config.stages.back().name));
+  const std::string& good = last.directory;
   SALA_RETURN_IF_ERROR(OpenAndVerify(good));
   const std::string copy = context.directory + "/damaged/" + BaseName(good);
   SALA_RETURN_IF_ERROR(CopyTree(good, copy));

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import tempfile
 import time
@@ -176,13 +177,15 @@ class BrokenThings(unittest.TestCase):
 
 class Use(unittest.TestCase):
     def test_ctrl_c_leaves_nothing_behind(self):
-        before = temporaries()
-        job = h.Job(["verify", one_stage(), "--only", "resume"])
-        self.assertTrue(job.wait_for(lambda: temporaries() - before, "a temporary directory"))
-        time.sleep(0.5)  # a run is under way, most likely
-        job.process.send_signal(h.SIGTERM)
-        self.assertEqual(job.result().code, -h.SIGTERM)
-        self.assertEqual(temporaries(), before)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            with self.subTest(number.name):
+                before = temporaries()
+                job = h.Job(["verify", one_stage(), "--only", "resume"])
+                self.assertTrue(job.wait_for(lambda: temporaries() - before, "a temporary directory"))
+                time.sleep(0.5)  # a run is under way, most likely
+                job.process.send_signal(number)
+                self.assertEqual(job.result().code, -number)
+                self.assertEqual(temporaries(), before)
 
     def test_no_mpirun(self):
         config = one_stage("no-mpirun")
