@@ -378,15 +378,12 @@ void ReadHybrid(FieldReader& in, const std::string& path, model::ModelConfig* c)
 }
 
 // The limits that the configuration language has for the keys of a model: a checkpoint's model.yaml
-// is read with them. The first line of what is wrong.
+// is read with them.
 Status CheckRanges(const model::ModelConfig& config) {
   SALA_ASSIGN_OR_RETURN(const ConfigDocument document,
                         ConfigDocument::Parse(EmitConfig(config), "as a model"));
   model::ModelConfig again;
-  const Status status = BindConfig(document, &again);
-  if (status.ok()) return status;
-  const std::string text = MessageOf(status);
-  return MakeError(ExitCode::kData, "IMP-FIELD", text.substr(0, text.find('\n')));
+  return BindConfig(document, &again);
 }
 
 }  // namespace
@@ -507,8 +504,9 @@ StatusOr<model::ModelConfig> ModelConfigFromHf(const nlohmann::json& json,
   SALA_RETURN_IF_ERROR(in.status());
   Status usable = config.Resolve();
   if (usable.ok()) usable = CheckRanges(config);
-  if (!usable.ok()) return MakeError(ExitCode::kData, "IMP-FIELD", path + ": " + MessageOf(usable));
-  return config;
+  if (usable.ok()) return config;
+  const std::string text = MessageOf(usable);  // a line for each key
+  return MakeError(ExitCode::kData, "IMP-FIELD", path + ": " + text.substr(0, text.find('\n')));
 }
 
 }  // namespace sala::recipes
