@@ -43,8 +43,8 @@ struct DistillationOptions {
   float temperature = 1.0F;
 };
 
-// KL(teacher || student) over every token of the batch (halo.md 6). Gradients of the student
-// accumulate.
+// KL(teacher || student) over every token of the batch (docs/math/halo.md 6). Gradients of the
+// student accumulate.
 DistillationResult DistillationStep(const Context& ctx, Arena& arena, const Model& teacher,
                                     const Model& student, const Batch& batch,
                                     const DistillationOptions& options,

@@ -11,6 +11,8 @@
 //     same inputs give the same bits on every device.
 #pragma once
 
+#include <cmath>
+
 #include "kernels/common/cuda_math.h"
 #include "kernels/common/tensor_check.h"
 
@@ -94,6 +96,47 @@ inline unsigned RowThreads(int64_t width) {
 // kMaxRowWidth.
 __device__ __forceinline__ int RowColumn(int p) {
   return static_cast<int>(threadIdx.x + static_cast<unsigned>(p) * blockDim.x) * 8;
+}
+
+// Norms of rows. A sum of squares leaves float32 where the numbers are near 1e18 or larger. Then it
+// is taken again, of the numbers times kShrink, and stands with a minus sign:
+//   square >= 0: the sum of x^2;   square < 0: minus the sum of (x kShrink)^2
+constexpr float kShrink = 0x1p-80F;
+
+// square += the sum of (x factor)^2
+__device__ __forceinline__ void AddSquares(const float (&x)[8], float factor, float& square) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) square += x[j] * factor * (x[j] * factor);
+}
+
+// `square` of a block's row, on every thread; share(factor) gives the thread's part of the sum of
+// (x factor)^2.
+template <typename Share>
+__device__ __forceinline__ float BlockSquare(const Share& share, float* slots) {
+  const float square = BlockSum(share(1.0F), slots);
+  return square == INFINITY ? -BlockSum(share(kShrink), slots) : square;
+}
+
+// Of a row that the block holds in registers.
+template <int kPacks>
+__device__ __forceinline__ float BlockSquare(const float (&x)[kPacks][8], int64_t width,
+                                             float* slots) {
+  return BlockSquare(
+      [&](float factor) {
+        float square = 0.0F;
+#pragma unroll
+        for (int p = 0; p < kPacks; ++p) {
+          if (RowColumn(p) < width) AddSquares(x[p], factor, square);
+        }
+        return square;
+      },
+      slots);
+}
+
+// r = (mean(x^2) + eps)^-1/2. Beside a `square` below zero eps is nothing.
+__device__ __forceinline__ float RstdOf(float square, int64_t width, float eps) {
+  const auto n = static_cast<float>(width);
+  return square < 0.0F ? kShrink / sqrtf(-square / n) : 1.0F / sqrtf(square / n + eps);
 }
 
 // Blocks that share the rows where sums over rows are kept.

@@ -1,7 +1,7 @@
 // Distillation loss KL(teacher || student) on logits, fused with both output heads, in chunks of
 // tokens.
 //   loss_sum = sum_t tau^2 sum_v p_T (log p_T - log p_S),  p = softmax(logits / tau),  every token
-//   counts gradient on the student's logits: tau (p_S - p_T)   (halo.md 6)
+//   counts gradient on the student's logits: tau (p_S - p_T)   (docs/math/halo.md 6)
 //
 // On a GPU hidden states, weights and dhidden are bf16, logits stay f32 and the gradient of the
 // student's, an operand of two products, is bf16; widths and row strides are multiples of 8, V is

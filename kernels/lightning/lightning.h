@@ -26,7 +26,7 @@ namespace sala::kernels {
 
 // The decay slopes of n heads: 2^(-8 (h+1) / n) for a power of two; otherwise those of the largest
 // power of two p below n, then every second slope of 2p heads (the ALiBi rule). Source:
-// model.md 3.2.
+// docs/math/lightning.md.
 std::vector<float> LightningSlopes(int64_t n);
 
 // q, k, v f32 [T, N, D] (any token stride), cu_seqlens [S + 1], slopes [N].

@@ -1,6 +1,6 @@
 // HyPE's position-dependent scale of the queries of softmax layers: q_t <- s_t q_t, s_t = log(t +
-// a) / log(a), t the position in the document (halo.md 7; arXiv 2601.22156). Used at inference
-// only.
+// a) / log(a), t the position in the document (docs/math/halo.md 7; arXiv 2601.22156). Used at
+// inference only.
 #pragma once
 
 #include "core/context.h"

@@ -1,4 +1,5 @@
-// Squared error between a student's and a teacher's hidden states (HALO alignment, halo.md 4).
+// Squared error between a student's and a teacher's hidden states (HALO alignment,
+// docs/math/halo.md 2).
 //
 // On a GPU y, target and dy are bf16, and H and row strides are multiples of 8. Sums are taken in
 // float64 by a tree that depends on the shape only; the result is waited for.

@@ -1,4 +1,5 @@
 #include <functional>
+#include <limits>
 #include <optional>
 #include <utility>
 
@@ -64,18 +65,30 @@ SALA_INLINE void NormBackwardRowBody(int64_t n, const float* dn, const float* o,
 }
 constexpr Vectorized<NormBackwardRowBody> NormBackwardRow{};
 
+// What output_gate.h says of the sum of squares that one rank sends.
+constexpr double kShrinkSquare = 0x1p-160;
+float SentSquare(double square) {
+  return static_cast<float>(square > std::numeric_limits<float>::max() ? -square * kShrinkSquare
+                                                                       : square);
+}
+double ReceivedSquare(double sent) { return sent < 0 ? -sent / kShrinkSquare : sent; }
+
+enum class RowSum { kSquares, kDots };
+
 // One number a token that is summed over the ranks: all rows' own first, then Total.
 class RowTotals {
  public:
   // Without an exchange Total works the number out when it is asked for.
-  RowTotals(const Context& ctx, const WidthShard& shard, int64_t rows,
+  RowTotals(const Context& ctx, const WidthShard& shard, int64_t rows, RowSum kind,
             std::function<double(int64_t row)> own)
-      : own_(std::move(own)), exchange_(shard.exchange), rows_(rows) {
+      : own_(std::move(own)), exchange_(shard.exchange), rows_(rows), kind_(kind) {
     if (exchange_ == nullptr || rows == 0) return;
     buffer_.emplace(ctx, *exchange_, rows);
     auto* mine = buffer_->mine.Data<float>();
     ctx.pool->For(rows, kRowGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) mine[t] = static_cast<float>(own_(t));
+      for (int64_t t = begin; t < end; ++t) {
+        mine[t] = kind_ == RowSum::kSquares ? SentSquare(own_(t)) : static_cast<float>(own_(t));
+      }
     });
     buffer_->Gather(ctx, *exchange_, rows);
   }
@@ -83,7 +96,8 @@ class RowTotals {
     if (exchange_ == nullptr) return own_(row);
     double sum = 0;
     for (int64_t k = 0; k < exchange_->ranks; ++k) {
-      sum += static_cast<double>(buffer_->all.Data<float>()[k * rows_ + row]);
+      const double sent = buffer_->all.Data<float>()[k * rows_ + row];
+      sum += kind_ == RowSum::kSquares ? ReceivedSquare(sent) : sent;
     }
     return sum;
   }
@@ -92,6 +106,7 @@ class RowTotals {
   std::function<double(int64_t)> own_;
   const RankExchange* exchange_;
   int64_t rows_;
+  RowSum kind_;
   std::optional<GatherBuffer> buffer_;
 };
 
@@ -126,7 +141,7 @@ void OutputGateForward(const Context& ctx, const ConstTensor& o, const ConstTens
   const ArenaScope scope(*ctx.scratch);
   std::optional<RowTotals> squares;
   if (!weight.empty()) {
-    squares.emplace(ctx, shard, o.dim(0),
+    squares.emplace(ctx, shard, o.dim(0), RowSum::kSquares,
                     [&](int64_t t) { return SquareRow(columns, o.Row<float>(t)); });
   }
   ctx.pool->For(o.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
@@ -171,7 +186,7 @@ void OutputGateBackward(const Context& ctx, const ConstTensor& dy, const ConstTe
     return;
   }
   const ArenaScope scope(*ctx.scratch);
-  const RowTotals dots(ctx, shard, o.dim(0), [&](int64_t t) {
+  const RowTotals dots(ctx, shard, o.dim(0), RowSum::kDots, [&](int64_t t) {
     return DotRow(columns, gate_row(t), o.Row<float>(t), weight.Data<float>());
   });
   ForRowsWithSums(ctx, o.dim(0), columns, dweight, [&](int64_t begin, int64_t end, float* sums) {

@@ -22,6 +22,19 @@ struct RowNumbers {
     for (int k = 0; k < ranks; ++k) sum += all[k * rows + row];
     return sum;
   }
+  // Of numbers that BlockSquare gave, again such a number.
+  __device__ __forceinline__ float TotalSquare(int64_t row) const {
+    bool shrunk = false;
+    float sum = 0.0F;
+    float shrunk_sum = 0.0F;
+    for (int k = 0; k < ranks; ++k) {
+      const float square = all[k * rows + row];
+      shrunk = shrunk || square < 0.0F;
+      sum += square;
+      shrunk_sum += square < 0.0F ? -square : square * kShrink * kShrink;
+    }
+    return shrunk || sum == INFINITY ? -shrunk_sum : sum;
+  }
 };
 
 struct Forward {
@@ -55,21 +68,24 @@ __global__ void __launch_bounds__(kRowThreads) SquareKernel(Forward f) {
   SharedMemory shared;
   float* slots = shared.Take<float>(kRowThreads / kWarp);
   const int64_t row = blockIdx.x;
-  float square = 0.0F;
-  for (int64_t column = threadIdx.x * 8; column < f.width; column += blockDim.x * 8) {
-    float o[8];
-    Load8(f.o + row * f.o_stride + column, o);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) square += o[j] * o[j];
-  }
-  square = BlockSum(square, slots);
+  const float square = BlockSquare(
+      [&](float factor) {
+        float sum = 0.0F;
+        for (int64_t column = threadIdx.x * 8; column < f.width; column += blockDim.x * 8) {
+          float o[8];
+          Load8(f.o + row * f.o_stride + column, o);
+          AddSquares(o, factor, sum);
+        }
+        return sum;
+      },
+      slots);
   if (threadIdx.x == 0) f.squares.mine[row] = square;
 }
 
 // A block a row whose sum over all ranks is there: no need to hold it in registers.
 __global__ void __launch_bounds__(kRowThreads) CutForwardKernel(Forward f) {
   const int64_t row = blockIdx.x;
-  const float r = 1.0F / sqrtf(f.squares.Total(row) / static_cast<float>(f.norm_width) + f.eps);
+  const float r = RstdOf(f.squares.TotalSquare(row), f.norm_width, f.eps);
   if (threadIdx.x == 0) f.rstd[row] = r;
   for (int64_t column = threadIdx.x * 8; column < f.width; column += blockDim.x * 8) {
     float o[8], weight[8];
@@ -94,7 +110,6 @@ __global__ void __launch_bounds__(kRowThreads) NormForwardKernel(Forward f) {
   const int64_t row = blockIdx.x;
   float o[kPacks][8];
   Bf16x8 z_pack[kPacks];
-  float square = 0.0F;
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
     const int column = RowColumn(p);
@@ -103,11 +118,8 @@ __global__ void __launch_bounds__(kRowThreads) NormForwardKernel(Forward f) {
     if (f.z != nullptr) {
       z_pack[p] = LoadPack(f.z + row * f.z_stride + column);
     }
-#pragma unroll
-    for (int j = 0; j < 8; ++j) square += o[p][j] * o[p][j];
   }
-  square = BlockSum(square, slots);
-  const float r = 1.0F / sqrtf(square / static_cast<float>(f.width) + f.eps);
+  const float r = RstdOf(BlockSquare(o, f.width, slots), f.width, f.eps);
   if (threadIdx.x == 0) f.rstd[row] = r;
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
@@ -189,7 +201,7 @@ __global__ void __launch_bounds__(kRowThreads) DotKernel(Backward b) {
 }
 
 // With n_i = o_i r w_i, dn = dy s and dz = dy n s (1 - s):
-//   do_i = r w_i dn_i - o_i r^3 mean_j(w_j dn_j o_j),   dw_i = sum over rows of dn_i o_i r
+//   do_i = r (w_i dn_i - (o_i r) mean_j(w_j dn_j o_j r)),   dw_i = sum over rows of dn_i o_i r
 // kCut: the sums of the rows over all ranks are there.
 template <int kPacks, bool kCut>
 __global__ void __launch_bounds__(kRowThreads) NormBackwardKernel(Backward b) {
@@ -225,7 +237,7 @@ __global__ void __launch_bounds__(kRowThreads) NormBackwardKernel(Backward b) {
       for (int j = 0; j < 8; ++j) dot += weight[j] * dn[p][j] * o[j];
     }
     dot = kCut ? b.dots.Total(row) : BlockSum(dot, slots);
-    const float slope = dot / static_cast<float>(b.norm_width) * r * r * r;
+    const float mean = dot * r / static_cast<float>(b.norm_width);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       const int column = RowColumn(p);
@@ -241,7 +253,7 @@ __global__ void __launch_bounds__(kRowThreads) NormBackwardKernel(Backward b) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         sums[p][j] += dn[p][j] * (o[j] * r);
-        dn[p][j] = r * weight[j] * dn[p][j] - slope * o[j];
+        dn[p][j] = r * (weight[j] * dn[p][j] - o[j] * r * mean);
       }
       Store8(b.dout + row * b.dout_stride + column, dn[p]);
     }

@@ -11,8 +11,9 @@
 //
 // Cut over ranks (WidthShard) each rank has W columns of a layer of `width`, and the norm is that
 // of the whole width. With a norm and T > 0 each pass exchanges once, one float32 a token: the sums
-// of squares forward, the dots w dn o backward; T * 4 bytes from each rank in either pass. All else
-// is local. Every rank gets the same rstd, to the bit. Scratch: 4 T (ranks + 1) bytes.
+// of squares forward, the dots w dn o backward; T * 4 bytes from each rank in either pass. A sum of
+// squares beyond float32 is sent as minus its 2^-160th. All else is local. Every rank gets the same
+// rstd, to the bit. Scratch: 4 T (ranks + 1) bytes.
 #pragma once
 
 #include "core/context.h"

@@ -7,8 +7,8 @@
 // registers.
 //
 // Backward, with dn the gradient turned back:
-//   dx_i = r w_i dn_i - x_i r^3 mean_j(w_j dn_j x_j),   dw_i = sum over tokens and heads of dn_i
-//   x_i r
+//   dx_i = r (w_i dn_i - (x_i r) mean_j(w_j dn_j x_j r))
+//   dw_i = sum over tokens and heads of dn_i x_i r
 // dw is kept in registers over all tokens of a block; one row of partial sums a block, which
 // AddColumnSums joins.
 #include <vector>
@@ -117,6 +117,21 @@ __device__ __forceinline__ float HeadSum(float value, int lanes) {
   return value;
 }
 
+// As BlockSquare (cuda_rows.h), of each head.
+__device__ __forceinline__ float HeadSquare(const Channels& x, int lanes) {
+  const auto sum = [&](float factor) {
+    float square = 0.0F;
+    AddSquares(x.first, factor, square);
+    AddSquares(x.second, factor, square);
+    return HeadSum(square, lanes);
+  };
+  const float square = sum(1.0F);
+  const bool beyond = square == INFINITY;
+  if (!__any_sync(kFullMask, beyond ? 1 : 0)) return square;
+  const float shrunk = sum(kShrink);
+  return beyond ? -shrunk : square;
+}
+
 __global__ void __launch_bounds__(kThreads)
     ForwardKernel(ConstHeads x, const Bf16* weight, float eps, Tables tables, Heads y, float* rstd,
                   int64_t rstd_stride, Shape shape) {
@@ -147,11 +162,7 @@ __global__ void __launch_bounds__(kThreads)
     Channels v;
     UnpackChannels(packed[step], v);
     if (weight != nullptr) {
-      float square = 0.0F;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) square += v.first[j] * v.first[j] + v.second[j] * v.second[j];
-      square = HeadSum(square, shape.lanes);
-      const float r = 1.0F / sqrtf(square / static_cast<float>(2 * shape.half) + eps);
+      const float r = RstdOf(HeadSquare(v, shape.lanes), 2 * shape.half, eps);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         v.first[j] *= r * w.first[j];
@@ -222,13 +233,13 @@ __global__ void __launch_bounds__(kThreads, 2) BackwardKernel(Backward b) {
           }
           dot = HeadSum(dot, b.shape.lanes);
           const float r = rstd[step];
-          const float slope = dot / static_cast<float>(2 * b.shape.half) * r * r * r;
+          const float mean = dot * r / static_cast<float>(2 * b.shape.half);
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
             sums.first[j] += dn.first[j] * (x.first[j] * r);
             sums.second[j] += dn.second[j] * (x.second[j] * r);
-            dn.first[j] = r * w.first[j] * dn.first[j] - slope * x.first[j];
-            dn.second[j] = r * w.second[j] * dn.second[j] - slope * x.second[j];
+            dn.first[j] = r * (w.first[j] * dn.first[j] - x.first[j] * r * mean);
+            dn.second[j] = r * (w.second[j] * dn.second[j] - x.second[j] * r * mean);
           }
         }
         if (head < b.shape.heads) {

@@ -18,7 +18,7 @@ inline std::vector<float> RopeFrequencies(int64_t head_dim, float theta) {
   return frequency;
 }
 
-// Rounded to float32, also where everything else is float64 (model.md 3.3).
+// Rounded to float32, also where everything else is float64 (docs/math/token_wise.md).
 inline float RopeAngle(int32_t position, float frequency) {
   return static_cast<float>(position) * frequency;
 }

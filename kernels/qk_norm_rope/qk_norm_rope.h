@@ -13,7 +13,8 @@
 namespace sala::kernels {
 
 // positions i32 [T] -> cos, sin f32 [T, D/2]: angle = float32(position) * float32(theta^(-2i/D)),
-// product rounded to float32 (model.md 3.3), cos and sin of that float32 angle rounded once.
+// product rounded to float32 (docs/math/token_wise.md), cos and sin of that float32 angle rounded
+// once.
 void RopeTable(const Context& ctx, const ConstTensor& positions, int64_t head_dim, float theta,
                const Tensor& cos, const Tensor& sin);
 

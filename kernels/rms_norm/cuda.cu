@@ -30,7 +30,6 @@ __global__ void __launch_bounds__(kRowThreads) ForwardKernel(Forward f) {
   float* slots = shared.Take<float>(kRowThreads / kWarp);
   const int64_t row = blockIdx.x;
   float x[kPacks][8];
-  float square = 0.0F;
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
     const int column = RowColumn(p);
@@ -45,11 +44,8 @@ __global__ void __launch_bounds__(kRowThreads) ForwardKernel(Forward f) {
       StorePack(f.sum + row * f.sum_stride + column, rounded);
       Unpack(rounded, x[p]);
     }
-#pragma unroll
-    for (int j = 0; j < 8; ++j) square += x[p][j] * x[p][j];
   }
-  square = BlockSum(square, slots);
-  const float r = 1.0F / sqrtf(square / static_cast<float>(f.width) + f.eps);
+  const float r = RstdOf(BlockSquare(x, f.width, slots), f.width, f.eps);
   if (threadIdx.x == 0) f.rstd[row] = r;
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
@@ -77,7 +73,8 @@ struct Backward {
   int64_t rows, width;
 };
 
-// dx_i = r w_i dy_i - x_i r^3 mean_j(w_j dy_j x_j),   dw_i = sum over rows of dy_i x_i r
+// dx_i = r (w_i dy_i - (x_i r) mean_j(w_j dy_j x_j r)),   dw_i = sum over rows of dy_i x_i r
+// x_i r is of size 1 whatever the size of x; x_i r^3 would leave float32 from x = 1e15 on.
 template <int kPacks>
 __global__ void __launch_bounds__(kRowThreads) BackwardKernel(Backward b) {
   SharedMemory shared;
@@ -101,7 +98,7 @@ __global__ void __launch_bounds__(kRowThreads) BackwardKernel(Backward b) {
     }
     dot = BlockSum(dot, slots);
     const float r = b.rstd[row];
-    const float slope = dot / static_cast<float>(b.width) * r * r * r;
+    const float mean = dot * r / static_cast<float>(b.width);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       const int column = RowColumn(p);
@@ -114,7 +111,7 @@ __global__ void __launch_bounds__(kRowThreads) BackwardKernel(Backward b) {
       if (b.accumulate) Load8(to, dx);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        dx[j] += r * weight[j] * dy[j] - slope * x[j];
+        dx[j] += r * (weight[j] * dy[j] - x[j] * r * mean);
         sums[p][j] += dy[j] * (x[j] * r);
       }
       Store8(to, dx);

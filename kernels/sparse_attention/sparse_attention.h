@@ -1,5 +1,5 @@
 // InfLLM-V2 block-sparse attention: key compression, block selection, attention over the selected
-// blocks. Rules: model.md section 4 in docs/math (arXiv 2509.24663; the released kernels where they
+// blocks. Rules: docs/math/attention.md (arXiv 2509.24663; the released kernels where they
 // differ). Selection carries no gradient; the blocks chosen by the forward pass are kept and used
 // by the backward pass.
 #pragma once

@@ -47,7 +47,7 @@ void InitialiseNormal(int64_t seed, const ParameterSpec& spec, double deviation,
 }
 
 // What common frameworks give a linear layer by default; the published code leaves the gate to it
-// (halo.md 3).
+// (docs/math/halo.md 1).
 void InitialiseGate(int64_t seed, const ParameterSpec& spec, ParameterStore& store) {
   PhiloxStream rng = StreamOf(seed, spec);
   const double bound = 1.0 / std::sqrt(static_cast<double>(spec.shape[1]));

@@ -87,6 +87,19 @@ TEST(PhiloxStream, DoublesAndNormals) {
   EXPECT_NEAR(sum_of_squares / kDraws, 1.0, 5 * std::sqrt(2.0 / kDraws));
 }
 
+// Box and Muller's formula on two uniform numbers. That a normal number is one of its kind does not
+// say which one.
+TEST(PhiloxStream, NormalsAreThoseOfTheFormula) {
+  PhiloxStream normals(11);
+  PhiloxStream uniform(11);
+  for (int i = 0; i < 1000; ++i) {
+    const double radius = std::sqrt(-2 * std::log(1 - uniform.NextDouble()));
+    const double angle = 2 * std::acos(-1.0) * uniform.NextDouble();
+    // Rounding of an angle below 7 and of the radius, at most 8.6.
+    ASSERT_NEAR(normals.NextNormal(), radius * std::cos(angle), 1e-14) << i;
+  }
+}
+
 TEST(PhiloxStream, PermutationsOfEverySizeHoldEachNumberOnce) {
   PhiloxStream rng(3);
   for (int64_t n : {0, 1, 2, 17, 1000}) {

@@ -224,7 +224,7 @@ class Build:
             program = changed or program
         tests = trial.tests
         launcher = ["mpirun", "-np", str(trial.ranks)] if trial.ranks else []
-        command = [*launcher, *self.prefix, program, "--gtest_break_on_failure", "--gtest_filter=" + ":".join(tests)]
+        command = [*launcher, *self.prefix, program, "--gtest_color=no", "--gtest_break_on_failure", "--gtest_filter=" + ":".join(tests)]
         no_core = lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
             result = subprocess.run(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -42,7 +42,7 @@ class Bundle(unittest.TestCase):
         config = h.write_stage(h.ROOT / "bundle.yaml", h.pretrain("only", 2, first=True))
         built, h.SALA = h.SALA, str(moved / "bin" / "sala")
         try:
-            self.assertIn("matrix products with", h.succeed(["doctor"]).out)
+            self.assertIn("computes with", h.succeed(["doctor"]).out)
             h.succeed(h.train(config, h.ROOT / "runs" / "alone"))
             h.succeed(h.train(config, h.ROOT / "runs" / "two"), ranks=2)
             wrapped = subprocess.run([moved / "share" / "launch" / "mpirun", "-np", "2", "--", "train", config, "--run", h.ROOT / "runs" / "wrapped"],

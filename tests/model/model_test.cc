@@ -229,6 +229,35 @@ TEST_F(ModelTest, GenerationAgreesWithTheFullForward) {
   }
 }
 
+// One layer, whose keys and values do not depend on what earlier tokens saw. At dense_len there are
+// five blocks, of which a token sees four.
+TEST_F(ModelTest, GenerationTurnsSparseAtTheLengthOfTheForwardPass) {
+  ModelConfig config = HybridConfig();
+  config.num_hidden_layers = 1;
+  config.mixer_types = {"minicpm4"};
+  config.sparse.dense_len = 40;
+  ASSERT_TRUE(config.Resolve().ok());
+  ParameterStore store = RandomParameters(config);
+  const Model model(config, store);
+  const std::vector<int32_t> tokens = RandomBatch(config, {44}, "turn").tokens;
+  const RunOptions options{.sparse_attention = true};
+  const auto prefill = [&](int64_t n, Cache* cache) {
+    return model.Prefill(ctx_, arena_, {tokens.begin(), tokens.begin() + n}, options, cache);
+  };
+  Cache cache;
+  prefill(36, &cache);
+  for (int64_t n = 37; n <= 44; ++n) {
+    const std::vector<float> found =
+        model.Decode(ctx_, arena_, tokens[static_cast<size_t>(n) - 1], options, &cache);
+    Cache unused;
+    const std::vector<float> expected = prefill(n, &unused);
+    float largest = 0;
+    for (const float logit : expected) largest = std::max(largest, std::abs(logit));
+    for (size_t v = 0; v < expected.size(); ++v)
+      ASSERT_NEAR(found[v], expected[v], kRelative * largest) << n << " tokens";
+  }
+}
+
 TEST_F(ModelTest, ForwardFromCachedLayerInputGivesTheSameBits) {
   const ModelConfig config = HybridConfig();
   ParameterStore store = RandomParameters(config);
@@ -305,7 +334,9 @@ TEST(ModelConfigTest, PublishedModelHasThePublishedParameters) {
   c.attn_use_output_gate = true;
   c.mixer_types.assign(32, "lightning-attn");
   for (size_t l : {0, 9, 16, 17, 22, 29, 30, 31}) c.mixer_types[l] = "minicpm4";
+  c.scale_depth = 1.4;
   ASSERT_TRUE(c.Resolve().ok());
+  EXPECT_DOUBLE_EQ(c.residual_scale(), 1.4 / std::sqrt(32.0));
   int64_t parameters = 0;
   const auto specs = ParameterSpecs(c);
   for (const ParameterSpec& spec : specs) parameters += spec.numel;

@@ -14,7 +14,8 @@ double ScaleAt(int32_t position, double a) {
   return one;
 }
 
-// The values of halo.md 7, given there to six decimals; a float32 in [1, 2) is half of 2^-23 off.
+// The values of the published method, given there to six decimals; a float32 in [1, 2) is half of
+// 2^-23 off.
 TEST(LogitScale, GoldenValues) {
   constexpr double kTolerance = 0.5e-6 + 0x1p-24;
   EXPECT_EQ(ScaleAt(0, 500), 1.0);

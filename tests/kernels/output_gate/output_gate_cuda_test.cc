@@ -49,8 +49,19 @@ struct Inputs {
       for (int64_t i = 0; i < c.width; ++i) o.at(t, i) *= 0x1p-9F;
     }
   }
+  // The rows without a small factor times `factor`; of every second one the first half only.
+  void Enlarge(float factor) {
+    for (int64_t t = 0; t < o.rows(); ++t) {
+      const int64_t columns = t % 2 == 0 ? o.columns() : o.columns() / 2;
+      for (int64_t i = 0; t % 3 != 1 && i < columns; ++i) o.at(t, i) *= factor;
+    }
+  }
   Matrix o, z, weight, dy, old_dweight;
 };
+
+// Factors of o whose squares leave float32. Of 520 columns on four ranks: in the sum of the ranks
+// only (each has 2^127), in the sums of some, in every square, and near the largest number.
+constexpr float kLargeFactors[] = {0x1p59F, 0x1p60F, 0x1p67F, 0x1p120F};
 
 struct Outputs {
   Outputs(int64_t tokens, int64_t width)
@@ -172,6 +183,21 @@ TEST_F(OutputGateCuda, AgreesWithReference) {
   }
 }
 
+TEST_F(OutputGateCuda, LargeInputsAgreeWithReference) {
+  std::mt19937 rng(34);
+  for (const bool gate : {true, false}) {
+    for (const int64_t width : {520, 8200}) {  // two packs a thread, and four
+      if (kSlowBuild && width != 520) continue;
+      for (const float factor : kLargeFactors) {
+        const Case c = {6, width, true, gate};
+        Inputs in(c, rng);
+        in.Enlarge(factor);
+        ExpectRight(c, in, Compute(ctx(), c, in), 1);
+      }
+    }
+  }
+}
+
 // ---- cut over ranks ----
 
 Matrix ColumnsOf(const Matrix& from, int64_t begin, int64_t end) {
@@ -246,16 +272,29 @@ TEST_F(OutputGateCuda, RanksWithPartsOfTheWidth) {
   }
 }
 
+TEST_F(OutputGateCuda, LargeInputsOnRanks) {
+  std::mt19937 rng(35);
+  for (const float factor : kLargeFactors) {
+    const Case c = {6, 520, true, true};
+    Inputs in(c, rng);
+    in.Enlarge(factor);
+    ExpectRight(c, in, ComputeOnRanks(ctx(), c, in, 4), 4);
+  }
+}
+
 TEST_F(OutputGateCuda, OneRankHasTheBitsOfNone) {
   std::mt19937 rng(33);
   const Case c = {9, 520, true, true};
-  const Inputs in(c, rng);
-  const Outputs none = Compute(ctx(), c, in), one = ComputeOnRanks(ctx(), c, in, 1);
-  EXPECT_TRUE(one.y.SameBits(none.y));
-  EXPECT_TRUE(one.rstd.SameBits(none.rstd));
-  EXPECT_TRUE(one.dout.SameBits(none.dout));
-  EXPECT_TRUE(one.dz.SameBits(none.dz));
-  EXPECT_TRUE(one.dweight.SameBits(none.dweight));
+  for (const float factor : {1.0F, 0x1p67F}) {
+    Inputs in(c, rng);
+    in.Enlarge(factor);
+    const Outputs none = Compute(ctx(), c, in), one = ComputeOnRanks(ctx(), c, in, 1);
+    EXPECT_TRUE(one.y.SameBits(none.y));
+    EXPECT_TRUE(one.rstd.SameBits(none.rstd));
+    EXPECT_TRUE(one.dout.SameBits(none.dout));
+    EXPECT_TRUE(one.dz.SameBits(none.dz));
+    EXPECT_TRUE(one.dweight.SameBits(none.dweight));
+  }
 }
 
 // Gates far from zero: sigmoid must end at 0 and 1, not at NaN.

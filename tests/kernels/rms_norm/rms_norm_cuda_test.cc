@@ -16,6 +16,7 @@ constexpr double kRowSum = 32 + 5 + 16;
 
 struct Case {
   int64_t tokens, width;
+  float scale = 2.0F;  // of x
 };
 
 // The token counts that every row-wise operation is tried with, widths of one warp and of several,
@@ -28,9 +29,13 @@ std::vector<Case> Cases() {
       if (!kSlowBuild || width == 72 || tokens <= 1) cases.push_back({tokens, width});
     }
   }
+  // Squares that leave float32: the sum of some rows, each one, and inputs near its largest number.
+  for (float scale : {0x1p61F, 0x1p67F, 0x1p120F}) cases.push_back({5, 72, scale});
   cases.push_back({3, 8192});
   cases.push_back({2, 8200});
   if (kSlowBuild) return cases;
+  cases.push_back({2, 1032, 0x1p67F});
+  cases.push_back({2, 8200, 0x1p67F});
   cases.push_back({35, 4096});
   cases.push_back({18, 16384});
   cases.push_back({8300, 8});  // more rows than 16 for each of 512 blocks
@@ -39,8 +44,8 @@ std::vector<Case> Cases() {
 
 TEST_F(RmsNormCuda, ForwardAgreesWithReference) {
   std::mt19937 rng(21);
-  for (const auto& [tokens, width] : Cases()) {
-    const Matrix x = RandomBf16(tokens, width, rng, 2.0F);
+  for (const auto& [tokens, width, scale] : Cases()) {
+    const Matrix x = RandomBf16(tokens, width, rng, scale);
     const Matrix weight = RandomBf16(1, width, rng);
     const DeviceMatrix dx(DType::kBF16, x, 8), dw(DType::kBF16, weight);
     const DeviceMatrix y(DType::kBF16, tokens, width, 16), rstd(DType::kF32, 1, tokens);
@@ -59,9 +64,10 @@ TEST_F(RmsNormCuda, ForwardAgreesWithReference) {
 
 TEST_F(RmsNormCuda, ResidualFormIsAnAdditionThenTheNormOfItsRoundedSum) {
   std::mt19937 rng(22);
-  for (const auto& [tokens, width] : {Case{33, 72}, Case{5, 1032}, Case{2, 8200}}) {
+  for (const auto& [tokens, width, residual_scale] :
+       {Case{33, 72, 3.0F}, Case{5, 1032, 3.0F}, Case{2, 8200, 3.0F}, Case{3, 72, 0x1p67F}}) {
     const float scale = 0.3F;
-    const Matrix residual = RandomBf16(tokens, width, rng, 3.0F);
+    const Matrix residual = RandomBf16(tokens, width, rng, residual_scale);
     const Matrix branch = RandomBf16(tokens, width, rng);
     const DeviceMatrix r(DType::kBF16, residual, 8), b(DType::kBF16, branch, 16),
         w(DType::kBF16, RandomBf16(1, width, rng));
@@ -93,8 +99,8 @@ TEST_F(RmsNormCuda, ResidualFormIsAnAdditionThenTheNormOfItsRoundedSum) {
 
 TEST_F(RmsNormCuda, BackwardAgreesWithReferenceAndObeysWrite) {
   std::mt19937 rng(23);
-  for (const auto& [tokens, width] : Cases()) {
-    const Matrix x = RandomBf16(tokens, width, rng, 2.0F);
+  for (const auto& [tokens, width, scale] : Cases()) {
+    const Matrix x = RandomBf16(tokens, width, rng, scale);
     const Matrix weight = RandomBf16(1, width, rng);
     const Matrix dy = RandomBf16(tokens, width, rng);
     const Matrix old_dx = RandomBf16(tokens, width, rng);
@@ -134,7 +140,7 @@ TEST_F(RmsNormCuda, BackwardAgreesWithReferenceAndObeysWrite) {
     constexpr double kRoundings = kRowSum + 3 * (kRowSum / 2 + 4) + 10;
     for (Write write : {Write::kOverwrite, Write::kAccumulate}) {
       const bool accumulate = write == Write::kAccumulate;
-      const auto fresh = [&] {
+      const auto fresh = [&, tokens = tokens, width = width] {
         return accumulate ? DeviceMatrix(DType::kBF16, old_dx, 8)
                           : DeviceMatrix(DType::kBF16, tokens, width, 8);
       };

@@ -173,6 +173,11 @@ TEST(SelectBlocks, ScoresBeyondTheFloatRangeKeepTheirForm) {
   c.Select(kernel.ctx(), {{0, c.t}});
   ExpectWellFormed(c);
   EXPECT_EQ(c.FreeBlock(13), 3);  // f_7 = f_8 = 450: blocks 3 and 4 tie at the limit
+  // Finite without the limit: f_3 = f_4 = 82 and f_8 = 86, with Z = log(e^-21.5 + 1). Blocks 1, 2
+  // and 4 tie at it.
+  HandCase d({0, 0, 0, 0, 164, 0, -336, 0, 0, 172, 0, 0, 0, 0});
+  d.Select(kernel.ctx(), {{0, d.t}});
+  EXPECT_EQ(d.FreeBlock(13), 1);
 }
 
 TEST(SelectBlocks, EqualsTheRuleOnRandomInput) {

@@ -45,7 +45,7 @@ void WriteCorpus(const std::string& directory) {
   ASSERT_TRUE((*writer)->Finish({{"command", "test"}}).ok());
 }
 
-// As many updates of the distillation as the trials that the margins come from (halo.md 12.1); 120
+// As many updates of the distillation as the trials that the margins come from; 120
 // leave the student 5.6 % above the teacher. Under a sanitizer, ten times slower, only what does
 // not depend on a trained model is tested.
 #ifdef SALA_SANITIZED
@@ -271,7 +271,7 @@ TEST_F(HaloStageTest, EveryLayerIsAligned) {
       const std::string key = "relative_error_" + std::to_string(layer);
       const double before = lines.front().at(key).get<double>();
       const double after = lines.back().at(key).get<double>();
-      EXPECT_LT(after, 0.35) << "seed " << seed << ", layer " << layer;  // halo.md 12.3 (3)
+      EXPECT_LT(after, 0.35) << "seed " << seed << ", layer " << layer;  // docs/math/halo.md 9 (3)
       EXPECT_LT(after, 0.5 * before) << "seed " << seed << ", layer " << layer;
     }
   }
@@ -284,7 +284,7 @@ TEST_F(HaloStageTest, DistillationRecoversTheTeacher) {
     ASSERT_GE(lines.size(), 2u);
     const double before = lines.front().at("kl").get<double>();
     const double after = lines.back().at("kl").get<double>();
-    EXPECT_LT(after, before / 5) << "seed " << seed;  // halo.md 12.3 (8)
+    EXPECT_LT(after, before / 5) << "seed " << seed;  // docs/math/halo.md 9 (8)
     EXPECT_LT(lines.back().at("student_loss").get<double>(),
               1.03 * lines.back().at("teacher_loss").get<double>())
         << "seed " << seed;

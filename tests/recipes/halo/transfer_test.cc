@@ -241,8 +241,8 @@ TEST_F(TransferTest, MixerEqualsTheRecurrenceWithSharedHeads) {
   const std::vector<double> expected = SharedReference(config, teacher, mixers).Run(x, kTokens);
   double scale = 0;
   for (double value : expected) scale = std::max(scale, std::abs(value));
-  // The claim of halo.md 12.3 (1): 1e-5 relative. Rounding alone: eight rounded tensors with sums
-  // of at most 70 terms, sqrt(8 * 70) * 2^-24 = 1.4e-6.
+  // The claim of docs/math/halo.md 9 (1): 1e-5 relative. Rounding alone: eight rounded tensors with
+  // sums of at most 70 terms, sqrt(8 * 70) * 2^-24 = 1.4e-6.
   for (size_t i = 0; i < expected.size(); ++i)
     ASSERT_NEAR(y.Data<float>()[i], expected[i], 1e-5 * scale) << i;
 }
