@@ -137,6 +137,10 @@ ImportReport ReportOf(const ModelFolder& folder, const Kinds& kinds) {
 }
 
 Status CheckPlace(const std::string& run) {
+  // An import that was interrupted left no more than a save that was not finished; in a run that
+  // goes on it may still be written.
+  if (!PathExists(run + "/RUN.lock") && ListCheckpoints(run + "/checkpoints").empty())
+    SALA_RETURN_IF_ERROR(RemoveLeftovers(run + "/checkpoints"));
   for (const char* name : {"/checkpoints", "/tokenizer"}) {
     const std::string path = run + name;
     if (!PathExists(path)) continue;

@@ -391,6 +391,15 @@ TEST(ImportFolderTest, ValuesThatFloat32DoesNotHoldAreCountedOrRefused) {
   }
 }
 
+TEST(ImportFolderTest, AnInterruptedImportCanBeStartedAgain) {
+  const TempDir dir;
+  const HandMadeFolder folder(dir / "in", Families()[0]);
+  ASSERT_TRUE(MakeDirectories(dir / "run/checkpoints/.tmp-step-000000000-1").ok());
+  const auto report = ImportFolder({.directory = dir / "in", .run = dir / "run"});
+  ASSERT_TRUE(report.ok()) << MessageOf(report.status());
+  EXPECT_FALSE(PathExists(dir / "run/checkpoints/.tmp-step-000000000-1"));
+}
+
 TEST(ImportFolderTest, AnEndlesslyNestedFileIsRefused) {
   const TempDir dir;
   const HandMadeFolder folder(dir / "in", Families()[0]);
