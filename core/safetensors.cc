@@ -144,7 +144,10 @@ StatusOr<Index> ParseIndex(const std::string& text, const std::string& path) {
     }
     index.weight_map[tensor] = file.get<std::string>();
   }
-  const json total = root->value(json::json_pointer("/metadata/total_size"), json());
+  const json metadata = root->value("metadata", json());
+  if (metadata.is_null()) return index;
+  if (!metadata.is_object()) return DataError("ST-JSON", path + ": metadata is not an object");
+  const json total = metadata.value("total_size", json());
   if (total.is_null()) return index;
   // Some programs write it as 1234.0.
   const double size = total.is_number() ? total.get<double>() : -1;

@@ -7,11 +7,11 @@
 #include <vector>
 
 #include "core/file.h"
+#include "core/json.h"
 #include "core/safetensors.h"
 #include "launch/command.h"
 #include "launch/sparse_rule.h"
 #include "model/reference.h"
-#include "nlohmann/json.hpp"
 #include "recipes/checkpointing.h"
 
 namespace sala::launch {
@@ -50,7 +50,7 @@ StatusOr<model::Batch> ReadTokens(const std::string& tokens, int64_t vocabulary)
     SALA_ASSIGN_OR_RETURN(text, ReadFile(tokens));
   }
   const std::string where = listed ? "--tokens" : Printable(tokens);
-  const nlohmann::json json = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const nlohmann::json json = ParseJson(text);
   if (!json.is_array()) {
     return MakeError(ExitCode::kData, "TOK-LIST",
                      where +

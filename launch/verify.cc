@@ -51,7 +51,7 @@ void OnInterrupt(int signal) {
   if (!interrupting_signal.compare_exchange_strong(none, signal)) _exit(128 + signal);
 }
 
-// While it lives SIGINT and SIGTERM are noted; then they end the process as ever.
+// While it lives SIGINT, SIGTERM and SIGHUP are noted; then they end the process as ever.
 class Interruptible {
  public:
   Interruptible() { Handle(OnInterrupt); }
@@ -63,7 +63,7 @@ class Interruptible {
   static void Handle(void (*handler)(int)) {
     struct sigaction action = {};
     action.sa_handler = handler;
-    for (const int signal : {SIGINT, SIGTERM}) sigaction(signal, &action, nullptr);
+    for (const int signal : {SIGINT, SIGTERM, SIGHUP}) sigaction(signal, &action, nullptr);
   }
 };
 
@@ -77,7 +77,9 @@ class WorkDirectory {
       std::string pattern = std::filesystem::temp_directory_path(error) / "sala-verify-XXXXXX";
       if (error || mkdtemp(pattern.data()) == nullptr) {
         return MakeError(ExitCode::kIo, "FILE-WRITE",
-                         pattern + ": cannot be made; set TMPDIR to a directory to write in");
+                         "no temporary directory can be made" +
+                             (error ? std::string() : " as " + pattern) +
+                             "; set TMPDIR to a directory to write in");
       }
       made->path_ = pattern;
       return made;

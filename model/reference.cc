@@ -126,7 +126,7 @@ class Backward {
   // dx [T, H] is the gradient after the layer, then before it.
   void Layer(int64_t layer, const ReferenceLayerTrace<double>& s, Vector* dx) {
     const std::string prefix = ExactModel::LayerPrefix(layer);
-    const double residual = model_.config().residual_scale();
+    const double residual = model_.residual_scale();
     const Vector dh = Project(Scaled(residual, *dx), s.h, prefix + "mlp.down_proj.weight");
     Vector dgate(dh.size());
     Vector dup(dh.size());

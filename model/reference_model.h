@@ -90,7 +90,14 @@ class ReferenceModel {
   const char* head() const {
     return config_.tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight";
   }
-  double logit_scale() const { return 1.0 / config_.width_multiplier(); }
+  double logit_scale() const { return 1.0 / width_multiplier(); }
+  // Not the configuration's own functions: what the fast path takes from them is checked too.
+  double width_multiplier() const {
+    return static_cast<double>(config_.hidden_size) / config_.dim_model_base;
+  }
+  double residual_scale() const {
+    return config_.scale_depth / std::sqrt(static_cast<double>(config_.num_hidden_layers));
+  }
 
   // The smallest margin of all selections so far (kernels/sparse_attention/reference.h).
   double selection_margin() const { return selection_margin_; }
@@ -130,7 +137,7 @@ class ReferenceModel {
   // [T, V]
   Vector Logits(const Vector& hidden) const {
     Vector scaled = hidden;
-    for (Number& value : scaled) value /= config_.width_multiplier();
+    for (Number& value : scaled) value /= width_multiplier();
     Store(&scaled);
     Vector logits = kernels::reference::Logits(
         static_cast<int64_t>(hidden.size()) / config_.hidden_size, config_.hidden_size,
@@ -235,12 +242,11 @@ class ReferenceModel {
   }
   static kernels::reference::LightningShape LightningShapeOf(const ReferenceMixerShape& m,
                                                              int64_t n) {
-    const std::vector<float> slopes = kernels::LightningSlopes(m.heads);
     return {.n = n,
             .heads = m.heads,
             .d = m.d,
             .scale = 1.0 / std::sqrt(static_cast<double>(m.d)),
-            .slopes = {slopes.begin(), slopes.end()}};
+            .slopes = kernels::reference::LightningSlopes(m.heads)};
   }
 
   // `chosen` must outlive what is returned.
@@ -300,7 +306,7 @@ class ReferenceModel {
   void AddScaled(const Vector& branch, Vector* x) const {
     const Stored stored;
     for (size_t i = 0; i < x->size(); ++i)
-      (*x)[i] = stored((*x)[i] + stored(config_.residual_scale() * branch[i]));
+      (*x)[i] = stored((*x)[i] + stored(residual_scale() * branch[i]));
   }
 
   ChosenBlocks Select(const kernels::reference::AttentionShape& shape, const Vector& q,

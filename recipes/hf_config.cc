@@ -5,6 +5,7 @@
 #include <iterator>
 #include <optional>
 
+#include "core/config.h"
 #include "core/file.h"
 
 namespace sala::recipes {
@@ -299,7 +300,8 @@ void ReadRope(FieldReader& in, const std::string& type, const std::string& path,
     inner.Fail("IMP-ARCH",
                "rope_type is '" + Printable(rope_type) + "'; rotary scaling is not supported");
   in.Adopt(inner.status());
-  if (in.Has("rope_theta") && in.json()["rope_theta"] != rope["rope_theta"]) {
+  if (inner.status().ok() && in.Has("rope_theta") &&
+      in.json()["rope_theta"] != rope["rope_theta"]) {
     in.Fail("IMP-FIELD", "rope_theta is " + Printable(in.json()["rope_theta"].dump()) +
                              ", in rope_parameters it is " + Printable(rope["rope_theta"].dump()) +
                              "; make them agree");
@@ -373,6 +375,15 @@ void ReadHybrid(FieldReader& in, const std::string& path, model::ModelConfig* c)
     in.Fail("IMP-ARCH",
             "lightning_scale is '" + Printable(scale) + "'; only 1/sqrt(d) is supported");
   ReadSparse(in, c, path);
+}
+
+// The limits that the configuration language has for the keys of a model: a checkpoint's model.yaml
+// is read with them.
+Status CheckRanges(const model::ModelConfig& config) {
+  SALA_ASSIGN_OR_RETURN(const ConfigDocument document,
+                        ConfigDocument::Parse(EmitConfig(config), "as a model"));
+  model::ModelConfig again;
+  return BindConfig(document, &again);
 }
 
 }  // namespace
@@ -491,10 +502,11 @@ StatusOr<model::ModelConfig> ModelConfigFromHf(const nlohmann::json& json,
   config.attn_use_output_gate = false;
   if (type == kSala) ReadHybrid(in, path, &config);
   SALA_RETURN_IF_ERROR(in.status());
-  const Status resolved = config.Resolve();
-  if (!resolved.ok())
-    return MakeError(ExitCode::kData, "IMP-FIELD", path + ": " + MessageOf(resolved));
-  return config;
+  Status usable = config.Resolve();
+  if (usable.ok()) usable = CheckRanges(config);
+  if (usable.ok()) return config;
+  const std::string text = MessageOf(usable);  // a line for each key
+  return MakeError(ExitCode::kData, "IMP-FIELD", path + ": " + text.substr(0, text.find('\n')));
 }
 
 }  // namespace sala::recipes

@@ -7,6 +7,7 @@
 
 #include "core/check.h"
 #include "core/file.h"
+#include "core/json.h"
 #include "data/tokenizer_files.h"
 
 namespace sala::recipes {
@@ -36,8 +37,9 @@ std::string Counted(size_t n, const std::string& noun) {
 std::string ShapeText(const std::vector<int64_t>& shape) { return nlohmann::json(shape).dump(); }
 
 StatusOr<nlohmann::json> ParseConfig(const std::string& text, const std::string& path) {
-  nlohmann::json json = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (json.is_discarded()) return DataError("IMP-FIELD", path + ": not valid JSON");
+  nlohmann::json json = ParseJson(text);
+  if (json.is_discarded())
+    return DataError("IMP-FIELD", path + ": not valid JSON, or nested more than 64 deep");
   return json;
 }
 
@@ -85,7 +87,7 @@ Status ModelFolder::ReadExportRecord() {
   const std::string path = directory_ + "/export.json";
   if (!PathExists(path)) return OkStatus();
   SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
-  const nlohmann::json record = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const nlohmann::json record = ParseJson(text);
   if (!record.is_object()) return DataError("IMP-FIELD", path + ": not a JSON object");
   const auto fingerprint = record.find("tokenizer_fingerprint");
   if (fingerprint != record.end()) {  // an older version did not write it

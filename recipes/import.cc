@@ -110,8 +110,8 @@ StatusOr<Sums> ReadTensor(const ModelFolder& folder, const model::ParameterSpec&
       return MakeError(
           ExitCode::kData, "IMP-NUMBERS",
           folder.directory() + ": " + spec.name + ": element " + std::to_string(i) + " is " +
-              nlohmann::json(value).dump() +
-              (std::isfinite(value) ? ", too large for float32" : ", not a finite number") +
+              (std::isfinite(value) ? nlohmann::json(value).dump() + ", too large for float32"
+                                    : std::to_string(value) + ", not a finite number") +
               "; take another copy or an earlier version of the model");
     }
     const double number = out[i];
@@ -137,6 +137,10 @@ ImportReport ReportOf(const ModelFolder& folder, const Kinds& kinds) {
 }
 
 Status CheckPlace(const std::string& run) {
+  // An import that was interrupted left no more than a save that was not finished; in a run that
+  // goes on it may still be written.
+  if (!PathExists(run + "/RUN.lock") && ListCheckpoints(run + "/checkpoints").empty())
+    SALA_RETURN_IF_ERROR(RemoveLeftovers(run + "/checkpoints"));
   for (const char* name : {"/checkpoints", "/tokenizer"}) {
     const std::string path = run + name;
     if (!PathExists(path)) continue;

@@ -2,8 +2,8 @@
 // against which bound and why, and names tensor, layer or step where it fails.
 //
 // Checks that compute in this process: gradients, packed, export. Checks of whole runs start the
-// program itself, through VerifyContext::train: resume, saves, ranks. The check of checkpoints does
-// neither. All write below one directory and read only what the user has.
+// program itself, through VerifyContext::train: updates, resume, saves, ranks, checkpoints. All
+// write below one directory and read only what the user has.
 #pragma once
 
 #include <cstdint>
@@ -70,6 +70,7 @@ const std::vector<VerifyCheck>& VerifyChecks();
 // A check returns an error where it could not be done at all (its row then fails with it).
 StatusOr<VerifyRow> VerifyGradients(const VerifyContext& context);
 StatusOr<VerifyRow> VerifyPacked(const VerifyContext& context);
+StatusOr<VerifyRow> VerifyUpdates(const VerifyContext& context);
 StatusOr<VerifyRow> VerifyResume(const VerifyContext& context);
 StatusOr<VerifyRow> VerifySaves(const VerifyContext& context);
 StatusOr<VerifyRow> VerifyRanks(const VerifyContext& context);

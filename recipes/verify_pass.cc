@@ -159,6 +159,8 @@ StatusOr<std::vector<VerifyPass>> MakeVerifyPasses(const ScaledPipeline& scaled)
       pass.plan = std::move(plan.input);
       if (halo) pass.halo = *stage.halo;
       pass.batch = std::move(batch);
+      pass.chat = stage.kind == StageKind::kSft;
+      pass.document_mask = stage.data.document_mask;
       DrawWeights(0, &pass);
     }
   }

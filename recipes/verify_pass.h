@@ -21,6 +21,8 @@ struct VerifyPass {
   model::ParameterStore params;
   model::ParameterStore teacher;  // of the HALO phases
   model::Batch batch;  // of the stage's own stream, packed as it says; three documents or more
+  bool chat = false;   // a stage of kind sft: datasets have a loss mask
+  bool document_mask = true;
 
   model::RunOptions options() const {
     return {.sparse_attention = plan.sparse_attention, .recompute = plan.recompute};

@@ -398,6 +398,7 @@ class PackedCheck {
         packed_(TokenLosses(host, model_, pass.batch, pass.options())) {}
 
   void Run() {
+    Labels();
     Isolation();
     ParameterStore together = GradientsOf({pass_.batch});
     std::vector<model::Batch> alone;
@@ -421,6 +422,29 @@ class PackedCheck {
   const Worst& gradient() const { return gradient_; }
 
  private:
+  // What each token learns to predict is the one after it; a chat's first words, which the made
+  // documents mask (recipes/verify_data.cc), are not learned. Joined documents are not looked at.
+  void Labels() {
+    if (!pass_.document_mask) return;
+    const model::Batch& batch = pass_.batch;
+    for (size_t s = 0; s < documents(); ++s) {
+      for (int32_t t = batch.cu_seqlens[s]; t + 1 < batch.cu_seqlens[s + 1]; ++t) {
+        const auto at = static_cast<size_t>(t);
+        const int32_t label = batch.labels[at];
+        const bool user = pass_.chat && batch.tokens[at] == pass_.plan.model.bos_token_id;
+        const bool right =
+            label == (user ? -1 : batch.tokens[at + 1]) || (pass_.chat && label == -1);
+        if (right) continue;
+        row_->Fail(pass_.where + ": label of token " + std::to_string(t - batch.cu_seqlens[s]) +
+                   " of document " + std::to_string(s) + ": found " + std::to_string(label) +
+                   ", expected " +
+                   (user ? std::string("none: a chat's first words are not learned")
+                         : "the next token, " + std::to_string(batch.tokens[at + 1])));
+        return;
+      }
+    }
+  }
+
   // A document's losses do not depend on the tokens of the others by a bit.
   void Isolation() {
     for (const size_t first : {0, 1}) {

@@ -9,6 +9,21 @@
 
 namespace sala::kernels::reference {
 
+// Of n heads: with p the largest power of two up to n, 2^(-8 i / p) for i = 1..p, then for the
+// other heads every second of 2p heads' list; rounded to float32.
+inline std::vector<double> LightningSlopes(int64_t n) {
+  int64_t p = 1;
+  while (2 * p <= n) p *= 2;
+  std::vector<double> slopes;
+  for (int64_t h = 0; h < n; ++h) {
+    const double exponent =
+        h < p ? -8.0 * static_cast<double>(h + 1) / static_cast<double>(p)
+              : -4.0 * static_cast<double>(2 * (h - p) + 1) / static_cast<double>(p);
+    slopes.push_back(static_cast<float>(std::exp2(exponent)));
+  }
+  return slopes;
+}
+
 // q, k, v [n, N, D]; states [N, D, D] (key x value).
 struct LightningShape {
   int64_t n = 0;

@@ -6,21 +6,22 @@
 #include <span>
 #include <vector>
 
-#include "kernels/qk_norm_rope/frequencies.h"
 #include "kernels/rms_norm/reference.h"
 
 namespace sala::kernels::reference {
 
-// cos and sin [tokens, d / 2] of the float32 angles.
+// cos and sin [tokens, d / 2] of the float32 angles: float32 products of the position and of
+// theta^(-2i/d), rounded to float32.
 struct RopeTables {
   std::vector<double> cos, sin;
 };
 inline RopeTables MakeRopeTables(std::span<const int32_t> positions, int64_t d, float theta) {
   RopeTables tables;
-  const std::vector<float> frequencies = RopeFrequencies(d, theta);
   for (const int32_t position : positions) {
-    for (const float frequency : frequencies) {
-      const auto angle = static_cast<double>(RopeAngle(position, frequency));
+    for (int64_t i = 0; i < d / 2; ++i) {
+      const auto frequency = static_cast<float>(std::pow(
+          static_cast<double>(theta), -2.0 * static_cast<double>(i) / static_cast<double>(d)));
+      const auto angle = static_cast<double>(static_cast<float>(position) * frequency);
       tables.cos.push_back(std::cos(angle));
       tables.sin.push_back(std::sin(angle));
     }

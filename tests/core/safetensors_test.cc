@@ -340,6 +340,11 @@ TEST_F(IndexTest, EveryCheckHasABadIndex) {
   }
   for (const char* text : {"[]", "{", "", "3", "{}", R"({"weight_map":[]})", "{\"\xff\":1}"})
     EXPECT_EQ(Code(text), "ST-JSON") << text;
+  EXPECT_EQ(Code(R"({"metadata":null,)" + good + "}"), "");
+  for (const char* metadata : {"[]", "[3]", "\"12\"", "3"}) {
+    EXPECT_EQ(Code(std::string(R"({"metadata":)") + metadata + "," + good + "}"), "ST-JSON")
+        << metadata;
+  }
   EXPECT_EQ(Code(R"({"weight_map":{"a":"1","b":"2","a":"1"}})"), "ST-DUP");
   EXPECT_EQ(Code("{" + good + "," + good + "}"), "ST-DUP");
   for (const char* name : {"../1", "/1", "", ".", "..", "x/1", "x\\\\1"}) {

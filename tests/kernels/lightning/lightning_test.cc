@@ -171,6 +171,14 @@ TEST(LightningSlopes, HeadCountsThatAreNoPowerOfTwo) {
             (std::vector<float>{0x1p-2F, 0x1p-4F, 0x1p-6F, 0x1p-8F, 0x1p-1F, 0x1p-3F}));
 }
 
+TEST(LightningSlopes, AreThoseOfTheReference) {
+  for (int64_t heads = 1; heads <= 100; ++heads) {
+    const std::vector<float> slopes = LightningSlopes(heads);
+    const std::vector<double> expected = reference::LightningSlopes(heads);
+    EXPECT_EQ(std::vector<double>(slopes.begin(), slopes.end()), expected) << heads;
+  }
+}
+
 TEST(LightningReference, BackwardMatchesComplexStep) {
   const reference::LightningShape shape = {5, 2, 3, 0.6, {0.7, 0.05}};
   std::mt19937 rng(5);

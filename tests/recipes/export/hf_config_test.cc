@@ -123,6 +123,15 @@ TEST(HfConfigTest, FieldsOfTheWrongTypeAreNamed) {
   ExpectError(nlohmann::json::array(), "IMP-FIELD", "not a JSON object");
 }
 
+TEST(HfConfigTest, NumbersThatNoModelHasAreRefused) {
+  for (const auto& [key, value] : std::map<std::string, double>{
+           {"rope_theta", 0}, {"rope_theta", -1e4}, {"rms_norm_eps", -1}}) {
+    nlohmann::json json = Llama();
+    json[key] = value;
+    ExpectError(json, "IMP-FIELD", "`" + key + "`: found ");
+  }
+}
+
 TEST(HfConfigTest, WhatTheModelCannotComputeIsRefused) {
   const auto with = [](const char* key, const nlohmann::json& value) {
     nlohmann::json json = ReleasedConfig();
@@ -203,6 +212,10 @@ TEST(HfConfigTest, RotaryNumbersInTheNewerPlaceAreRead) {
   ExpectError(json, "IMP-ARCH", "yarn");
   json["rope_parameters"] = 5e5;
   ExpectError(json, "IMP-FIELD", "rope_parameters");
+  json["rope_parameters"] = nlohmann::json::object();
+  json["rope_theta"] = 1e4;
+  ExpectError(json, "IMP-FIELD", "rope_parameters: field rope_theta is missing");
+  json.erase("rope_theta");
   json.erase("rope_parameters");
   EXPECT_EQ(ModelConfigFromHf(json, "config.json")->rope_theta, 1e4) << "llama's default";
   json["rope_theta"] = 2e6;

@@ -378,15 +378,40 @@ TEST(ImportFolderTest, ValuesThatFloat32DoesNotHoldAreCountedOrRefused) {
   EXPECT_EQ(report->rounded, 2);
   const auto model = LoadModel(report->checkpoint);
   EXPECT_EQ(model->params.Get("model.norm.weight").Data<float>()[4], 0.1F) << "the nearest";
-  for (const double value : {1e300, -std::numeric_limits<double>::infinity(),
-                             std::numeric_limits<double>::quiet_NaN()}) {
+  for (const auto& [value, text] : std::vector<std::pair<double, std::string>>{
+           {1e300, "is 1e+300, too large for float32"},
+           {-std::numeric_limits<double>::infinity(), "is -inf, not a finite number"},
+           {std::numeric_limits<double>::quiet_NaN(), "is nan, not a finite number"}}) {
     set(5, value);
     const Status refused = ImportFolder({.directory = dir / "in", .run = dir / "b"}).status();
     EXPECT_EQ(ErrorCodeOf(refused), "IMP-NUMBERS");
-    EXPECT_THAT(MessageOf(refused), HasSubstr("model.norm.weight: element 5"));
+    EXPECT_THAT(MessageOf(refused), HasSubstr("model.norm.weight: element 5 " + text));
     EXPECT_TRUE(ListCheckpoints(dir / "b/checkpoints").empty());
     EXPECT_FALSE(PathExists(dir / "b/tokenizer"));
   }
+}
+
+TEST(ImportFolderTest, AnInterruptedImportCanBeStartedAgain) {
+  const TempDir dir;
+  const HandMadeFolder folder(dir / "in", Families()[0]);
+  ASSERT_TRUE(MakeDirectories(dir / "run/checkpoints/.tmp-step-000000000-1").ok());
+  const auto report = ImportFolder({.directory = dir / "in", .run = dir / "run"});
+  ASSERT_TRUE(report.ok()) << MessageOf(report.status());
+  EXPECT_FALSE(PathExists(dir / "run/checkpoints/.tmp-step-000000000-1"));
+}
+
+TEST(ImportFolderTest, AnEndlesslyNestedFileIsRefused) {
+  const TempDir dir;
+  const HandMadeFolder folder(dir / "in", Families()[0]);
+  constexpr size_t kDepth = 200000;
+  const std::string deep = std::string(kDepth, '[') + std::string(kDepth, ']');
+  const auto config = ReadFile(dir / "in/config.json");
+  ASSERT_TRUE(config.ok());
+  const std::string spoilt = "{\"rope_scaling\": " + deep + "," + config->substr(1);
+  ASSERT_TRUE(WriteFileAtomically(dir / "in/config.json", spoilt).ok());
+  const Status refused = CheckFolder(dir / "in", {}).status();
+  EXPECT_EQ(ErrorCodeOf(refused), "IMP-FIELD");
+  EXPECT_THAT(MessageOf(refused), HasSubstr("nested more than 64 deep"));
 }
 
 TEST(ImportFolderTest, APlaceThatIsUsedIsLeftAlone) {

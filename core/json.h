@@ -1,0 +1,24 @@
+// JSON texts of others. The parser has no limit on nesting, but writing a value out (for a message)
+// calls itself for every level.
+#pragma once
+
+#include <string_view>
+
+#include "nlohmann/json.hpp"
+
+namespace sala {
+
+// The value; a discarded one where the text is no JSON or is nested more than 64 deep.
+inline nlohmann::json ParseJson(std::string_view text) {
+  constexpr int kMaxNesting = 64;
+  bool deep = false;
+  const auto keep = [&deep](int depth, nlohmann::json::parse_event_t, const nlohmann::json&) {
+    deep = deep || depth > kMaxNesting;
+    return !deep;
+  };
+  nlohmann::json json = nlohmann::json::parse(text, keep, /*allow_exceptions=*/false);
+  if (deep) return nlohmann::json(nlohmann::json::value_t::discarded);
+  return json;
+}
+
+}  // namespace sala
