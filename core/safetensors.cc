@@ -118,11 +118,6 @@ class OutputFile {
   int error_;
 };
 
-bool IsPlainName(const std::string& name) {
-  return !name.empty() && name != "." && name != ".." &&
-         name.find_first_of(std::string("/\\\0", 3)) == std::string::npos;
-}
-
 struct Index {
   std::map<std::string, std::string> weight_map;  // file of each tensor
   std::optional<int64_t> total_size;              // bytes of all tensors
@@ -137,10 +132,10 @@ StatusOr<Index> ParseIndex(const std::string& text, const std::string& path) {
     return DataError("ST-JSON", path + ": no object weight_map");
   Index index;
   for (const auto& [tensor, file] : map->items()) {
-    if (!file.is_string() || !IsPlainName(file.get<std::string>())) {
-      return DataError("ST-PATH", path + ": tensor `" + Printable(tensor) +
-                                      "`: " + Printable(file.dump()) +
-                                      " is not a plain file name inside the folder");
+    if (!file.is_string() || !IsWeightsFileName(file.get<std::string>())) {
+      return DataError("ST-PATH",
+                       path + ": tensor `" + Printable(tensor) + "`: " + Printable(file.dump()) +
+                           " is not a plain file name NAME.safetensors inside the folder");
     }
     index.weight_map[tensor] = file.get<std::string>();
   }
@@ -244,6 +239,12 @@ std::vector<std::vector<SafetensorsTensor>> CutIntoShards(
 }
 
 }  // namespace
+
+bool IsWeightsFileName(const std::string& name) {
+  constexpr std::string_view kEnding = ".safetensors";
+  return name.size() > kEnding.size() && name.ends_with(kEnding) &&
+         name.find_first_of(std::string("/\\\0", 3)) == std::string::npos;
+}
 
 StatusOr<SafetensorsFile> SafetensorsFile::Open(const std::string& path) {
   SafetensorsFile file;

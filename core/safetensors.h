@@ -54,6 +54,9 @@ Status WriteSafetensors(const std::string& path, std::vector<SafetensorsTensor> 
 Status WriteSafetensorsAs(const std::string& path, const std::string& header,
                           const std::vector<SafetensorsTensor>& tensors);
 
+// A name that an index may give a file of weights: NAME.safetensors, without a directory.
+bool IsWeightsFileName(const std::string& name);
+
 // A Hugging Face model folder: model.safetensors, or model-0000i-of-0000n.safetensors with
 // model.safetensors.index.json.
 class SafetensorsModel {

@@ -1,8 +1,12 @@
 #include "recipes/source_record.h"
 
+#include <algorithm>
+
 #include "core/checkpoint.h"
 #include "core/file.h"
+#include "core/safetensors.h"
 #include "core/safetensors_header.h"
+#include "data/tokenizer_files.h"
 #include "recipes/hf_folder.h"
 
 namespace sala::recipes {
@@ -46,6 +50,16 @@ StatusOr<SourceRecord> SourceRecord::Parse(const std::string& text, const std::s
       record.headers.emplace_back(file.at("name").get<std::string>(),
                                   file.at("header").get<std::string>());
     record.tokenizer_files = root.at("tokenizer_files").get<std::vector<std::string>>();
+    // The names are written to again by an export.
+    for (const auto& [name, header] : record.headers) {
+      if (!IsWeightsFileName(name))
+        return OtherVersion(path, "a file of weights " + Printable(name));
+    }
+    const auto& known = data::kTokenizerFiles;
+    for (const std::string& name : record.tokenizer_files) {
+      if (std::find(known.begin(), known.end(), name) == known.end())
+        return OtherVersion(path, "a tokenizer file " + Printable(name));
+    }
     return record;
   } catch (const json::exception& error) {
     return OtherVersion(path, error.what());

@@ -287,13 +287,17 @@ StatusOr<double> CompareOnGpu(Host& gpu, VerifyPass& pass, VerifyRow* row) {
   return largest;
 }
 
-// Why the GPU path was not checked, or what was measured.
+// What was measured, or why the GPU path was not checked: it was asked for where run.device is
+// cuda.
 StatusOr<std::string> CheckGpu(const VerifyContext& context, std::vector<VerifyPass>& passes,
                                VerifyRow* row) {
   const std::string unchecked = "the GPU path was not checked: ";
   if (context.device != DeviceKind::kCuda) return unchecked + "run.device is cpu";
   const auto device = OpenCudaDevice({.host = parallel::HostName()});
-  if (!device.ok()) return unchecked + MessageOf(device.status());
+  if (!device.ok()) {
+    row->Fail(unchecked + MessageOf(device.status()) + "; --device cpu leaves it out");
+    return unchecked + "no GPU";
+  }
   if (const std::string problem = context.scaled->start.CudaProblem(); !problem.empty())
     return unchecked + problem;
   Host gpu(device->get());

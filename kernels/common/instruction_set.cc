@@ -10,20 +10,28 @@
 namespace sala::kernels {
 namespace {
 
+#if defined(__x86_64__)
+#if defined(__clang__)  // does not know the levels by name; these features come with the others of
+                        // a level
+bool Level3() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+}
+bool Level4() {
+  return Level3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#else
+bool Level3() { return __builtin_cpu_supports("x86-64-v3") != 0; }
+bool Level4() { return __builtin_cpu_supports("x86-64-v4") != 0; }
+#endif
+#endif
+
 bool Supported(InstructionSet set) {
 #if defined(__x86_64__)
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                  __builtin_cpu_supports("bmi2");
-  switch (set) {
-    case InstructionSet::kPortable:
-      return true;
-    case InstructionSet::kAvx2:
-      return v3;
-    case InstructionSet::kAvx512:
-      return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vl");
-  }
+  if (set == InstructionSet::kAvx2) return Level3();
+  if (set == InstructionSet::kAvx512) return Level4();
 #endif
   return set == InstructionSet::kPortable;
 }

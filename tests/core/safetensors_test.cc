@@ -315,8 +315,10 @@ TEST(SafetensorsModel, BoxesAreWhatTheWholeTensorHolds) {
 class IndexTest : public testing::Test {
  protected:
   IndexTest() {
-    EXPECT_TRUE(WriteSafetensors(dir_ / "1", {{"a", DType::kF32, {2}, f_.data()}}, {}).ok());
-    EXPECT_TRUE(WriteSafetensors(dir_ / "2", {{"b", DType::kF32, {1}, f_.data()}}, {}).ok());
+    EXPECT_TRUE(
+        WriteSafetensors(dir_ / "1.safetensors", {{"a", DType::kF32, {2}, f_.data()}}, {}).ok());
+    EXPECT_TRUE(
+        WriteSafetensors(dir_ / "2.safetensors", {{"b", DType::kF32, {1}, f_.data()}}, {}).ok());
   }
   Status Open(const std::string& index) {
     EXPECT_TRUE(WriteFileAtomically(dir_ / "model.safetensors.index.json", index).ok());
@@ -329,7 +331,7 @@ class IndexTest : public testing::Test {
 };
 
 TEST_F(IndexTest, EveryCheckHasABadIndex) {
-  const std::string good = R"("weight_map":{"a":"1","b":"2"})";
+  const std::string good = R"("weight_map":{"a":"1.safetensors","b":"2.safetensors"})";
   EXPECT_EQ(Code("{" + good + "}"), "");
   EXPECT_EQ(Code(R"({"metadata":{"total_size":12},)" + good + "}"), "");
   EXPECT_EQ(Code(R"({"metadata":{"total_size":12.0,"format":"pt"},)" + good + "}"), "");
@@ -345,25 +347,33 @@ TEST_F(IndexTest, EveryCheckHasABadIndex) {
     EXPECT_EQ(Code(std::string(R"({"metadata":)") + metadata + "," + good + "}"), "ST-JSON")
         << metadata;
   }
-  EXPECT_EQ(Code(R"({"weight_map":{"a":"1","b":"2","a":"1"}})"), "ST-DUP");
+  EXPECT_EQ(Code(R"({"weight_map":{"a":"1.safetensors","b":"2.safetensors","a":"1.safetensors"}})"),
+            "ST-DUP");
   EXPECT_EQ(Code("{" + good + "," + good + "}"), "ST-DUP");
-  for (const char* name : {"../1", "/1", "", ".", "..", "x/1", "x\\\\1"}) {
-    EXPECT_EQ(Code(std::string(R"({"weight_map":{"b":"2","a":")") + name + "\"}}"), "ST-PATH")
+  for (const char* name : {"../1.safetensors", "/1.safetensors", "", ".", "..", ".safetensors",
+                           "x/1.safetensors", "x\\\\1.safetensors", "1", "tokenizer.model"}) {
+    EXPECT_EQ(Code(std::string(R"({"weight_map":{"b":"2.safetensors","a":")") + name + "\"}}"),
+              "ST-PATH")
         << name;
   }
-  EXPECT_EQ(Code(R"({"weight_map":{"a":1,"b":"2"}})"), "ST-PATH") << "no text";
-  EXPECT_EQ(Code(R"({"weight_map":{"a":"1","b":"3"}})"), "ST-PATH") << "a file that is not here";
-  EXPECT_EQ(Code(R"({"weight_map":{"a":"2","b":"2"}})"), "ST-PATH") << "not in that file";
-  EXPECT_EQ(Code(R"({"weight_map":{"a":"1","b":"2","c":"2"}})"), "ST-PATH") << "in no file";
-  EXPECT_EQ(Code(R"({"weight_map":{"a":"1"}})"), "") << "a file that the index does not name";
+  EXPECT_EQ(Code(R"({"weight_map":{"a":1,"b":"2.safetensors"}})"), "ST-PATH") << "no text";
+  EXPECT_EQ(Code(R"({"weight_map":{"a":"1.safetensors","b":"3.safetensors"}})"), "ST-PATH")
+      << "a file that is not here";
+  EXPECT_EQ(Code(R"({"weight_map":{"a":"2.safetensors","b":"2.safetensors"}})"), "ST-PATH")
+      << "not in that file";
+  EXPECT_EQ(Code(R"({"weight_map":{"a":"1.safetensors","b":"2.safetensors","c":"2.safetensors"}})"),
+            "ST-PATH")
+      << "in no file";
+  EXPECT_EQ(Code(R"({"weight_map":{"a":"1.safetensors"}})"), "")
+      << "a file that the index does not name";
   ASSERT_TRUE(
-      WriteSafetensors(dir_ / "2",
+      WriteSafetensors(dir_ / "2.safetensors",
                        {{"b", DType::kF32, {1}, f_.data()}, {"a", DType::kF32, {2}, f_.data()}}, {})
           .ok());
   const Status twice = Open("{" + good + "}");
   EXPECT_EQ(ErrorCodeOf(twice), "ST-PATH") << "a tensor in two files";
-  EXPECT_THAT(MessageOf(twice), HasSubstr("/2: holds tensor `a`"));
-  ASSERT_TRUE(WriteFileAtomically(dir_ / "2", "short").ok());
+  EXPECT_THAT(MessageOf(twice), HasSubstr("/2.safetensors: holds tensor `a`"));
+  ASSERT_TRUE(WriteFileAtomically(dir_ / "2.safetensors", "short").ok());
   EXPECT_EQ(Code("{" + good + "}"), "ST-HEADER") << "a bad file";
 }
 

@@ -216,6 +216,15 @@ class Use(unittest.TestCase):
         self.assertEqual(result.code, 0, result)
         self.assertIn("not checked", result.out)
 
+    def test_no_gpu(self):
+        words = ["verify", one_stage("no-gpu"), "--only", "gradients", "--set", "run.device=cuda"]
+        env = {"SALA_CUDA_MODULE": "/nowhere/libsala_cuda.so"}
+        result = h.run(words, env=env)
+        self.assertEqual(result.code, 76, result)
+        self.assertIn("the GPU path was not checked: CUDA-MODULE", result.out)
+        result = h.run([*words, "--device", "cpu"], env=env)
+        self.assertEqual(result.code, 0, result)
+
     def test_mistakes(self):
         for words, code, text in (([one_stage(), "--only", "gradient"], 64, "expected some of gradients, packed"),
                                   (["nowhere.yaml"], 66, "nowhere.yaml"),

@@ -482,6 +482,17 @@ TEST(SourceRecordTest, ComesBackFromItsText) {
   EXPECT_EQ(back->generation_config, (*record)->generation_config);
   for (const char* bad : {"", "[]", "{}", R"({"version": 2})"})
     EXPECT_EQ(ErrorCodeOf(SourceRecord::Parse(bad, "x").status()), "CKPT-VERSION") << bad;
+  // An export writes these names: they must not lead out of its folder.
+  for (const char* name : {"../model.safetensors", "config.json", ""}) {
+    SourceRecord other = *back;
+    other.headers[0].first = name;
+    EXPECT_EQ(ErrorCodeOf(SourceRecord::Parse(other.ToText(), "x").status()), "CKPT-VERSION")
+        << name;
+    other = *back;
+    other.tokenizer_files.push_back(name);
+    EXPECT_EQ(ErrorCodeOf(SourceRecord::Parse(other.ToText(), "x").status()), "CKPT-VERSION")
+        << name;
+  }
 }
 
 // ---- the released 9B model, without its values ----
