@@ -93,6 +93,13 @@ class Kinds {
   std::vector<Sums> sums_;
 };
 
+// JSON has no word for numbers that are not finite.
+std::string NumberText(double value) {
+  if (std::isnan(value)) return "nan";
+  if (std::isinf(value)) return value > 0 ? "inf" : "-inf";
+  return nlohmann::json(value).dump();
+}
+
 // Reads one tensor, adds up its numbers and counts values that float32 does not hold.
 StatusOr<Sums> ReadTensor(const ModelFolder& folder, const model::ParameterSpec& spec, float* out,
                           int64_t* rounded) {
@@ -110,7 +117,7 @@ StatusOr<Sums> ReadTensor(const ModelFolder& folder, const model::ParameterSpec&
       return MakeError(
           ExitCode::kData, "IMP-NUMBERS",
           folder.directory() + ": " + spec.name + ": element " + std::to_string(i) + " is " +
-              nlohmann::json(value).dump() +
+              NumberText(value) +
               (std::isfinite(value) ? ", too large for float32" : ", not a finite number") +
               "; take another copy or an earlier version of the model");
     }

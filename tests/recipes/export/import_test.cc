@@ -378,12 +378,15 @@ TEST(ImportFolderTest, ValuesThatFloat32DoesNotHoldAreCountedOrRefused) {
   EXPECT_EQ(report->rounded, 2);
   const auto model = LoadModel(report->checkpoint);
   EXPECT_EQ(model->params.Get("model.norm.weight").Data<float>()[4], 0.1F) << "the nearest";
-  for (const double value : {1e300, -std::numeric_limits<double>::infinity(),
-                             std::numeric_limits<double>::quiet_NaN()}) {
+  using Limits = std::numeric_limits<double>;
+  const std::pair<double, const char*> bad[] = {
+      {1e300, "1e+300"}, {-Limits::infinity(), "-inf"}, {Limits::quiet_NaN(), "nan"}};
+  for (const auto& [value, word] : bad) {
     set(5, value);
     const Status refused = ImportFolder({.directory = dir / "in", .run = dir / "b"}).status();
     EXPECT_EQ(ErrorCodeOf(refused), "IMP-NUMBERS");
-    EXPECT_THAT(MessageOf(refused), HasSubstr("model.norm.weight: element 5"));
+    EXPECT_THAT(MessageOf(refused),
+                HasSubstr(std::string("model.norm.weight: element 5 is ") + word));
     EXPECT_TRUE(ListCheckpoints(dir / "b/checkpoints").empty());
     EXPECT_FALSE(PathExists(dir / "b/tokenizer"));
   }
