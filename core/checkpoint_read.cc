@@ -45,12 +45,19 @@ void ReadInfo(const json& manifest, CheckpointInfo* info) {
   }
 }
 
+// Why there is no checkpoint at `directory`; `problem` is what reading its manifest gave.
+std::string WhyNone(const std::string& directory, const Status& problem) {
+  if (!PathExists(directory)) return "does not exist";
+  if (IsDirectory(directory + "/checkpoints"))
+    return "is a run directory; name one of its checkpoints, which sala ckpt list shows";
+  return "no complete checkpoint here: " + MessageOf(problem);
+}
+
 StatusOr<json> ReadManifest(const std::string& directory, CheckpointInfo* info) {
   const std::string path = directory + "/" + checkpoint::kManifestName;
   const StatusOr<std::string> text = ReadFile(path);
   if (!text.ok()) {
-    return DataError("CKPT-NONE",
-                     directory + ": no complete checkpoint here: " + MessageOf(text.status()));
+    return DataError("CKPT-NONE", directory + ": " + WhyNone(directory, text.status()));
   }
   if (!checkpoint::ManifestIsIntact(*text)) {
     return DataError(

@@ -232,6 +232,13 @@ class TrainingLines {
 }  // namespace
 
 Status TrainSentencePiece(const TrainTokenizerOptions& options) {
+  for (const char* name : kTokenizerFiles) {
+    if (PathExists(options.output + "/" + name)) {
+      return MakeError(ExitCode::kIo, "TOK-EXISTS",
+                       options.output + ": already holds a tokenizer (" + name +
+                           "); name another directory, or remove it");
+    }
+  }
   const auto failed = [&](ExitCode exit_code, const std::string& text) {
     return MakeError(exit_code, "TOK-TRAIN", text);
   };
@@ -261,21 +268,30 @@ Status TrainSentencePiece(const TrainTokenizerOptions& options) {
                                        std::to_string(total) + " bytes of text: " +
                                        Printable(error) + "; use more text or another vocab_size");
   }
-  SALA_RETURN_IF_ERROR(MakeDirectories(options.output));
-  nlohmann::json added_json = nlohmann::json::object();
-  for (size_t i = 0; i < options.added_tokens.size(); ++i)
-    added_json[options.added_tokens[i]] = training.vocab_size + static_cast<int64_t>(i);
-  SALA_RETURN_IF_ERROR(
-      WriteFileAtomically(options.output + "/" + kAddedTokensFile, added_json.dump(2) + "\n"));
-  SALA_RETURN_IF_ERROR(WriteFileAtomically(options.output + "/" + kSentencePieceFile, model));
-  SALA_ASSIGN_OR_RETURN(const auto tokenizer, LoadTokenizer(options.output));
-  if (tokenizer->vocab_size() != options.vocab_size) {
-    return failed(ExitCode::kData, "the text of " + std::to_string(total) + " bytes gives only " +
-                                       std::to_string(tokenizer->vocab_size()) +
-                                       " tokens, asked were " + std::to_string(options.vocab_size) +
-                                       "; use more text or a smaller vocab_size");
+  const auto write = [&]() -> Status {
+    SALA_RETURN_IF_ERROR(MakeDirectories(options.output));
+    nlohmann::json added_json = nlohmann::json::object();
+    for (size_t i = 0; i < options.added_tokens.size(); ++i)
+      added_json[options.added_tokens[i]] = training.vocab_size + static_cast<int64_t>(i);
+    SALA_RETURN_IF_ERROR(
+        WriteFileAtomically(options.output + "/" + kAddedTokensFile, added_json.dump(2) + "\n"));
+    SALA_RETURN_IF_ERROR(WriteFileAtomically(options.output + "/" + kSentencePieceFile, model));
+    SALA_ASSIGN_OR_RETURN(const auto tokenizer, LoadTokenizer(options.output));
+    if (tokenizer->vocab_size() != options.vocab_size) {
+      return failed(ExitCode::kData, "the text of " + std::to_string(total) + " bytes gives only " +
+                                         std::to_string(tokenizer->vocab_size()) +
+                                         " tokens, asked were " +
+                                         std::to_string(options.vocab_size) +
+                                         "; use more text or a smaller vocab_size");
+    }
+    return tokenizer->SaveTo(options.output);
+  };
+  Status written = write();
+  if (!written.ok()) {
+    // What is left would be taken for a tokenizer; before this call there were no such files.
+    for (const char* name : kTokenizerFiles) RemoveTree(options.output + "/" + name).IgnoreError();
   }
-  return tokenizer->SaveTo(options.output);
+  return written;
 }
 
 }  // namespace sala::data

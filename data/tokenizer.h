@@ -130,7 +130,7 @@ struct TrainTokenizerOptions {
 };
 
 // Trains BPE with byte fallback: unk 0, bos 1, eos 2. The same inputs and options give the same
-// files.
+// files. TOK-EXISTS (74) where the directory holds files of a tokenizer; a failure leaves none.
 Status TrainSentencePiece(const TrainTokenizerOptions& options);
 
 }  // namespace sala::data

@@ -125,7 +125,7 @@ void AddCheckpointCommands(CommandLine& line) {
   auto info_path = std::make_shared<std::string>();
   auto tensors = std::make_shared<bool>(false);
   CLI::App* info = AddCommand(*group, "info", "what one checkpoint holds",
-                              "sala ckpt info runs/tiny/checkpoints/step-000000100");
+                              "sala ckpt info runs/tiny/checkpoints/step-000000380");
   info->add_option("checkpoint", *info_path, "checkpoint directory")->required();
   info->add_flag("--tensors", *tensors, "list every tensor");
   line.OnUse(info, [info_path, tensors] { return Info(*info_path, *tensors); });
@@ -133,7 +133,7 @@ void AddCheckpointCommands(CommandLine& line) {
   auto verify_path = std::make_shared<std::string>();
   auto level = std::make_shared<VerifyLevel>(VerifyLevel::kFull);
   CLI::App* verify = AddCommand(*group, "verify", "whether a checkpoint is whole",
-                                "sala ckpt verify runs/tiny/checkpoints/step-000000100 --deep");
+                                "sala ckpt verify runs/tiny/checkpoints/step-000000380 --deep");
   verify->add_option("checkpoint", *verify_path, "checkpoint directory")->required();
   CLI::Option* quick = verify->add_flag_callback(
       "--quick", [level] { *level = VerifyLevel::kQuick; }, "manifest and file sizes");
@@ -150,7 +150,7 @@ void AddCheckpointCommands(CommandLine& line) {
   auto pair = std::make_shared<std::pair<std::string, std::string>>();
   CLI::App* diff = AddCommand(
       *group, "diff", "tensors that differ; exit 65 when there are any",
-      "sala ckpt diff runs/a/checkpoints/step-000000100 runs/b/checkpoints/step-000000100");
+      "sala ckpt diff runs/a/checkpoints/step-000000380 runs/b/checkpoints/step-000000380");
   diff->add_option("a", pair->first, "checkpoint directory")->required();
   diff->add_option("b", pair->second, "checkpoint directory")->required();
   line.OnUse(diff, [pair] { return Diff(pair->first, pair->second); });

@@ -2,10 +2,12 @@
 #include <cstdio>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/config.h"
 #include "core/file.h"
+#include "core/log.h"
 #include "launch/command.h"
 #include "recipes/checkpointing.h"
 #include "recipes/export.h"
@@ -45,6 +47,21 @@ void Print(const ExportCommand& command, const recipes::ExportReport& report) {
     std::printf("not in the form of the folder it came from: %s\n", report.source_problem.c_str());
 }
 
+// A run takes them from its tokenizer; here is none.
+Status CheckTokenIds(const std::string& path, const model::ModelConfig& config) {
+  std::string missing;
+  for (const auto& [key, id] : {std::make_pair("bos_token_id", config.bos_token_id),
+                                std::make_pair("eos_token_id", config.eos_token_id),
+                                std::make_pair("pad_token_id", config.pad_token_id)}) {
+    if (id < 0) missing += (missing.empty() ? "model." : ", model.") + std::string(key);
+  }
+  if (missing.empty()) return OkStatus();
+  return MakeError(ExitCode::kConfig, "CFG-MISSING",
+                   path + ": " + missing +
+                       ": missing; the folder's config.json needs them, and --shapes-only has no "
+                       "tokenizer to take them from");
+}
+
 Status ExportShapes(const ExportCommand& command) {
   if (!command.tokenizer.empty() || command.options.verify) {
     return MakeError(ExitCode::kUsage, "USAGE",
@@ -56,6 +73,7 @@ Status ExportShapes(const ExportCommand& command) {
   SALA_RETURN_IF_ERROR(BindConfig(document, &file));
   if (const Status resolved = file.model.Resolve(); !resolved.ok())
     return Annotate(resolved, command.shapes_only);
+  SALA_RETURN_IF_ERROR(CheckTokenIds(command.shapes_only, file.model));
   SALA_ASSIGN_OR_RETURN(const recipes::ExportReport report,
                         recipes::ExportShapes(file.model, file.stop_token_ids, command.options));
   Print(command, report);
@@ -123,6 +141,11 @@ Status Export(ExportCommand command) {
   SALA_ASSIGN_OR_RETURN(
       const recipes::ExportReport report,
       recipes::ExportModel(model.config, model.params, tokenizer.get(), source, command.options));
+  if (report.as_source && !command.max_shard.empty()) {
+    SALA_LOG(Warn) << command.options.directory
+                   << ": --max-shard was ignored: the weights are cut into files as in the folder "
+                      "the model came from";
+  }
   Print(command, report);
   return OkStatus();
 }
@@ -133,7 +156,7 @@ void AddExportCommand(CommandLine& line) {
   auto options = std::make_shared<ExportCommand>();
   CLI::App* command =
       AddCommand(line.app, "export", "write a model folder that inference engines load",
-                 "sala export --ckpt runs/tiny/checkpoints/step-000000100 --to exported --verify");
+                 "sala export --ckpt runs/tiny/checkpoints/step-000000380 --to exported --verify");
   command->add_option("--ckpt", options->checkpoint,
                       "checkpoint directory, or a model folder to write again");
   command->add_option("--shapes-only", options->shapes_only,
@@ -146,11 +169,13 @@ void AddExportCommand(CommandLine& line) {
                    "from, else bf16")
       ->check(CLI::IsMember({"bf16", "f16", "f32", "f64"}));
   command->add_option("--max-shard", options->max_shard,
-                      "bytes of a file at most; default 5,000,000,000");
+                      "bytes of a file at most; default 5,000,000,000; a model in the form of the "
+                      "folder it came from keeps that folder's files");
   command->add_option("--tokenizer", options->tokenizer,
                       "tokenizer to put in; default: the run's own; none: leave it out");
   command->add_flag("--verify", options->options.verify, "read everything back and compare bits");
-  command->add_flag("--force", options->options.force, "replace an exported model that is there");
+  command->add_flag("--force", options->options.force,
+                    "replace an exported model that is there; everything in its folder goes");
   line.OnUse(command, [options] { return Export(*options); });
 }
 

@@ -96,7 +96,7 @@ void AddGenerateCommand(CommandLine& line) {
   auto options = std::make_shared<GenerateOptions>();
   CLI::App* command = AddCommand(
       line.app, "generate", "continue a prompt with a trained model",
-      "sala generate --ckpt runs/tiny/checkpoints/step-000000100 --prompt 'Once upon a time'");
+      "sala generate --ckpt runs/tiny/checkpoints/step-000000380 --prompt 'Once upon a time'");
   command->add_option("--ckpt", options->checkpoint, "checkpoint directory or exported folder")
       ->required();
   command->add_option("--prompt", options->prompt, "text to continue, or the question with --chat")

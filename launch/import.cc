@@ -37,8 +37,11 @@ void PrintKinds(const recipes::ImportReport& report, bool numbers) {
 
 Status Import(const ImportCommand& command) {
   const recipes::ImportOptions& options = command.options;
-  if (!command.check && options.run.empty())
-    return MakeError(ExitCode::kUsage, "USAGE", "--to is required, except with --check");
+  if (command.check != options.run.empty()) {
+    return MakeError(ExitCode::kUsage, "USAGE",
+                     command.check ? "--check writes nothing; leave --to out"
+                                   : "--to is required, except with --check");
+  }
   SALA_ASSIGN_OR_RETURN(const recipes::ImportReport report,
                         command.check ? recipes::CheckFolder(options.directory, options.folder)
                                       : recipes::ImportFolder(options));

@@ -47,6 +47,12 @@ StatusOr<model::Batch> ReadTokens(const std::string& tokens, int64_t vocabulary)
   const bool listed = tokens.find_first_not_of("0123456789, -") == std::string::npos;
   std::string text = "[" + tokens + "]";
   if (!listed) {
+    if (!PathExists(tokens)) {
+      return MakeError(ExitCode::kNoInput, "FILE-MISSING",
+                       "--tokens " + Printable(tokens) +
+                           ": neither token ids nor a file that exists; write 1,5,9 or name a "
+                           "JSON file");
+    }
     SALA_ASSIGN_OR_RETURN(text, ReadFile(tokens));
   }
   const std::string where = listed ? "--tokens" : Printable(tokens);
@@ -134,8 +140,7 @@ void AddLogitsCommand(CommandLine& line) {
   CLI::App* command = AddCommand(
       line.app, "logits", "write the logits of given tokens, for comparison with other engines",
       "sala logits exported --tokens 1,306,4966 --to logits.safetensors --arithmetic float64");
-  command->add_option("model", options->model, "checkpoint directory or exported folder")
-      ->required();
+  command->add_option("model", options->model, "checkpoint directory or model folder")->required();
   command
       ->add_option("--tokens", options->tokens,
                    "ids with commas between, or a JSON file: a list of ids, or a list of lists, "

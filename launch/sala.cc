@@ -55,6 +55,9 @@ int Run(int argc, char** argv) {
                                              sala::launch::BuildType() + ")");
   line.app.require_subcommand(1);
   line.app.footer(
+      "Environment: SALA_CPU=portable, avx2 or avx512 names the instruction set of the CPU "
+      "kernels;\n"
+      "SALA_CUDA_MODULE names another CUDA module than the one beside the program.\n"
       "Each subcommand has --help with an example. Exit codes and error codes: docs/errors.md");
   sala::launch::AddTrainCommand(line);
   sala::launch::AddVerifyCommand(line);

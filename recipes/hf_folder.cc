@@ -26,6 +26,8 @@ std::string ListSome(const std::vector<std::string>& names) {
   return text;
 }
 
+constexpr char kNotTogether[] = "; config.json and the weights do not belong together";
+
 bool EndsWith(const std::string& text, const std::string& end) {
   return text.size() > end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
@@ -52,7 +54,9 @@ bool IsHfFolder(const std::string& path) {
 StatusOr<ModelFolder> ModelFolder::Open(const std::string& directory,
                                         const ModelFolderOptions& options) {
   const std::string config_path = directory + "/config.json";
-  if (IsDirectory(directory) && !PathExists(config_path)) {
+  if (!IsDirectory(directory))
+    return MakeError(ExitCode::kNoInput, "FILE-MISSING", directory + ": no such folder");
+  if (!PathExists(config_path)) {
     // Where the weights are of a form that is not read, that is what to say.
     if (const Status form = SafetensorsModel::Open(directory).status();
         ErrorCodeOf(form) == "ST-FORMAT")
@@ -124,11 +128,11 @@ Status ModelFolder::CheckTensors() const {
   }
   if (!missing.empty()) {
     return DataError("IMP-MISSING", directory_ + ": " + Counted(missing.size(), "tensor") +
-                                        "that config.json asks for: missing " + ListSome(missing));
+                                        "that config.json asks for: missing " + ListSome(missing) +
+                                        kNotTogether);
   }
   if (!other.empty()) {
-    return DataError("IMP-SHAPE", directory_ + ": " + ListSome(other) +
-                                      "; config.json and the weights do not belong together");
+    return DataError("IMP-SHAPE", directory_ + ": " + ListSome(other) + kNotTogether);
   }
   std::vector<std::string> extra;
   std::vector<std::string> biases;
@@ -145,9 +149,9 @@ Status ModelFolder::CheckTensors() const {
                                      "that the model has no place for: " + ListSome(biases));
   }
   if (!extra.empty()) {
-    return DataError("IMP-EXTRA",
-                     directory_ + ": " + Counted(extra.size(), "tensor") +
-                         "that the configuration has no place for: " + ListSome(extra));
+    return DataError("IMP-EXTRA", directory_ + ": " + Counted(extra.size(), "tensor") +
+                                      "that the configuration has no place for: " +
+                                      ListSome(extra) + kNotTogether);
   }
   return OkStatus();
 }
@@ -171,9 +175,9 @@ Status ModelFolder::Read(const model::ParameterSpec& spec, int64_t begin, int64_
 
 Status ModelFolder::CheckValues() const {
   if (shapes_only_) {
-    return DataError(
-        "IMP-EMPTY",
-        directory_ + ": written by export --shapes-only: it has headers and no values");
+    return DataError("IMP-EMPTY", directory_ +
+                                      ": written by export --shapes-only: it has headers and no "
+                                      "values; only import --check reads it");
   }
   const SafetensorsEntry* head = weights_.Find(kHeadName);
   if (!tied_ || head == nullptr) return OkStatus();

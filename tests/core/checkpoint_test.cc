@@ -307,7 +307,9 @@ TEST(Checkpoint, CutAndMissingFilesAreFoundByQuick) {
     EXPECT_EQ(ErrorCodeOf(Checked(directory, VerifyLevel::kQuick)), "CKPT-SIZE");
     EXPECT_THAT(MessageOf(Checked(directory, VerifyLevel::kQuick)), HasSubstr(name));
   }
-  EXPECT_EQ(ErrorCodeOf(Checkpoint::Open(root / "none").status()), "CKPT-NONE");
+  const Status none = Checkpoint::Open(root / "none").status();
+  EXPECT_EQ(ErrorCodeOf(none), "CKPT-NONE");
+  EXPECT_THAT(MessageOf(none), HasSubstr("none: does not exist"));
   const std::string directory = SampleSave().Save(root.path(), 2).value();
   ASSERT_TRUE(RemoveTree(directory + "/manifest.json").ok());
   EXPECT_EQ(ErrorCodeOf(Checkpoint::Open(directory).status()), "CKPT-NONE");

@@ -351,6 +351,10 @@ def main():
     parser.add_argument("names", nargs="*", metavar="NAME", help="of faults; default: all")
     options = parser.parse_args()
 
+    listed = CPU_FAULTS if options.cpu else CUDA_FAULTS
+    unknown = set(options.names) - {fault.name for fault in listed}
+    if unknown:
+        parser.error(f"there is no fault {sorted(unknown)[0]}")
     wrong = check()
     for line in wrong:
         print(line)
@@ -359,10 +363,6 @@ def main():
     if options.check or wrong:
         return 1 if wrong else 0
 
-    listed = CPU_FAULTS if options.cpu else CUDA_FAULTS
-    unknown = set(options.names) - {fault.name for fault in listed}
-    if unknown:
-        parser.error(f"there is no fault {sorted(unknown)[0]}")
     folders = {"plain": options.build, "asan": options.asan, "tsan": options.tsan}
     if not any(folders.values()):
         parser.error("name a build folder: --build, --asan or --tsan")

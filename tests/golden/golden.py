@@ -146,6 +146,9 @@ def main():
     if options.libm:
         environment["GLIBC_TUNABLES"] = OLD_PROCESSOR
     h.SALA = os.path.abspath(options.sala)
+    if not os.access(h.SALA, os.X_OK) or os.path.isdir(h.SALA):
+        print(f"--sala {options.sala}: no such program; build it: ninja -C build/release sala", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory(prefix="sala-golden-") as folder:
         h.ROOT = pathlib.Path(folder)
         if options.cpu and "SALA_CPU" in h.run(["doctor"], env=environment).err:

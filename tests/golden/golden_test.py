@@ -1,6 +1,8 @@
 """What golden.py says of runs that differ."""
 
 import copy
+import subprocess
+import sys
 import unittest
 
 import golden
@@ -40,6 +42,12 @@ class Compare(unittest.TestCase):
     def test_units_in_the_last_place_count_over_zero(self):
         self.assertEqual(golden.ordinal(5e-324) - golden.ordinal(-5e-324), 2)
         self.assertEqual(golden.ordinal(1.0) - golden.ordinal(1 - 2**-53), 1)
+
+    def test_a_program_that_is_not_there(self):
+        done = subprocess.run([sys.executable, "-B", golden.__file__, "--sala", "no/such/sala"], capture_output=True, text=True, check=False)
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+        self.assertIn("no/such/sala: no such program", done.stderr)
 
 
 if __name__ == "__main__":

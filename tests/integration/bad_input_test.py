@@ -286,6 +286,18 @@ class Models(BadInputCase):
             h.succeed(["tokenizer", "train", "--input", h.ROOT / "corpus" / "prose.txt", "--vocab-size", "300", "--to", cls.tokenizer])
         cls.pieces = h.ingest("pieces", tokenizer=str(cls.tokenizer))
 
+    def test_training_a_tokenizer_where_one_is(self):
+        before = {path.name: path.read_bytes() for path in self.tokenizer.iterdir()}
+        command = ["tokenizer", "train", "--input", h.ROOT / "corpus" / "prose.txt", "--vocab-size", "301", "--to"]
+        self.refuse([*command, self.tokenizer], 74, "TOK-EXISTS", self.tokenizer, "another directory")
+        self.assertEqual({path.name: path.read_bytes() for path in self.tokenizer.iterdir()}, before)
+        # A failure leaves nothing that would stand in the way of the next attempt.
+        short = h.ROOT / "corpus" / "short.txt"
+        short.write_text("a few words only\n")
+        target = h.ROOT / "corpus" / "second-tokenizer"
+        self.refuse(["tokenizer", "train", "--input", short, "--vocab-size", "5000", "--to", target], 65, "TOK-TRAIN")
+        h.succeed([*command, target])
+
     def test_store_of_another_tokenizer(self):
         self.refuse_training(self.config(data=h.data(self.pieces)), 65, "TOK-MISMATCH", self.pieces)
 
@@ -335,7 +347,7 @@ class Models(BadInputCase):
                 self.refuse(logits(tokens), 65, "TOK-LIST", *texts)
                 self.assertFalse(target.exists())
         nowhere = h.ROOT / "bad" / "nowhere.json"
-        self.refuse(logits(nowhere), 66, "FILE-MISSING", nowhere)
+        self.refuse(logits(nowhere), 66, "FILE-MISSING", nowhere, "neither token ids nor a file")
         target.write_text("precious")
         self.refuse(logits("1"), 74, "EXP-EXISTS", target)
         self.assertEqual(target.read_text(), "precious")
@@ -352,7 +364,9 @@ class Models(BadInputCase):
         for command in (["generate", "--ckpt", missing, "--prompt", "a", "--tokenizer", "bytes"],
                         ["export", "--ckpt", missing, "--to", h.ROOT / "exports" / "none", "--tokenizer", "bytes"],
                         ["ckpt", "info", missing], ["ckpt", "verify", missing]):
-            self.refuse(command, 65, "CKPT-NONE", missing)
+            self.refuse(command, 65, "CKPT-NONE", f"{missing}: does not exist")
+        for command in ("info", "verify"):
+            self.refuse(["ckpt", command, self.good], 65, "CKPT-NONE", f"{self.good}: is a run directory", "sala ckpt list")
         self.refuse(["ckpt", "list", missing], 66, "CKPT-NONE", missing)
 
     def test_resuming_with_another_model(self):
@@ -409,6 +423,12 @@ class Models(BadInputCase):
         (strange / "letter.txt").write_text("mine\n")
         self.refuse(["export", "--ckpt", self.checkpoint, "--to", strange, "--force"], 74, "EXP-EXISTS", strange)
         self.assertEqual((strange / "letter.txt").read_text(), "mine\n")
+
+    def test_shapes_without_token_ids(self):
+        path = h.ROOT / "bad" / "shapes.yaml"
+        path.write_text(h.yaml({"model": h.model(vocab_size=300, eos_token_id=2)}))
+        self.refuse(["export", "--shapes-only", path, "--to", h.ROOT / "exports" / "shapes"], 78, "CFG-MISSING", path, "model.bos_token_id, model.pad_token_id")
+        self.assertFalse((h.ROOT / "exports" / "shapes").exists())
 
     def test_damaged_export(self):
         folder = h.ROOT / "exports" / "damaged"

@@ -97,8 +97,9 @@ class Exchange(unittest.TestCase):
         h.succeed(["export", "--ckpt", checkpoint, "--to", h.ROOT / "exports" / "no-tokenizer", "--tokenizer", "none"])
         self.assertEqual({name for name in files(h.ROOT / "exports" / "no-tokenizer")},
                          {"config.json", "generation_config.json", "model.safetensors"})
-        # Likewise without a checkpoint in between.
-        h.succeed(["export", "--ckpt", folder, "--to", h.ROOT / "exports" / "again"])
+        # Likewise without a checkpoint in between, and the form comes before the size of files.
+        again = h.succeed(["export", "--ckpt", folder, "--to", h.ROOT / "exports" / "again", "--max-shard", "20000"])
+        self.assertIn("--max-shard was ignored", again.err)
         self.assertEqual(files(h.ROOT / "exports" / "again"), files(folder))
 
     def test_commands_take_the_checkpoint(self):
@@ -226,7 +227,8 @@ class Refusals(unittest.TestCase):
                  ("shape", {"intermediate_size": 64}, "IMP-SHAPE")]
         for name, changes, code in table:
             with self.subTest(name):
-                self.refuse(self.spoilt(name, **changes), code, f"spoilt-{name}")
+                together = ["do not belong together"] if name in ("missing", "extra", "shape") else []
+                self.refuse(self.spoilt(name, **changes), code, f"spoilt-{name}", *together)
 
     def test_a_bias_among_the_weights(self):
         folder = self.spoilt("bias-tensor")
@@ -242,9 +244,12 @@ class Refusals(unittest.TestCase):
             self.refuse(folder, "ST-FORMAT", name)
 
     def test_nothing_there(self):
-        self.refuse(h.ROOT / "models" / "nowhere", "FILE-MISSING", "nowhere", exit_code=66)
+        self.refuse(h.ROOT / "models" / "nowhere", "FILE-MISSING", "nowhere: no such folder", exit_code=66)
         self.refuse(teacher("llama"), "IMP-ARCH", "--arch says qwen3", more=["--arch", "qwen3"])
         self.assertEqual(h.run(["import", "--from", teacher("llama")]).code, 64)
+        unused = h.run(["import", "--from", teacher("llama"), "--check", "--to", h.ROOT / "runs" / "unused"])
+        self.assertEqual(unused.code, 64, unused)
+        self.assertIn("leave --to out", unused.err)
 
     def test_a_run_directory_in_use(self):
         folder, checkpoint = imported("llama")
