@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/device.h"
+#include "core/file.h"
 #include "kernels/common/instruction_set.h"
 #include "launch/build_info.h"
 #include "launch/command.h"
@@ -80,7 +81,7 @@ int Run(int argc, char** argv) {
     return UsageError(line, WhatIsWrong(line.app, error));
   }
   if (const std::string problem = sala::kernels::InstructionSetProblem(); !problem.empty())
-    return UsageError(line, problem);
+    return UsageError(line, sala::Printable(problem));
   const sala::Status status = [&line]() -> sala::Status {
     try {
       return line.action();

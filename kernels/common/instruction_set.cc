@@ -5,7 +5,6 @@
 #include <cstdlib>
 
 #include "core/check.h"
-#include "core/file.h"
 
 namespace sala::kernels {
 namespace {
@@ -84,7 +83,7 @@ std::string InstructionSetProblem() {
     if (NameOf(set) == asked) return "";
     names += (names.empty() ? "" : ", ") + std::string(NameOf(set));
   }
-  return "environment variable SALA_CPU is '" + Printable(asked) +
+  return "environment variable SALA_CPU is '" + asked +
          "', expected one that this processor has: " + names +
          "; set one of them, or unset it for the best";
 }
