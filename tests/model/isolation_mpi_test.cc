@@ -9,10 +9,10 @@
 #include <string>
 #include <vector>
 
-#include "core/rng.h"
 #include "model/loss.h"
 #include "model/model.h"
 #include "parallel/mesh.h"
+#include "tests/model/cases.h"
 #include "tests/parallel/mpi_test_main.h"
 
 namespace sala::model {
@@ -45,25 +45,6 @@ ModelConfig Config(const std::vector<std::string>& mixers) {
                                                             .dense_len = 24};
   EXPECT_TRUE(c.Resolve().ok());
   return c;
-}
-
-Batch MakeBatch(const ModelConfig& config, const std::vector<int32_t>& lengths) {
-  PhiloxStream rng("v1|7|isolation_mpi_test||0|tokens|");
-  Batch batch;
-  batch.cu_seqlens = {0};
-  for (const int32_t n : lengths) {
-    for (int32_t i = 0; i < n; ++i) {
-      batch.tokens.push_back(
-          static_cast<int32_t>(rng.Bounded(static_cast<uint64_t>(config.vocab_size))));
-      batch.positions.push_back(i);
-    }
-    batch.cu_seqlens.push_back(batch.cu_seqlens.back() + n);
-    for (int32_t i = 0; i < n; ++i) {
-      const auto next = static_cast<size_t>(batch.cu_seqlens.back() - n + i + 1);
-      batch.labels.push_back(i + 1 < n ? batch.tokens[next] : -1);
-    }
-  }
-  return batch;
 }
 
 // One document of a batch and a token of it that changes.
@@ -151,7 +132,7 @@ void IsolationTest::Check(const ModelConfig& config, const parallel::MeshConfig&
   const auto mesh = parallel::Mesh::Create(*world, mesh_config);
   ASSERT_TRUE(mesh.ok()) << mesh.status();
   const Spread spread(**mesh);
-  const Batch batch = MakeBatch(config, change.lengths);
+  const Batch batch = testing::RandomBatch(config, change.lengths, "isolation");
   const int64_t first = batch.cu_seqlens[change.document];
   const int64_t last = batch.cu_seqlens[change.document + 1];
   const int64_t at = first + change.token;
@@ -211,7 +192,7 @@ INSTANTIATE_TEST_SUITE_P(
                       std::vector<std::string>{"lightning-attn", "lightning-attn"},
                       std::vector<std::string>{"minicpm4", "lightning-attn", "minicpm4"}));
 
-int Main(int argc, char** argv) { return testing::RunTestsOnRanks(argc, argv, &world); }
+int Main(int argc, char** argv) { return sala::testing::RunTestsOnRanks(argc, argv, &world); }
 
 }  // namespace
 }  // namespace sala::model

@@ -7,6 +7,7 @@
 #include "model/loss.h"
 #include "model/model.h"
 #include "tests/kernels/common/cuda_test.h"
+#include "tests/model/cases.h"
 
 namespace sala::model {
 namespace {
@@ -58,27 +59,6 @@ ModelConfig TeacherConfig() {
   c.attn_use_output_gate = false;
   c.tie_word_embeddings = true;
   return c;
-}
-
-Batch RandomBatch(const ModelConfig& config, const std::vector<int32_t>& lengths) {
-  PhiloxStream rng("v1|7|model_cuda_test||0|tokens|");
-  Batch batch;
-  batch.cu_seqlens = {0};
-  for (int32_t n : lengths) {
-    for (int32_t i = 0; i < n; ++i) {
-      batch.tokens.push_back(
-          static_cast<int32_t>(rng.Bounded(static_cast<uint64_t>(config.vocab_size))));
-      batch.positions.push_back(i);
-    }
-    batch.cu_seqlens.push_back(batch.cu_seqlens.back() + n);
-  }
-  for (size_t s = 0; s + 1 < batch.cu_seqlens.size(); ++s) {
-    for (int32_t t = batch.cu_seqlens[s]; t < batch.cu_seqlens[s + 1]; ++t) {
-      batch.labels.push_back(
-          t + 1 < batch.cu_seqlens[s + 1] ? batch.tokens[static_cast<size_t>(t) + 1] : -1);
-    }
-  }
-  return batch;
 }
 
 // Random weights that bfloat16 holds exactly.
@@ -134,8 +114,10 @@ class ModelCudaStep : public ModelCuda, public ::testing::WithParamInterface<Cas
 TEST_P(ModelCudaStep, LossAndEveryGradientAgreeWithTheCpu) {
   const ModelConfig config = GetParam().teacher ? TeacherConfig() : HybridConfig();
   ParameterStore store = RandomParameters(config);
-  const Batch batch = RandomBatch(config, kernels::kSlowBuild ? std::vector<int32_t>{70, 1, 9}
-                                                              : std::vector<int32_t>{96, 1, 40});
+  const Batch batch = testing::RandomBatch(
+      config,
+      kernels::kSlowBuild ? std::vector<int32_t>{70, 1, 9} : std::vector<int32_t>{96, 1, 40},
+      "cuda");
   const RunOptions options = {.sparse_attention = GetParam().sparse,
                               .recompute = GetParam().recompute};
   const auto scale = static_cast<float>(1.0 / static_cast<double>(batch.targets()));
@@ -177,7 +159,7 @@ INSTANTIATE_TEST_SUITE_P(Models, ModelCudaStep,
 TEST_F(ModelCuda, DryRunMeasuresTheMemoryOfTheRealOne) {
   const ModelConfig config = HybridConfig();
   ParameterStore store = RandomParameters(config);
-  const Batch batch = RandomBatch(config, {96, 1, 40});
+  const Batch batch = testing::RandomBatch(config, {96, 1, 40}, "cuda");
   ComputeParameters parameters(ctx(), store);
   ParameterStore gradients(store.specs(), DType::kF32, ctx().gpu);
   const Model model(config, parameters.store());
