@@ -173,6 +173,12 @@ std::string ShortText(double value) {
   return text;
 }
 
+std::string ExactText(double value) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.9g", value);
+  return text;
+}
+
 std::string LayerOfTensor(const std::string& name) {
   const std::string prefix = "model.layers.";
   if (name.rfind(prefix, 0) != 0) return "";

@@ -38,6 +38,8 @@ void DrawWeights(int64_t seed, VerifyPass* pass);
 
 // Numbers as they stand in the table: "1.2e-06".
 std::string ShortText(double value);
+// The same with nine digits, which tell float32 numbers apart.
+std::string ExactText(double value);
 
 // "layer 3" of "model.layers.3.mlp.up_proj.weight"; "" for a tensor of no layer.
 std::string LayerOfTensor(const std::string& name);

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstdio>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -30,12 +29,6 @@ namespace {
 
 using model::ParameterSpec;
 using model::ParameterStore;
-
-std::string Number(double value) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%.9g", value);
-  return text;
-}
 
 // "model.layers.3.mlp.up_proj.weight (layer 3)"
 std::string Named(const std::string& tensor) {
@@ -71,8 +64,8 @@ struct Worst {
     if (!(other.difference <= difference)) *this = other;
   }
   std::string Text() const {
-    return Named(tensor) + ": element " + std::to_string(element) + ": found " + Number(found) +
-           ", expected " + Number(expected) + ", off by " + ShortText(difference) +
+    return Named(tensor) + ": element " + std::to_string(element) + ": found " + ExactText(found) +
+           ", expected " + ExactText(expected) + ", off by " + ShortText(difference) +
            " of the largest of its tensor";
   }
 };
@@ -209,8 +202,8 @@ StatusOr<Compared> CompareWithReference(Host& host, VerifyPass& pass) {
   compared.margin = reference.selection_margin;
   const double loss_error = std::abs(fast.loss - reference.loss_sum) / std::abs(reference.loss_sum);
   if (!(loss_error <= kGradientBound)) {
-    compared.failures.push_back(pass.where + ": loss: found " + Number(fast.loss) + ", expected " +
-                                Number(reference.loss_sum));
+    compared.failures.push_back(pass.where + ": loss: found " + ExactText(fast.loss) +
+                                ", expected " + ExactText(reference.loss_sum));
   }
   const std::vector<double> zeros(reference.gradients.size());
   std::vector<Worst> off;
@@ -477,7 +470,7 @@ class PackedCheck {
       if (difference <= bound) continue;
       row_->Fail(pass_.where + ": loss of token " + std::to_string(t - begin) + " of document " +
                  std::to_string(s) + " (of " + std::to_string(end - begin) + " tokens): packed " +
-                 Number(packed) + ", " + how + " " + Number(other[t - begin]));
+                 ExactText(packed) + ", " + how + " " + ExactText(other[t - begin]));
       return;
     }
   }
@@ -561,7 +554,7 @@ void CompareFolder(const std::string& where, const ParameterStore& params, const
     for (int64_t i = 0; i < spec.numel; ++i) {
       if (same(expected[i], found[i])) continue;
       row->Fail(where + ": " + Named(spec.name) + ": element " + std::to_string(i) + ": exported " +
-                Number(expected[i]) + ", read back " + Number(found[i]));
+                ExactText(expected[i]) + ", read back " + ExactText(found[i]));
       break;
     }
   }
@@ -590,8 +583,8 @@ Status RoundTrip(Host& host, const std::string& directory, VerifyPass& pass, Ver
     const double before = loss(pass.plan.model, pass.params);
     const double after = loss(loaded.config, loaded.params);
     if (std::bit_cast<uint64_t>(before) != std::bit_cast<uint64_t>(after)) {
-      row->Fail(pass.where + ": loss of the exported model: before " + Number(before) +
-                ", read back " + Number(after));
+      row->Fail(pass.where + ": loss of the exported model: before " + ExactText(before) +
+                ", read back " + ExactText(after));
     }
   }
   return OkStatus();
