@@ -103,6 +103,8 @@ struct StoredTensor {
   TensorKind kind = TensorKind::kParam;
   DType dtype = DType::kF32;
   std::vector<int64_t> shape;
+
+  int64_t numel() const;  // of a tensor of an open checkpoint, whose shape was checked
 };
 
 // One dataset of a data file: elements [flat_begin, flat_end) of a box of a tensor.

@@ -20,6 +20,8 @@ std::string_view NameOf(TensorKind kind) {
   return kNames[static_cast<size_t>(kind)];
 }
 
+int64_t StoredTensor::numel() const { return checkpoint::CheckedElements(shape); }
+
 namespace checkpoint {
 namespace {
 

@@ -11,12 +11,6 @@
 namespace sala::launch {
 namespace {
 
-int64_t Elements(const StoredTensor& tensor) {
-  int64_t n = 1;
-  for (const int64_t d : tensor.shape) n *= d;
-  return n;
-}
-
 std::string Text(const nlohmann::json& object, const char* key) {
   if (!object.is_object() || !object.contains(key)) return "-";
   const nlohmann::json& value = object[key];
@@ -59,7 +53,7 @@ Status Info(const std::string& path, bool tensors) {
     for (const StoredTensor& tensor : checkpoint.tensors()) {
       if (tensor.kind != kind) continue;
       ++count;
-      elements += Elements(tensor);
+      elements += tensor.numel();
     }
     if (count == 0) continue;
     std::printf("%-11s %s tensors, %s elements\n", std::string(NameOf(kind)).c_str(),

@@ -191,6 +191,14 @@ Status ModelFolder::CheckValues() const {
                                     "tie_word_embeddings: true; correct the one or the other");
 }
 
+std::vector<std::string> ModelFolder::TokenizerFiles() const {
+  std::vector<std::string> files;
+  for (const char* name : data::kTokenizerFiles) {
+    if (PathExists(directory_ + "/" + name)) files.emplace_back(name);
+  }
+  return files;
+}
+
 StatusOr<SourceRecord> ModelFolder::Record() const {
   SourceRecord record;
   record.config = config_text_;
@@ -204,9 +212,7 @@ StatusOr<SourceRecord> ModelFolder::Record() const {
     record.headers.emplace_back(weights_.file_names()[i],
                                 std::string(weights_.files()[i].HeaderText()));
   }
-  for (const char* name : data::kTokenizerFiles) {
-    if (PathExists(directory_ + "/" + name)) record.tokenizer_files.emplace_back(name);
-  }
+  record.tokenizer_files = TokenizerFiles();
   return record;
 }
 

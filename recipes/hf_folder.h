@@ -47,6 +47,7 @@ class ModelFolder {
   // What can only be known from values: IMP-EXTRA where a tied model's head is in the file and is
   // not the embedding, IMP-EMPTY of a folder without values.
   Status CheckValues() const;
+  std::vector<std::string> TokenizerFiles() const;  // those that are there
   StatusOr<SourceRecord> Record() const;
 
  private:

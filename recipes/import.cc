@@ -130,9 +130,7 @@ ImportReport ReportOf(const ModelFolder& folder, const Kinds& kinds) {
   report.kinds = kinds.Reports();
   report.tensors = static_cast<int64_t>(folder.specs().size());
   for (const model::ParameterSpec& spec : folder.specs()) report.parameters += spec.numel;
-  for (const char* name : data::kTokenizerFiles) {
-    if (PathExists(folder.directory() + "/" + name)) report.tokenizer_files.emplace_back(name);
-  }
+  report.tokenizer_files = folder.TokenizerFiles();
   return report;
 }
 

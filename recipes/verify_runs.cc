@@ -185,8 +185,7 @@ StatusOr<Flip> RewriteWithOneBit(const std::string& directory) {
     SALA_ASSIGN_OR_RETURN(model, checkpoint.ReadExtra("model.yaml"));
     content.reserve(checkpoint.tensors().size());
     for (const StoredTensor& tensor : checkpoint.tensors()) {
-      int64_t elements = 1;
-      for (const int64_t d : tensor.shape) elements *= d;
+      const int64_t elements = tensor.numel();
       std::vector<char>& bytes =
           content.emplace_back(static_cast<size_t>(elements) * SizeOf(tensor.dtype));
       SALA_RETURN_IF_ERROR(checkpoint.ReadRaw(tensor, 0, elements, bytes.data()));
@@ -394,8 +393,7 @@ StatusOr<std::string> DamageOneBit(const std::string& directory, const std::stri
   {
     SALA_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(directory));
     for (const StoredTensor& tensor : checkpoint.tensors()) {
-      int64_t elements = 1;
-      for (const int64_t d : tensor.shape) elements *= d;
+      const int64_t elements = tensor.numel();
       if (tensor.kind != TensorKind::kParam || tensor.shape.size() < 2) continue;
       wanted = tensor.name;
       bytes.resize(static_cast<size_t>(elements) * SizeOf(tensor.dtype));

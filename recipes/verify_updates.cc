@@ -108,10 +108,8 @@ StatusOr<SavedState> ReadState(const std::string& directory) {
                                  : tensor.kind == TensorKind::kExpAvgSq ? &moments.exp_avg_sq
                                                                         : nullptr;
     if (values == nullptr || tensor.dtype != DType::kF32) continue;
-    int64_t elements = 1;
-    for (const int64_t d : tensor.shape) elements *= d;
-    values->resize(static_cast<size_t>(elements));
-    SALA_RETURN_IF_ERROR(checkpoint.ReadRaw(tensor, 0, elements, values->data()));
+    values->resize(static_cast<size_t>(tensor.numel()));
+    SALA_RETURN_IF_ERROR(checkpoint.ReadRaw(tensor, 0, tensor.numel(), values->data()));
   }
   return state;
 }

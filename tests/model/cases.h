@@ -38,8 +38,8 @@ inline ModelConfig HybridConfig() {
   return c;
 }
 
-inline ModelConfig TeacherConfig() {
-  ModelConfig c = HybridConfig();
+// The hybrid with full attention only, query/key norm and a tied head.
+inline ModelConfig TeacherOf(ModelConfig c) {
   c.mixer_types.assign(4, "minicpm4");
   c.attn_use_rope = true;
   c.attn_qk_norm = true;
@@ -47,6 +47,8 @@ inline ModelConfig TeacherConfig() {
   c.tie_word_embeddings = true;
   return c;
 }
+
+inline ModelConfig TeacherConfig() { return TeacherOf(HybridConfig()); }
 
 inline Batch RandomBatch(const ModelConfig& config, const std::vector<int32_t>& lengths,
                          const std::string& seed) {

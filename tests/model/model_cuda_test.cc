@@ -51,16 +51,6 @@ ModelConfig HybridConfig() {
   return c;
 }
 
-ModelConfig TeacherConfig() {
-  ModelConfig c = HybridConfig();
-  c.mixer_types.assign(4, "minicpm4");
-  c.attn_use_rope = true;
-  c.attn_qk_norm = true;
-  c.attn_use_output_gate = false;
-  c.tie_word_embeddings = true;
-  return c;
-}
-
 // Random weights that bfloat16 holds exactly.
 ParameterStore RandomParameters(const ModelConfig& config) {
   ParameterStore store(ParameterSpecs(config));
@@ -112,7 +102,8 @@ struct Case {
 class ModelCudaStep : public ModelCuda, public ::testing::WithParamInterface<Case> {};
 
 TEST_P(ModelCudaStep, LossAndEveryGradientAgreeWithTheCpu) {
-  const ModelConfig config = GetParam().teacher ? TeacherConfig() : HybridConfig();
+  const ModelConfig config =
+      GetParam().teacher ? testing::TeacherOf(HybridConfig()) : HybridConfig();
   ParameterStore store = RandomParameters(config);
   const Batch batch = testing::RandomBatch(
       config,
