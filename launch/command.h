@@ -48,6 +48,7 @@ void AddBenchCommands(CommandLine& line);
 void AddPlanCommand(CommandLine& line);
 void AddDoctorCommand(CommandLine& line);
 void AddExplainFaultCommand(CommandLine& line);
+void AddCompletionCommand(CommandLine& line);
 
 // "sala: error: CODE: text" on stderr.
 void PrintError(const Status& status);
