@@ -267,7 +267,7 @@ Status DoctorRank(int* argc, char*** argv) {
     if (mpi->rank() == 0) std::printf("%s\n", kRankSays);
     return OkStatus();
   }
-  return MakeError(ExitCode::kDevice, "MPI",
+  return MakeError(ExitCode::kDevice, "COMM-FAILED",
                    "a sum over the ranks is " + std::to_string(sum[0]) + " for " +
                        std::to_string(mpi->size()) + " ranks, expected 2 for 2");
 }
