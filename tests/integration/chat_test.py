@@ -1,7 +1,10 @@
 """Chats from files to training: shapes and templates at ingest, what is shown of them, what a stage refuses, and the plan of its data."""
 
 import json
+import os
+import pty
 import re
+import subprocess
 import unittest
 
 import harness as h
@@ -83,6 +86,15 @@ class Templates(ChatCase):
             self.assertEqual([f"{token}{'*' if learned else ''}" for token, learned in zip(as_json["tokens"], as_json["mask"])], ids)
         self.refuse(["data", "render", path, "--tokenizer", "bytes", "--record", "3"], 64, "PREVIEW-RECORD", "3 records")
         self.refuse(["data", "render", path, "--tokenizer", "bytes", "--chat-template", "chatlm"], 78, "CHAT-TEMPLATE", "chatlm", "llama3")
+
+    def test_learned_text_is_green_on_a_terminal(self):
+        path = write_records("green", [talk("q", "a")])
+        near, far = pty.openpty()
+        done = subprocess.run(h.command(["data", "render", path, "--tokenizer", "bytes"]), stdout=far, check=True)
+        os.close(far)
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("\x1b[32ma<|im_end|>\x1b[0m", os.read(near, 4096).decode())
+        os.close(near)
 
     def shown_ids(self, store, number):
         return h.succeed(["data", "show", store, "--doc", str(number)]).out.split("\n")[1].split()
