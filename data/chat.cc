@@ -90,7 +90,9 @@ Status CheckExtra(const ChatFamily& family, const ChatMessage& message, const st
   const nlohmann::json extra = nlohmann::json::parse(message.extra);
   for (const char* key : {"tool_calls", "reasoning_content"}) {
     const auto value = extra.find(key);
-    if (value == extra.end() || value->empty() || *value == "") continue;
+    const bool says_nothing = value == extra.end() || value->empty() ||
+                              (value->is_string() && value->get<std::string>().empty());
+    if (says_nothing) continue;
     return TemplateError(where + ": the message has \"" + key + "\", which template " +
                          family.name + " cannot say" + kOtherRenderer);
   }

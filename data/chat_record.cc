@@ -172,9 +172,13 @@ StatusOr<std::vector<ChatMessage>> ParseAlpaca(const json& record) {
 // `tools` is an array, or such an array written as a string.
 StatusOr<std::string> ParseTools(const json& record) {
   const json* tools = Find(record, "tools");
-  if (tools == nullptr || tools->is_null() || *tools == "") return std::string();
-  const json parsed =
-      tools->is_string() ? json::parse(tools->get<std::string>(), nullptr, false) : *tools;
+  if (tools == nullptr || tools->is_null()) return std::string();
+  json parsed = *tools;
+  if (tools->is_string()) {
+    const std::string text = tools->get<std::string>();
+    if (text.empty()) return std::string();
+    parsed = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  }
   if (!parsed.is_array())
     return FieldError("field \"tools\" is neither an array nor the text of one");
   return parsed.empty() ? std::string() : parsed.dump();

@@ -49,9 +49,15 @@ struct TokenizerFolder {
   std::vector<std::string> special;              // texts of special tokens, without unk
 };
 
-StatusOr<TokenizerFolder> ReadFolder(const std::string& path) {
+// `tokenizer`: a folder, or a file of one.
+StatusOr<TokenizerFolder> ReadFolder(const std::string& tokenizer) {
   TokenizerFolder folder;
-  if (!IsDirectory(path)) return folder;
+  if (!PathExists(tokenizer)) return folder;  // the word bytes
+  std::string path = tokenizer;
+  if (!IsDirectory(path)) {
+    const size_t slash = path.find_last_of('/');
+    path = slash == std::string::npos ? "." : path.substr(0, slash);
+  }
   SALA_ASSIGN_OR_RETURN(const json config, ReadObject(path + "/tokenizer_config.json"));
   SALA_ASSIGN_OR_RETURN(json all, ReadObject(path + "/special_tokens_map.json"));
   for (const auto& [key, value] : config.items()) all[key] = value;

@@ -1,6 +1,7 @@
 #include "data/plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -67,7 +68,7 @@ double DataPlan::padding_share() const {
 
 int64_t DataPlan::tokens() const {
   const auto slots = static_cast<double>(samples * seq_len);
-  return static_cast<int64_t>(slots * (1.0 - padding_share()) + 0.5);
+  return std::llround(slots * (1.0 - padding_share()));
 }
 
 StatusOr<DataPlan> PlanData(SampleStream& stream, int64_t samples) {

@@ -207,8 +207,8 @@ TEST_F(JinjaTest, SeveralThreads) {
 }
 
 TEST_F(JinjaTest, TheTemplateOfATokenizer) {
-  WriteText(dir_ / "tok/byte_tokenizer.json", "");
   std::filesystem::create_directories(dir_ / "tok");
+  WriteText(dir_ / "tok/byte_tokenizer.json", "{}");
   WriteText(dir_ / "tok/tokenizer_config.json",
             R"({"bos_token":{"content":"<s>"},"eos_token":"</s>","unk_token":null,
                 "chat_template":[{"name":"tool_use","template":"no"},
@@ -222,6 +222,8 @@ TEST_F(JinjaTest, TheTemplateOfATokenizer) {
               {"writes </s>", "not one token"});
   // A file of its own comes first. The byte tokenizer knows <s> as a number only.
   WriteText(dir_ / "tok/chat_template.jinja", "{{ bos_token }}{{ messages[0].content }}");
+  SALA_ASSERT_OK(
+      ChatRenderer::Open("tokenizer", dir_ / "tok/byte_tokenizer.json", *tokenizer_, {}).status());
   const EncodedChat chat = Value(Value(open(ChatMask::kAllTokens))->Encode(record));
   EXPECT_EQ(chat.tokens, (std::vector<int32_t>{256, 'h', 'i'}));
   EXPECT_EQ(chat.mask, (std::vector<uint8_t>{1, 1, 1}));
