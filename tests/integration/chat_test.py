@@ -114,8 +114,8 @@ class Stage(ChatCase):
     def test_the_first_document_is_logged_with_its_mask(self):
         store = ingest("logged", [talk(f"q\n{i}", "the answer") for i in range(40)])
         run = h.ROOT / "runs" / "logged"
-        result = h.succeed(h.train(self.sft("logged", mixture({"dataset": str(store)})), run))
-        line = next(line for line in result.err.splitlines() if "its first document" in line)
+        result = h.succeed(h.train(self.sft("logged", mixture({"dataset": str(store)})), run), ranks=2)
+        line, = [line for line in result.err.splitlines() if "its first document" in line]  # once, whatever the ranks
         self.assertEqual(MARKED.findall(line), ["the answer<|im_end|>"])
         self.assertRegex(line, r"<\|im_start\|>user\\nq\\n\d+<\|im_end\|>")
         self.assertIn("11 learned", line)
@@ -125,7 +125,12 @@ class Stage(ChatCase):
         # Answers behind seq_len: truncating leaves prompts only.
         store = ingest("cut", [talk("x" * 100, "a") for _ in range(8)])
         config = self.sft("cut", mixture({"dataset": str(store)}, long_documents="truncate"))
-        self.refuse(h.train(config, h.ROOT / "runs" / "cut"), 65, "CHAT-NOMASK", "view cut", "truncate")
+        for ranks in (None, 2):
+            result = h.run(h.train(config, h.ROOT / "runs" / "cut"), ranks)
+            self.assertEqual(result.code, 65, result)
+            self.assertEqual(len(result.error_lines), 1, result)
+            for text in ("CHAT-NOMASK", "view cut", "truncate"):
+                self.assertIn(text, result.error_lines[0])
         self.assertFalse(h.checkpoints(h.ROOT / "runs" / "cut"))
 
     def test_a_small_share_is_warned_about(self):
