@@ -9,6 +9,7 @@
 #include "core/file.h"
 #include "core/hash.h"
 #include "core/log.h"
+#include "data/chat_renderer.h"
 #include "data/record_check.h"
 #include "data/record_reader.h"
 
@@ -37,12 +38,6 @@ Status CheckName(const std::string& what, const std::string& name) {
                        "letter or digit");
 }
 
-json CanonicalMessages(const std::vector<ChatMessage>& messages) {
-  json out = json::array();
-  for (const ChatMessage& m : messages) out.push_back({{"role", m.role}, {"content", m.content}});
-  return out;
-}
-
 class Ingest {
  public:
   Ingest(const IngestOptions& options, const Tokenizer& tokenizer, RecordChecker checker)
@@ -62,14 +57,15 @@ class Ingest {
   // True when the record is one seen before and the rule says so.
   StatusOr<bool> SkipDuplicate(uint64_t hash, const CheckedRecord& record, const RawRecord& raw,
                                const std::string& path);
-  Status AddTokens(std::vector<int32_t> tokens, std::vector<uint8_t> mask, uint64_t hash);
+  Status AddTokens(EncodedChat document, uint64_t hash);  // the mask: chats only
   Status CheckRejects(bool end) const;
   json IngestJson() const;
 
   const IngestOptions& options_;
   const Tokenizer& tokenizer_;
   RecordChecker checker_;
-  const ChatFamily* family_ = nullptr;
+  std::unique_ptr<ChatRenderer> renderer_;
+  std::optional<ChatShape> file_shape_;       // of the first record of the current file
   std::unique_ptr<TokenStoreWriter> writer_;  // opened by the first record, which decides the kind
   bool chat_ = false;
   std::ofstream log_;
@@ -84,7 +80,9 @@ class Ingest {
 
 StatusOr<IngestReport> Ingest::Run() {
   SALA_RETURN_IF_ERROR(CheckName("dataset", options_.name));
-  SALA_ASSIGN_OR_RETURN(family_, FindChatFamily(options_.chat_template));
+  SALA_ASSIGN_OR_RETURN(
+      renderer_, ChatRenderer::Open(options_.chat_template, options_.tokenizer_path, tokenizer_,
+                                    options_.chat_mask));
   if (PathExists(options_.output + "/dataset.json")) {
     return MakeError(
         ExitCode::kIo, "DS-EXISTS",
@@ -121,8 +119,8 @@ Status Ingest::RunSource(const IngestSource& source) {
   if (source_chats_ > 0 && source_learned_ == 0) {
     return MakeError(ExitCode::kData, "CHAT-NOMASK",
                      "source " + source.name + ": none of its " + std::to_string(source_chats_) +
-                         " records has a token to learn; is there a message of role " +
-                         family_->learned_role + " that is not switched off?");
+                         " records has a token to learn; is there an assistant message "
+                         "that is not switched off?");
   }
   return OkStatus();
 }
@@ -132,6 +130,7 @@ Status Ingest::RunFile(const std::string& path) {
   SALA_ASSIGN_OR_RETURN(RecordReader reader,
                         RecordReader::Open(path, format, options_.split, options_.separator));
   RawRecord raw;
+  file_shape_.reset();
   while (true) {
     SALA_ASSIGN_OR_RETURN(const bool more, reader.Next(&raw));
     if (!more) break;
@@ -176,7 +175,7 @@ Status Ingest::CheckRejects(bool end) const {
 
 Status Ingest::Open(bool chat) {
   if (writer_ == nullptr) {
-    if (chat) SALA_RETURN_IF_ERROR(CheckChatTokens(*family_, tokenizer_));
+    if (chat) SALA_RETURN_IF_ERROR(renderer_->CheckTokens());
     chat_ = chat;
     SALA_ASSIGN_OR_RETURN(writer_, TokenStoreWriter::Create({.directory = options_.output,
                                                              .name = options_.name,
@@ -196,13 +195,16 @@ Status Ingest::Take(const RawRecord& raw, InputFormat format, const std::string&
   for (const RecordCase& found : outcome.cases)
     SALA_RETURN_IF_ERROR(Note(found.rule, found.action, raw, path, outcome.record.id));
   if (!outcome.keep) return OkStatus();
-  if (writer_ != nullptr && outcome.record.chat != chat_) {
+  if (!file_shape_) file_shape_ = outcome.record.shape;
+  if (const Status shape = CheckShape(*file_shape_, outcome.record.shape); !shape.ok())
+    return Annotate(shape, Place(path, raw.line, raw.offset));
+  if (writer_ != nullptr && outcome.record.is_chat() != chat_) {
     return MakeError(ExitCode::kData, "ING-KIND",
                      Place(path, raw.line, raw.offset) + ": found a " +
-                         (outcome.record.chat ? "chat" : "text") + " record among " +
+                         (outcome.record.is_chat() ? "chat" : "text") + " record among " +
                          (chat_ ? "chat" : "text") + " records; make one dataset of each kind");
   }
-  SALA_RETURN_IF_ERROR(Open(outcome.record.chat));
+  SALA_RETURN_IF_ERROR(Open(outcome.record.is_chat()));
   return chat_ ? AddChat(outcome.record, raw, path) : AddText(outcome.record, raw, path);
 }
 
@@ -219,38 +221,35 @@ StatusOr<bool> Ingest::SkipDuplicate(uint64_t hash, const CheckedRecord& record,
   return true;
 }
 
-Status Ingest::AddTokens(std::vector<int32_t> tokens, std::vector<uint8_t> mask, uint64_t hash) {
-  const bool bos = options_.add_bos && tokenizer_.bos_id() >= 0;
-  const bool eos = options_.add_eos && tokenizer_.eos_id() >= 0;
-  if (bos) tokens.insert(tokens.begin(), tokenizer_.bos_id());
-  if (eos) tokens.push_back(tokenizer_.eos_id());
-  if (chat_ && bos) mask.insert(mask.begin(), 0);
-  // The model ends its turn with the end-of-turn marker; the eos behind the conversation is learned
-  // with all_tokens only.
-  if (chat_ && eos) mask.push_back(options_.chat_mask == ChatMask::kAllTokens ? 1 : 0);
-  return writer_->Add({.tokens = tokens, .loss_mask = mask, .hash = hash, .source = source_index_});
+Status Ingest::AddTokens(EncodedChat document, uint64_t hash) {
+  AddDocumentEnds(options_.add_bos ? tokenizer_.bos_id() : -1,
+                  options_.add_eos ? tokenizer_.eos_id() : -1, &document);
+  return writer_->Add(
+      {.tokens = document.tokens,
+       .loss_mask = chat_ ? std::span<const uint8_t>(document.mask) : std::span<const uint8_t>(),
+       .hash = hash,
+       .source = source_index_});
 }
 
 Status Ingest::AddText(const CheckedRecord& record, const RawRecord& raw, const std::string& path) {
   const uint64_t hash = Xxh3(record.text);
   SALA_ASSIGN_OR_RETURN(const bool duplicate, SkipDuplicate(hash, record, raw, path));
   if (duplicate) return OkStatus();
-  return AddTokens(tokenizer_.Encode(record.text), {}, hash);
+  return AddTokens({.tokens = tokenizer_.Encode(record.text), .mask = {}}, hash);
 }
 
 Status Ingest::AddChat(const CheckedRecord& record, const RawRecord& raw, const std::string& path) {
-  auto rendered = RenderChat(*family_, record.messages, options_.chat_mask);
-  if (!rendered.ok()) {
-    if (checker_.RuleOf("chat") == RecordRule::kError)
-      return Annotate(rendered.status(), Place(path, raw.line, raw.offset));
+  auto encoded = renderer_->Encode(record.chat);
+  if (!encoded.ok()) {
+    if (checker_.RuleOf("chat") == RecordRule::kError || !IsRecordError(encoded.status()))
+      return Annotate(encoded.status(), Place(path, raw.line, raw.offset));
     return Note("chat", "skip", raw, path, record.id);
   }
-  const uint64_t hash = Xxh3(CanonicalMessages(record.messages).dump());
+  const uint64_t hash = Xxh3(CanonicalText(record.chat));
   SALA_ASSIGN_OR_RETURN(const bool duplicate, SkipDuplicate(hash, record, raw, path));
   if (duplicate) return OkStatus();
-  EncodedChat encoded = EncodeChat(*rendered, tokenizer_);
   ++source_chats_;
-  if (std::find(encoded.mask.begin(), encoded.mask.end(), 1) == encoded.mask.end()) {
+  if (std::find(encoded->mask.begin(), encoded->mask.end(), 1) == encoded->mask.end()) {
     const std::string where = Place(path, raw.line, raw.offset);
     const bool hopeless = source_learned_ == 0 && source_chats_ >= kNoMaskRecords;
     if (hopeless || checker_.RuleOf("empty_target") == RecordRule::kError) {
@@ -260,13 +259,12 @@ Status Ingest::AddChat(const CheckedRecord& record, const RawRecord& raw, const 
               (hopeless ? ": none of the first " + std::to_string(source_chats_) +
                               " records of source " + source_->name + " has a token to learn"
                         : ": the record has no token to learn") +
-              "; is there a message of role " + family_->learned_role +
-              " that is not switched off?");
+              "; is there an assistant message that is not switched off?");
     }
     return Note("empty_target", "skip", raw, path, record.id);
   }
   ++source_learned_;
-  return AddTokens(std::move(encoded.tokens), std::move(encoded.mask), hash);
+  return AddTokens(std::move(*encoded), hash);
 }
 
 json Ingest::IngestJson() const {
@@ -280,7 +278,9 @@ json Ingest::IngestJson() const {
           {"rules", rules},
           {"dedup", options_.dedup ? "exact" : "none"},
           {"shuffled", false},
-          {"chat_template", chat_ ? json(family_->name) : json()}};
+          {"chat_template", chat_ ? json(renderer_->name()) : json()},
+          {"chat_template_sha256",
+           chat_ && !renderer_->sha256().empty() ? json(renderer_->sha256()) : json()}};
 }
 
 }  // namespace

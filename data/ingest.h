@@ -6,9 +6,10 @@
 //   SALA_ASSIGN_OR_RETURN(IngestReport report, RunIngest(options, *tokenizer));
 //
 // Read: .txt (one document a file, or cut at blank lines or at separator lines), .jsonl and .ndjson
-// (one record a line: a text field, or `messages` for chat). Directories are walked in sorted
-// order. A dataset holds text or chat, never both; the first record decides. Lines are read one by
-// one, so a file may be larger than memory; a .txt that is one document may not.
+// (one record a line: a text field, or a chat in one of the shapes of data/chat_record.h, all
+// records of a file in one). Directories are walked in sorted order. A dataset holds text or chat,
+// never both; the first record decides. Lines are read one by one, so a file may be larger than
+// memory; a .txt that is one document may not.
 //
 // Every record is checked in this order, each with a rule [default]: not JSON, not an object, field
 // missing, wrong type, invalid UTF-8 [error]; lone surrogate escape [skip]; NUL [fix: dropped];
@@ -17,8 +18,9 @@
 // ingest.log.jsonl {file, line, offset, id, rule, action}.
 //
 // Errors (65): ING-JSON, ING-FIELD, ING-UTF8, ING-NUL, ING-EMPTY, ING-DUP, ING-FORMAT,
-// ING-MODALITY, ING-REJECTS, ING-KIND, CHAT-ROLE, CHAT-TEMPLATE, CHAT-NOMASK; ING-INPUT (66): an
-// input does not exist; ING-RULE (78): a rule that cannot be.
+// ING-MODALITY, ING-REJECTS, ING-KIND, ING-SHAPE, CHAT-ROLE, CHAT-TEMPLATE, CHAT-PREFIX,
+// CHAT-NOMASK; CHAT-HELPER (74); ING-INPUT (66): an input does not exist; ING-RULE (78): a rule
+// that cannot be.
 #pragma once
 
 #include <cstdint>
@@ -59,7 +61,8 @@ struct IngestOptions {
   std::map<std::string, RecordRule> rules = {};
   std::optional<int64_t> max_rejects =
       {};  // malformed records skipped; default: a thousandth of the records
-  std::string chat_template = "chatml";
+  std::string chat_template = "chatml";  // as data/chat_renderer.h has it
+  std::string tokenizer_path = {};       // where a template may be
   ChatMask chat_mask = ChatMask::kAllAssistant;
   bool add_bos = true;  // where the tokenizer has one; likewise eos
   bool add_eos = true;

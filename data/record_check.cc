@@ -11,7 +11,7 @@
 namespace sala::data {
 namespace {
 
-using nlohmann::json;
+using json = nlohmann::ordered_json;  // templates of chats print objects in their order
 
 std::map<std::string, RecordRule> DefaultRules() {
   return {{"not_json", RecordRule::kError},
@@ -189,26 +189,29 @@ Status RecordChecker::CheckJson(const RawRecord& raw, const std::string& where,
                   std::string("found a JSON ") + record.type_name() + ", expected an object"},
                  where, outcome);
   const json* text = FindField(record, options_.text_field);
-  const json* messages = FindField(record, options_.messages_field);
-  if (text == nullptr && messages == nullptr) {
+  const ChatShape shape = ShapeOf(record, options_.messages_field);
+  if (text == nullptr && shape == ChatShape::kNone) {
     std::string keys;
     for (const auto& [key, value] : record.items()) keys += (keys.empty() ? "" : ", ") + key;
-    return Apply({"field_missing", "ING-FIELD",
-                  "no field \"" + options_.text_field + "\" (text) or \"" +
-                      options_.messages_field + "\" (chat); the record has: " + Printable(keys)},
-                 where, outcome);
+    return Apply(
+        {"field_missing", "ING-FIELD",
+         "no field \"" + options_.text_field + "\" (text) or \"" + options_.messages_field +
+             "\" (chat), no \"conversations\", no \"instruction\" with \"output\"; the "
+             "record has: " +
+             Printable(keys)},
+        where, outcome);
   }
   if (const json* id = FindField(record, options_.id_field); id != nullptr)
     outcome->record.id = id->is_string() ? id->get<std::string>() : id->dump();
-  outcome->record.chat = messages != nullptr;
-  if (messages != nullptr) {
-    auto parsed = ParseMessages(*messages);
+  outcome->record.shape = shape;
+  if (shape != ChatShape::kNone) {
+    auto parsed = ParseChat(record, shape, options_.messages_field);
     if (!parsed.ok()) {
       const std::string code = ErrorCodeOf(parsed.status());
       return Apply({"wrong_type", code, MessageOf(parsed.status()).substr(code.size() + 2)}, where,
                    outcome);
     }
-    outcome->record.messages = std::move(*parsed);
+    outcome->record.chat = std::move(*parsed);
     return OkStatus();
   }
   if (!text->is_string()) {
@@ -233,10 +236,10 @@ StatusOr<RecordChecker::Outcome> RecordChecker::Check(const RawRecord& raw, Inpu
     SALA_RETURN_IF_ERROR(CheckJson(raw, where, &outcome));
   }
   if (outcome.keep) SALA_RETURN_IF_ERROR(CheckNul(&record.text, where, &outcome));
-  for (ChatMessage& message : record.messages) {
+  for (ChatMessage& message : record.chat.messages) {
     if (outcome.keep) SALA_RETURN_IF_ERROR(CheckNul(&message.content, where, &outcome));
   }
-  const bool empty = record.chat ? record.messages.empty() : record.text.empty();
+  const bool empty = record.is_chat() ? record.chat.messages.empty() : record.text.empty();
   if (outcome.keep && empty)
     SALA_RETURN_IF_ERROR(Apply({"empty", "ING-EMPTY", "the record has no text"}, where, &outcome));
   return outcome;

@@ -16,6 +16,10 @@
 
 #include "core/status.h"
 
+namespace sala::data {
+struct IngestOptions;
+}
+
 namespace sala::launch {
 
 struct CommandLine {
@@ -38,6 +42,8 @@ CLI::App* AddCommand(CLI::App& parent, const std::string& name, const std::strin
 void AddTrainCommand(CommandLine& line);
 void AddVerifyCommand(CommandLine& line);
 void AddDataCommands(CommandLine& line);
+void AddDataPlanCommands(CommandLine& line, CLI::App& group);  // plan, trace, render
+void AddChatOptions(CLI::App* command, data::IngestOptions* options);
 void AddTokenizerCommands(CommandLine& line);
 void AddCheckpointCommands(CommandLine& line);
 void AddExportCommand(CommandLine& line);

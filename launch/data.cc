@@ -70,6 +70,7 @@ Status Ingest(IngestCommand command) {
     options.split = data::TextSplit::kSeparator;
     options.separator = command.separator;
   }
+  options.tokenizer_path = command.tokenizer;
   options.add_bos = !command.no_bos;
   options.add_eos = !command.no_eos;
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
@@ -116,16 +117,7 @@ void AddIngest(CommandLine& line, CLI::App& group) {
                       "RULE=error|skip|fix for a kind of bad record (docs/formats.md)");
   command->add_option("--max-rejects", options->options.max_rejects,
                       "malformed records that may be skipped");
-  command
-      ->add_option_function<std::string>(
-          "--chat-mask",
-          [options](const std::string& mask) {
-            options->options.chat_mask = mask == "last"  ? data::ChatMask::kLastAssistant
-                                         : mask == "all" ? data::ChatMask::kAllTokens
-                                                         : data::ChatMask::kAllAssistant;
-          },
-          "what is learned of a chat: every assistant turn, the last one, or all tokens")
-      ->check(CLI::IsMember({"assistant", "last", "all"}));
+  AddChatOptions(command, &options->options);
   command->add_flag("--no-bos", options->no_bos, "no start token before a document");
   command->add_flag("--no-eos", options->no_eos, "no end token behind a document");
   command->add_option("--shard-tokens", options->options.shard_tokens, "tokens per file")
@@ -274,6 +266,7 @@ void AddDataCommands(CommandLine& line) {
   AddIngest(line, *group);
   AddViews(line, *group);
   AddSynth(line, *group);
+  AddDataPlanCommands(line, *group);
 }
 
 }  // namespace sala::launch

@@ -8,6 +8,7 @@
 #include "core/log.h"
 #include "model/loss.h"
 #include "parallel/ordered_sum.h"
+#include "recipes/chat_check.h"
 #include "recipes/stage.h"
 #include "recipes/step_loop.h"
 
@@ -160,7 +161,9 @@ Status CheckPretrainInputs(Session& session, const StageConfig& stage) {
                                                  session.tokenizer()));
   SALA_RETURN_IF_ERROR(
       stream->CheckEpochs(stage.batch.steps * stage.batch.global_batch_sequences()));
-  return stage.kind == StageKind::kSft ? RequireChatData(*stream) : OkStatus();
+  if (stage.kind != StageKind::kSft) return OkStatus();
+  SALA_RETURN_IF_ERROR(RequireChatData(*stream));
+  return CheckLearned(*stream, stage.name, /*warns=*/false);
 }
 
 StageSummary SummaryRow(const std::string& stage, const StepLoopSummary& done) {
@@ -215,6 +218,12 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
                    << " parameters, " << stage.batch.steps << " steps of "
                    << stage.batch.global_batch_sequences() << " x " << stage.batch.seq_len_tokens
                    << " tokens" << (stage.sparse_attention ? ", sparse attention on" : "");
+  }
+  if (stage.kind == StageKind::kSft) {
+    Status chats = CheckLearned(*stream, stage.name, session.is_root());
+    if (chats.ok() && session.is_root())
+      chats = LogFirstChat(*stream, stage.name, session.tokenizer());
+    SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), chats));
   }
 
   PretrainTask task(session.ctx(), session.mesh(), std::move(loaded).value(), stage, **held_out);
