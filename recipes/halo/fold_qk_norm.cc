@@ -20,21 +20,25 @@ std::string MixerPrefix(int64_t layer) {
   return "model.layers." + std::to_string(layer) + ".self_attn.";
 }
 
-// Where the means of a model's heads stand in one row of numbers: for each softmax layer those of
-// the queries, then those of the keys; last the number of tokens.
+// What is summed of each head over tokens: its RMS, and the square of that.
+enum HeadSum : int64_t { kRms, kRmsSquare, kHeadSums };
+
+// Where the sums of a model's heads stand in one row of numbers: for each softmax layer those of
+// the queries, then those of the keys.
 class Columns {
  public:
   explicit Columns(const model::ModelConfig& config) : config_(config) {
     for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
       first_.push_back(width_);
       if (config.mixer(layer) == MixerType::kSoftmax)
-        width_ += config.num_attention_heads + config.num_key_value_heads;
+        width_ += kHeadSums * (config.num_attention_heads + config.num_key_value_heads);
     }
   }
   int64_t queries(int64_t layer) const { return first_[static_cast<size_t>(layer)]; }
-  int64_t keys(int64_t layer) const { return queries(layer) + config_.num_attention_heads; }
-  int64_t tokens() const { return width_; }
-  int64_t width() const { return width_ + 1; }
+  int64_t keys(int64_t layer) const {
+    return queries(layer) + kHeadSums * config_.num_attention_heads;
+  }
+  int64_t width() const { return width_; }
 
  private:
   const model::ModelConfig& config_;
@@ -42,17 +46,22 @@ class Columns {
   int64_t width_ = 0;
 };
 
-// Adds the columns of x f32 [T, N] to sums [N].
-void AddRows(const Context& ctx, const ConstTensor& x, double* sums) {
-  std::vector<float> values(static_cast<size_t>(x.numel()));
+// Adds the heads of rstd f32 [T, N] to sums [N, kHeadSums].
+void AddHeads(const Context& ctx, const ConstTensor& rstd, double* sums) {
+  std::vector<float> values(static_cast<size_t>(rstd.numel()));
   if (values.empty()) return;
   if (ctx.cuda()) {
-    ctx.gpu->Download(values.data(), x.raw(), values.size() * sizeof(float));
+    ctx.gpu->Download(values.data(), rstd.raw(), values.size() * sizeof(float));
   } else {
-    std::memcpy(values.data(), x.raw(), values.size() * sizeof(float));
+    std::memcpy(values.data(), rstd.raw(), values.size() * sizeof(float));
   }
-  const auto heads = static_cast<size_t>(x.dim(1));
-  for (size_t i = 0; i < values.size(); ++i) sums[i % heads] += values[i];
+  const auto heads = static_cast<size_t>(rstd.dim(1));
+  for (size_t i = 0; i < values.size(); ++i) {
+    const double rms = 1.0 / values[i];
+    double* head = sums + i % heads * kHeadSums;
+    head[kRms] += rms;
+    head[kRmsSquare] += rms * rms;
+  }
 }
 
 // The sums of one batch, of the tokens and heads that this rank computes, added to `row`.
@@ -81,9 +90,9 @@ void AddBatch(const Context& ctx, Arena& arena, const model::Model& model,
       return spec->owner ? spec->box_offset[0] / config.head_dim : -1;
     };
     if (const int64_t head = first_head("q_proj.weight"); head >= 0)
-      AddRows(ctx, state.q_rstd, row + columns.queries(layer) + head);
+      AddHeads(ctx, state.q_rstd, row + columns.queries(layer) + kHeadSums * head);
     if (const int64_t head = first_head("k_proj.weight"); head >= 0)
-      AddRows(ctx, state.k_rstd, row + columns.keys(layer) + head);
+      AddHeads(ctx, state.k_rstd, row + columns.keys(layer) + kHeadSums * head);
   };
   model.ForwardOnly(ctx, arena, batch, options, 0, {}, on_layer);
 }
@@ -143,31 +152,32 @@ StatusOr<std::vector<QkScales>> MeasureQkScales(const Context& ctx, Arena& arena
   const std::vector<ParameterSpec> specs = model::ParameterSpecs(config, model.spread().shard());
   std::vector<double> mine(batches.size() * static_cast<size_t>(columns.width()), 0.0);
   for (size_t i = 0; i < batches.size(); ++i) {
-    double* row = mine.data() + i * static_cast<size_t>(columns.width());
-    AddBatch(ctx, arena, model, specs, columns, batches[i], row);
-    const bool first = mesh.sample_group().rank() == 0;  // said once for those on the same samples
-    row[columns.tokens()] = first ? static_cast<double>(batches[i].size()) : 0.0;
+    AddBatch(ctx, arena, model, specs, columns, batches[i],
+             mine.data() + i * static_cast<size_t>(columns.width()));
   }
-  SALA_ASSIGN_OR_RETURN(std::vector<double> means,
+  SALA_ASSIGN_OR_RETURN(const std::vector<double> sums,
                         parallel::SumDealtItems(mesh, std::move(mine), columns.width()));
-  const double tokens = means.back();
-  for (double& mean : means) {
-    mean /= tokens;
-    if (!std::isfinite(mean)) {
-      return MakeError(ExitCode::kNumbers, "NUM-NONFINITE",
-                       "the queries and keys of the softmax layers are not finite numbers; the "
-                       "student diverged: lower halo.distil.schedule.peak_lr");
+  bool finite = true;
+  const auto factors = [&](int64_t first, int64_t heads) {
+    std::vector<double> of_heads;
+    for (int64_t head = 0; head < heads; ++head) {
+      const double* sum = sums.data() + first + kHeadSums * head;
+      of_heads.push_back(sum[kRms] / sum[kRmsSquare]);
+      finite = finite && std::isfinite(of_heads.back());
     }
-  }
+    return of_heads;
+  };
   std::vector<QkScales> scales(static_cast<size_t>(config.num_hidden_layers));
   for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
     if (config.mixer(layer) != MixerType::kSoftmax) continue;
-    const auto q = means.begin() + columns.queries(layer);
-    const auto k = means.begin() + columns.keys(layer);
-    scales[static_cast<size_t>(layer)] = {.q = {q, q + config.num_attention_heads},
-                                          .k = {k, k + config.num_key_value_heads}};
+    scales[static_cast<size_t>(layer)] = {
+        .q = factors(columns.queries(layer), config.num_attention_heads),
+        .k = factors(columns.keys(layer), config.num_key_value_heads)};
   }
-  return scales;
+  if (finite) return scales;
+  return MakeError(ExitCode::kNumbers, "NUM-NONFINITE",
+                   "the queries and keys of the softmax layers are not finite numbers; the student "
+                   "diverged: lower halo.distil.schedule.peak_lr");
 }
 
 Hybrid FoldQkNorm(Hybrid hybrid, const std::vector<QkScales>& scales,
@@ -184,10 +194,10 @@ Hybrid FoldQkNorm(Hybrid hybrid, const std::vector<QkScales>& scales,
     if (folded.config.mixer(layer) != MixerType::kSoftmax) continue;
     const QkScales& of_layer = scales[static_cast<size_t>(layer)];
     const std::string prefix = MixerPrefix(layer);
-    for (const auto& [name, means] :
+    for (const auto& [name, factors] :
          {std::make_pair("q", &of_layer.q), std::make_pair("k", &of_layer.k)}) {
       const std::string projection = prefix + name + "_proj.weight";
-      ScaleRows(*means, hybrid.params.Get(prefix + name + "_norm.weight"),
+      ScaleRows(*factors, hybrid.params.Get(prefix + name + "_norm.weight"),
                 folded.params.Spec(projection), folded.params.Get(projection));
     }
   }

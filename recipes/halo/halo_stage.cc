@@ -414,7 +414,7 @@ Status HaloStage::Assemble() {
   return halo_.qk_norm_fold_at == HaloMoment::kDistil ? FoldNorms() : OkStatus();
 }
 
-// The means are saved with the stage: on resume, parameters come from the checkpoint and what was
+// The factors are saved with the stage: on resume, parameters come from the checkpoint and what was
 // measured is not measured again.
 Status HaloStage::FoldNorms() {
   if (halo_.softmax_qk_norm == QkNormForm::kKeep || !student_.config.attn_qk_norm)
@@ -439,7 +439,7 @@ Status HaloStage::FoldNorms() {
   if (is_root())
     SALA_LOG(Info) << "query/key norm of softmax layers " << Text(chosen_)
                    << " folded into their projections"
-                   << (measured ? ", by the means of the checkpoint" : "");
+                   << (measured ? ", by the factors of the checkpoint" : "");
   return OkStatus();
 }
 
