@@ -32,7 +32,7 @@ import own_model_test as own
 transformers.utils.logging.disable_progress_bar()
 
 SIZES = {"vocab_size": own.VOCABULARY, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 16384, "rms_norm_eps": 1e-6, "bos_token_id": 257, "eos_token_id": 258,
+         "num_key_value_heads": 2, "max_position_embeddings": 16384, "rms_norm_eps": 1e-6, "bos_token_id": 0, "eos_token_id": 1,
          "attention_bias": False}
 MODELS = {
     # Qwen3-0.6B: heads of 128 that are not hidden / heads, one tensor for embedding and head, bfloat16.
@@ -123,13 +123,15 @@ def check(name):
         if (base / "source" / file).read_bytes() != (base / "teacher" / "tokenizer" / file).read_bytes():
             fail(f"{name}: {file} is not the folder's")
     teacher = base / "teacher" / "checkpoints" / "step-000000000"
-    chain = h.write_pipeline(base / "chain", [own.conversion(teacher, h.ingest("prose")),
-                                              own.stable(h.ingest("long", documents=8, most_sentences=2000))])
+    tokenizer = str(base / "teacher" / "tokenizer")  # the model's own
+    prose = h.ingest(f"prose-{name}", tokenizer=tokenizer)
+    long = h.ingest(f"long-{name}", documents=8, most_sentences=2000, tokenizer=tokenizer)
+    chain = h.write_pipeline(base / "chain", [own.conversion(teacher, prose), own.stable(long)], tokenizer)
     h.succeed(h.train(chain, base / "run"))
     tensors = check_hybrid(name, base, config, h.final_checkpoints(base / "run")["stable"])
-    plain = h.pretrain("plain", 2, init_from={"path": str(teacher)}, data=h.data(h.ingest("prose")),
+    plain = h.pretrain("plain", 2, init_from={"path": str(teacher)}, data=h.data(prose),
                        schedule={"shape": "constant", "peak_lr": 1e-3})
-    h.succeed(h.train(h.write_stage(base / "plain.yaml", plain), base / "plain"))
+    h.succeed(h.train(h.write_stage(base / "plain.yaml", plain, tokenizer), base / "plain"))
     worst = check_teacher(name, base, h.final_checkpoints(base / "plain")["plain"])
     print(f"{name:16} hybrid of {tensors} tensors as released; the trained teacher's logits differ by {worst:.2g}", flush=True)
 
