@@ -277,6 +277,10 @@ void HaloConfig::Bind(ConfigBinder& b) {
          {{"distil", HaloMoment::kDistil}, {"next_stage", HaloMoment::kNextStage}});
   b.Enum("softmax_gate_init", &softmax_gate_init,
          {{"small_normal", GateInit::kSmallNormal}, {"identity", GateInit::kIdentity}});
+  b.Enum("softmax_qk_norm", &softmax_qk_norm,
+         {{"fold", QkNormForm::kFold}, {"keep", QkNormForm::kKeep}});
+  b.Enum("qk_norm_fold_at", &qk_norm_fold_at,
+         {{"distil", HaloMoment::kDistil}, {"next_stage", HaloMoment::kNextStage}});
   b.Field("temperature", &temperature, {.min = 1e-3});
   b.Field("ce_weight", &ce_weight, {.min = 0});
   b.Section("finetune", &finetune);

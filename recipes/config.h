@@ -78,6 +78,7 @@ struct CheckpointConfig {
 
 enum class HaloTrainable : uint8_t { kLinearMixers, kMixers, kAll };
 enum class HaloMoment : uint8_t { kDistil, kNextStage };
+enum class QkNormForm : uint8_t { kFold, kKeep };
 enum class GateInit : uint8_t { kSmallNormal, kIdentity };
 enum class Selector : uint8_t {
   kHalo,
@@ -126,6 +127,8 @@ struct HaloConfig {
   HaloMoment nope_at = HaloMoment::kNextStage;
   HaloMoment softmax_gate_at = HaloMoment::kNextStage;
   GateInit softmax_gate_init = GateInit::kSmallNormal;
+  QkNormForm softmax_qk_norm = QkNormForm::kFold;  // of softmax layers, where the teacher has it
+  HaloMoment qk_norm_fold_at = HaloMoment::kNextStage;
   double temperature = 1.0;
   double ce_weight = 0.0;
   std::optional<HaloPhaseConfig> finetune;

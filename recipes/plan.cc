@@ -361,6 +361,8 @@ StatusOr<std::vector<NamedPlan>> PlanStage(const StageConfig& stage, const RunCo
   distil.model = Hybrid(*model, halo);
   if (stage.halo->nope_at == HaloMoment::kDistil) distil.model.attn_use_rope = false;
   if (stage.halo->softmax_gate_at == HaloMoment::kDistil) distil.model.attn_use_output_gate = true;
+  const bool fold = stage.halo->softmax_qk_norm == QkNormForm::kFold;
+  if (fold && stage.halo->qk_norm_fold_at == HaloMoment::kDistil) distil.model.attn_qk_norm = false;
   distil.batch = stage.halo->distil.batch;
   distil.trainable = stage.halo->trainable;
   distil.cross_entropy = stage.halo->ce_weight > 0;
@@ -369,6 +371,7 @@ StatusOr<std::vector<NamedPlan>> PlanStage(const StageConfig& stage, const RunCo
   finetune.phase = PlanPhase::kFinetune;
   finetune.model.attn_use_rope = false;
   finetune.model.attn_use_output_gate = true;
+  if (fold) finetune.model.attn_qk_norm = false;
   *model = finetune.model;
   if (!stage.halo->finetune) return plans;
   finetune.batch = stage.halo->finetune->batch;

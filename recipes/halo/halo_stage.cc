@@ -15,6 +15,7 @@
 #include "recipes/halo/align.h"
 #include "recipes/halo/assemble.h"
 #include "recipes/halo/distil.h"
+#include "recipes/halo/fold_qk_norm.h"
 #include "recipes/halo/items.h"
 #include "recipes/halo/logit_scale.h"
 #include "recipes/halo/score.h"
@@ -56,6 +57,8 @@ json ToJson(const ModelScore& score) {
           {"text", score.text},     {"text_error", score.text_error},     {"kl", score.kl}};
 }
 
+constexpr char kQkScales[] = "qk_norm_scales";  // in trainer.halo
+
 class HaloStage {
  public:
   HaloStage(Session& session, const StageInput& input)
@@ -76,7 +79,9 @@ class HaloStage {
   StatusOr<json> ReportScores(const ScoreItems& items, const ScoreTable& table);
   // The student gets what it does not have yet of HyPE.
   void Enter(bool remove_rope, bool add_gate);
-  void Assemble();
+  Status Assemble();
+  // Takes the query/key norm out of the softmax layers, where they have it and shall lose it.
+  Status FoldNorms();
   StatusOr<DistilReport> Compare();
   Status Distil();
   Status Finetune();
@@ -402,10 +407,40 @@ void HaloStage::Enter(bool remove_rope, bool add_gate) {
                                              .shard = spread().shard()});
 }
 
-void HaloStage::Assemble() {
+Status HaloStage::Assemble() {
   student_ = AssembleHybrid(teacher_.config, teacher_.params, mixers_, chosen_, spread().shard());
   mixers_ = model::ParameterStore();
   Enter(halo_.nope_at == HaloMoment::kDistil, halo_.softmax_gate_at == HaloMoment::kDistil);
+  return halo_.qk_norm_fold_at == HaloMoment::kDistil ? FoldNorms() : OkStatus();
+}
+
+// The factors are saved with the stage: on resume, parameters come from the checkpoint and what was
+// measured is not measured again.
+Status HaloStage::FoldNorms() {
+  if (halo_.softmax_qk_norm == QkNormForm::kKeep || !student_.config.attn_qk_norm)
+    return OkStatus();
+  const bool measured = state_.contains(kQkScales);
+  std::vector<QkScales> scales;
+  if (measured) {
+    SALA_ASSIGN_OR_RETURN(
+        scales, QkScalesFromJson(state_[kQkScales], student_.config,
+                                 input_.resume->directory() + ": trainer.halo." + kQkScales));
+  } else {
+    const parallel::Section section(session_.watchdog(), parallel::Phase::kEvaluation);
+    auto batches = CalibrationBatches(stage_, session_.tokenizer(), session_.mesh());
+    SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), batches.status()));
+    model::ComputeParameters parameters(session_.ctx(), student_.params, &session_.mesh());
+    const model::Model model(student_.config, parameters.store(), spread());
+    SALA_ASSIGN_OR_RETURN(scales, MeasureQkScales(session_.ctx(), session_.arena(), model, *batches,
+                                                  session_.mesh()));
+    state_[kQkScales] = recipes::ToJson(scales);
+  }
+  student_ = FoldQkNorm(std::move(student_), scales, spread().shard());
+  if (is_root())
+    SALA_LOG(Info) << "query/key norm of softmax layers " << Text(chosen_)
+                   << " folded into their projections"
+                   << (measured ? ", by the factors of the checkpoint" : "");
+  return OkStatus();
 }
 
 StatusOr<DistilReport> HaloStage::Compare() {
@@ -517,9 +552,11 @@ StatusOr<StageSummary> HaloStage::Run() {
     SALA_RETURN_IF_ERROR(Align());
     SALA_RETURN_IF_ERROR(Choose());
   }
-  Assemble();
+  SALA_RETURN_IF_ERROR(Assemble());
   if (resume_phase_ != "finetune") SALA_RETURN_IF_ERROR(Distil());
-  Enter(true, true);  // what is handed on, and what a finetuning phase therefore trains
+  // What is handed on, and what a finetuning phase therefore trains.
+  Enter(true, true);
+  SALA_RETURN_IF_ERROR(FoldNorms());
   if (halo_.finetune) SALA_RETURN_IF_ERROR(Finetune());
   return Finish();
 }
