@@ -43,9 +43,7 @@ void EvalGate::Bind(ConfigBinder& b) {
     b.Error("task", min ? "CFG-CONFLICT" : "CFG-MISSING",
             "a gate has either min or max_drop_from with max_drop");
   }
-  if (!max_drop_from.empty() && !b.Present("max_drop"))
-    b.Error("max_drop_from", "CFG-MISSING", "max_drop says how far the share may fall");
-  if (max_drop_from.empty() && b.Present("max_drop"))
+  if (max_drop_from.empty() && max_drop > 0)
     b.Error("max_drop", "CFG-MISSING", "max_drop_from says what is compared with");
 }
 
