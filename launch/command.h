@@ -49,6 +49,7 @@ void AddCheckpointCommands(CommandLine& line);
 void AddExportCommand(CommandLine& line);
 void AddImportCommand(CommandLine& line);
 void AddGenerateCommand(CommandLine& line);
+void AddEvalCommand(CommandLine& line);
 void AddLogitsCommand(CommandLine& line);
 void AddBenchCommands(CommandLine& line);
 void AddPlanCommand(CommandLine& line);

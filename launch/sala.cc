@@ -85,6 +85,7 @@ int Run(int argc, char** argv) {
   sala::launch::AddImportCommand(line);
   sala::launch::AddExportCommand(line);
   sala::launch::AddGenerateCommand(line);
+  sala::launch::AddEvalCommand(line);
   sala::launch::AddLogitsCommand(line);
   sala::launch::AddBenchCommands(line);
   sala::launch::AddPlanCommand(line);

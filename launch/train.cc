@@ -1,21 +1,12 @@
 // sala train: reads the configuration and runs the pipeline, alone or as one rank of an MPI job.
-#include <unistd.h>
-
-#include <chrono>
-#include <condition_variable>
 #include <cstdio>
 #include <memory>
-#include <mutex>
 #include <string>
-#include <thread>
 #include <vector>
 
-#include "core/device.h"
-#include "core/log.h"
 #include "launch/command.h"
-#include "parallel/comm_log.h"
+#include "launch/ranks.h"
 #include "parallel/communicator.h"
-#include "parallel/mpi_communicator.h"
 #include "recipes/config.h"
 #include "recipes/session.h"
 #include "recipes/stage.h"
@@ -31,6 +22,7 @@ struct TrainOptions {
   std::string device;
   bool print_config = false;
   bool break_lock = false;
+  bool ignore_gates = false;
 };
 
 StatusOr<recipes::PipelineConfig> Load(const TrainOptions& options) {
@@ -41,6 +33,7 @@ StatusOr<recipes::PipelineConfig> Load(const TrainOptions& options) {
   SALA_ASSIGN_OR_RETURN(recipes::PipelineConfig config,
                         recipes::LoadPipeline(options.config, sets));
   config.run.break_lock = options.break_lock;
+  config.run.ignore_gates = options.ignore_gates;
   return config;
 }
 
@@ -57,80 +50,11 @@ Status TrainOn(parallel::Communicator& world, const TrainOptions& options) {
   return recipes::RunPipeline(world, *config);
 }
 
-// Ends the process when the other ranks do not end with it: they wait in a collective for this one
-// and would wait for ever.
-// `_exit` because MPI belongs to the main thread, which is blocked; the launcher then ends the job
-// with this exit code.
-class EndTogether {
- public:
-  explicit EndTogether(const Status& status) {
-    timer_ = std::thread(
-        [this, exit_code = static_cast<int>(ExitCodeOf(status)), message = MessageOf(status)] {
-          std::unique_lock<std::mutex> lock(mutex_);
-          if (condition_.wait_for(lock, kPatience, [this] { return together_; })) return;
-          SALA_LOG(Error) << message;  // with rank and host
-          _exit(exit_code);
-        });
-  }
-  EndTogether(const EndTogether&) = delete;
-  EndTogether& operator=(const EndTogether&) = delete;
-  ~EndTogether() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      together_ = true;
-    }
-    condition_.notify_all();
-    timer_.join();
-  }
-
- private:
-  // Ranks that share an error reach it within one collective of each other.
-  static constexpr std::chrono::seconds kPatience{5};
-  std::mutex mutex_;
-  std::condition_variable condition_;
-  bool together_ = false;
-  std::thread timer_;
-};
-
-Status TrainAsRank(const TrainOptions& options, CommandLine& line) {
-  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<parallel::MpiSession> mpi,
-                        parallel::MpiSession::Start(&line.argc, &line.argv));
-  SetLogIdentity(mpi->rank(), mpi->host());
-  SALA_ASSIGN_OR_RETURN(std::unique_ptr<parallel::Communicator> plain, mpi->World());
-  const std::unique_ptr<parallel::Communicator> world =
-      parallel::Recorded(std::move(plain), "world", parallel::ProcessCommLog());
-  // A communicator of its own, so that the barrier at the end cannot meet a collective of training
-  // on another rank.
-  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<parallel::Communicator> ending,
-                        world->Split(/*colour=*/0));
-  Status status = OkStatus();
-  try {
-    status = TrainOn(*world, options);
-  } catch (const DeviceError& error) {
-    status = MakeError(ExitCode::kDevice, error.code(), error.what());
-  } catch (const parallel::CommError& error) {
-    status = error.status();
-  } catch (const std::exception& error) {
-    // Unwinding further would end in MPI_Finalize, which waits for ranks that are still training.
-    status = MakeError(ExitCode::kInternal, "INTERNAL", std::string("exception: ") + error.what());
-  }
-  if (status.ok() || mpi->size() == 1) return status;
-  const EndTogether end(status);
-  if (!ending->Barrier().ok()) parallel::MpiSession::Abort(static_cast<int>(ExitCodeOf(status)));
-  // All ranks have it; one says it, here: behind MPI_Finalize the exit of another rank may already
-  // end the job.
-  if (mpi->rank() == 0) PrintError(status);
-  line.print_error = false;
-  return status;
-}
-
 Status Train(const TrainOptions& options, CommandLine& line) {
   recipes::InstallSignalHandlers();
   if (options.print_config) return PrintConfig(options);
-  if (parallel::LaunchedByMpi()) return TrainAsRank(options, line);
-  return TrainOn(
-      *parallel::Recorded(parallel::MakeSelfCommunicator(), "world", parallel::ProcessCommLog()),
-      options);
+  return OnAllRanks(line,
+                    [&options](parallel::Communicator& world) { return TrainOn(world, options); });
 }
 
 }  // namespace
@@ -152,6 +76,8 @@ void AddTrainCommand(CommandLine& line) {
   command->add_option("--device", options->device, "cpu or cuda (run.device)");
   command->add_flag("--break-lock", options->break_lock,
                     "remove the run directory's lock: the run that held it is gone for certain");
+  command->add_flag("--ignore-gates", options->ignore_gates,
+                    "go on where a gate of an evaluation does not hold (eval.gate)");
   command->add_flag("--print-config", options->print_config, "print everything resolved and end");
   line.OnUse(command, [options, &line] { return Train(*options, line); });
 }

@@ -132,6 +132,29 @@ Status CheckOverrideHeads(const std::vector<std::string>& stems,
   return OkStatus();
 }
 
+// Gates that compare with another stage need that stage's numbers.
+Status CheckGates(const StageConfig& stage, const std::vector<StageConfig>& earlier) {
+  if (!stage.eval) return OkStatus();
+  for (const EvalGate& gate : stage.eval->gate) {
+    if (gate.max_drop_from.empty() || gate.max_drop_from == "before") continue;
+    const auto from = std::find_if(earlier.begin(), earlier.end(), [&gate](const StageConfig& s) {
+      return s.name == gate.max_drop_from;
+    });
+    const auto measures = [&gate](const EvalConfig& eval) {
+      const auto& lengths = eval.lengths_tokens;
+      return eval.after() &&
+             std::find(eval.tasks.begin(), eval.tasks.end(), gate.task) != eval.tasks.end() &&
+             std::find(lengths.begin(), lengths.end(), gate.length) != lengths.end();
+    };
+    if (from != earlier.end() && from->eval && measures(*from->eval)) continue;
+    return ConfigError("CFG-CONFLICT", "stage " + stage.name + ": eval.gate: max_drop_from '" +
+                                           Printable(gate.max_drop_from) + "' is no stage before " +
+                                           "this one that measures " + gate.task + " at length " +
+                                           std::to_string(gate.length) + " after it");
+  }
+  return OkStatus();
+}
+
 Status CheckStage(const StageConfig& stage, bool first) {
   const std::string where = "stage " + stage.name + ": ";
   if (stage.tokenizer.empty()) {
@@ -145,6 +168,13 @@ Status CheckStage(const StageConfig& stage, bool first) {
         where +
             "the first stage needs `model` (random weights) or `init_from` (a checkpoint or an "
             "exported folder)");
+  }
+  if (stage.eval && stage.eval->before() && first && !stage.init_from) {
+    return ConfigError(
+        "CFG-CONFLICT",
+        where +
+            "eval.when names before, but the first stage starts from random weights; "
+            "leave before out");
   }
   if (stage.init_from && stage.model) {
     return ConfigError(
@@ -314,6 +344,7 @@ void StageConfig::Bind(ConfigBinder& b) {
   b.Section("validation", &validation);
   b.Section("checkpoint", &checkpoint);
   b.Section("parallel", &parallel);
+  b.Section("eval", &eval);
   if (kind == StageKind::kHalo) {
     b.Section("halo", &halo, {.required = true});
     return;
@@ -350,6 +381,7 @@ StatusOr<PipelineConfig> LoadPipeline(const std::string& path,
     SALA_ASSIGN_OR_RETURN(const ConfigDocument document, ConfigDocument::Load(path, sets));
     SALA_RETURN_IF_ERROR(BindConfig(document, &file));
     SALA_RETURN_IF_ERROR(CheckStage(file.stage, true));
+    SALA_RETURN_IF_ERROR(CheckGates(file.stage, {}));
     pipeline.name = file.stage.name;
     pipeline.single_stage = true;
     pipeline.run = file.run;
@@ -391,6 +423,7 @@ StatusOr<PipelineConfig> LoadPipeline(const std::string& path,
                                              file.tokenizer + "; one run has one tokenizer");
     }
     SALA_RETURN_IF_ERROR(CheckStage(stage, i == 0));
+    SALA_RETURN_IF_ERROR(CheckGates(stage, pipeline.stages));
     if (stage.carry_optimizer && i > 0 && pipeline.stages.back().kind == StageKind::kHalo) {
       return ConfigError("CFG-CONFLICT",
                          "stage " + stage.name +
@@ -439,6 +472,7 @@ Status CheckResumable(const StageConfig& now, const std::string& saved_yaml,
     stage.parallel = {};
     stage.checkpoint = {};
     stage.validation = {};
+    stage.eval.reset();
     stage.recompute = true;
     stage.batch.micro_batch_sequences = 1;
     if (stage.halo) {

@@ -13,6 +13,7 @@
 #include "model/config.h"
 #include "parallel/mesh.h"
 #include "parallel/watchdog.h"
+#include "recipes/eval_config.h"
 
 namespace sala::recipes {
 
@@ -166,6 +167,7 @@ struct StageConfig {
   CheckpointConfig checkpoint;
   parallel::MeshConfig parallel;
   std::optional<HaloConfig> halo;
+  std::optional<EvalConfig> eval;
 
   void Bind(ConfigBinder& b);
 };
@@ -180,7 +182,8 @@ struct RunConfig {
   int64_t threads = 1;        // compute threads per rank
   int64_t log_every_steps = 1;
   parallel::WatchdogConfig watchdog;
-  bool break_lock = false;  // --break-lock; not a key of the file
+  bool break_lock = false;    // --break-lock; not a key of the file
+  bool ignore_gates = false;  // --ignore-gates; likewise
 
   void Bind(ConfigBinder& b);
 };
@@ -206,8 +209,8 @@ std::vector<std::pair<std::string, std::string>> EmitPipeline(const PipelineConf
 std::string EmitStage(const StageConfig& config);
 
 // CFG-RESUME (78) when a stage that is resumed differs from the saved one in anything but what may
-// change between starts: parallel, checkpoint and validation sections, micro_batch_sequences,
-// recompute.
+// change between starts: parallel, checkpoint, validation and eval sections,
+// micro_batch_sequences, recompute.
 Status CheckResumable(const StageConfig& now, const std::string& saved_yaml,
                       const std::string& checkpoint);
 

@@ -8,6 +8,7 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "kernels/common/instruction_set.h"
+#include "recipes/eval_stage.h"
 #include "recipes/source_record.h"
 #include "recipes/stage.h"
 #include "recipes/step_loop.h"
@@ -214,8 +215,27 @@ Status CheckInputs(Session& session, const Continuation& next) {
     const Status status = stage.kind == StageKind::kHalo ? CheckHaloInputs(session, stage)
                                                          : CheckPretrainInputs(session, stage);
     if (!status.ok()) return Annotate(status, "stage " + stage.name);
+    SALA_RETURN_IF_ERROR(Annotate(CheckEvalInputs(session, stage), "stage " + stage.name));
   }
   return OkStatus();
+}
+
+Status EvaluateBefore(Session& session, int64_t index) {
+  const StageConfig& stage = session.config().stages[static_cast<size_t>(index)];
+  if (!stage.eval || !stage.eval->before()) return OkStatus();
+  std::string path = stage.init_from ? stage.init_from->path : "";
+  if (index > 0) {
+    SALA_ASSIGN_OR_RETURN(path, StageResult(session, index - 1));
+  }
+  return EvaluateStage(session, stage, EvalMoment::kBefore, path);
+}
+
+Status EvaluateAfter(Session& session, int64_t index) {
+  const StageConfig& stage = session.config().stages[static_cast<size_t>(index)];
+  if (!stage.eval || !stage.eval->after()) return OkStatus();
+  SALA_ASSIGN_OR_RETURN(const std::string path, StageResult(session, index));
+  SALA_RETURN_IF_ERROR(EvaluateStage(session, stage, EvalMoment::kAfter, path));
+  return CheckStageGates(session, stage);
 }
 
 // What checkpoints of the stage say about the folder that its weights came from.
@@ -262,6 +282,15 @@ StatusOr<StageSummary> RunStage(Session& session, int64_t index,
                                         : RunPretrainStage(session, input);
 }
 
+// A stage with its evaluations.
+Status RunAndEvaluate(Session& session, int64_t index, const std::string& resume,
+                      Summaries* summaries) {
+  SALA_RETURN_IF_ERROR(EvaluateBefore(session, index));
+  SALA_ASSIGN_OR_RETURN(const StageSummary row, RunStage(session, index, resume));
+  summaries->Add(row);
+  return EvaluateAfter(session, index);
+}
+
 }  // namespace
 
 Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config) {
@@ -282,15 +311,21 @@ Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config) 
                    << config.run.threads << " thread(s) each, "
                    << kernels::NameOf(kernels::CurrentInstructionSet());
   }
+  const auto note_end = [&](const Status& status, int64_t stage) {
+    const bool stopped = ExitCodeOf(status) == ExitCode::kRequeue;
+    session->WriteStatus(stopped ? "stopping" : "failed",
+                         config.stages[static_cast<size_t>(stage)].name, session->global_step);
+    return status;
+  };
+  // The run may have ended between the last save of a stage and its evaluation, or at a gate.
+  if (next->stage > 0 && next->resume.empty()) {
+    const Status status = EvaluateAfter(*session, next->stage - 1);
+    if (!status.ok()) return note_end(status, next->stage - 1);
+  }
   for (int64_t i = next->stage; i < static_cast<int64_t>(config.stages.size()); ++i) {
-    auto row = RunStage(*session, i, i == next->stage ? next->resume : "");
-    if (!row.ok()) {
-      const bool stopped = ExitCodeOf(row.status()) == ExitCode::kRequeue;
-      session->WriteStatus(stopped ? "stopping" : "failed",
-                           config.stages[static_cast<size_t>(i)].name, session->global_step);
-      return row.status();
-    }
-    summaries.Add(*row);
+    const Status status =
+        RunAndEvaluate(*session, i, i == next->stage ? next->resume : "", &summaries);
+    if (!status.ok()) return note_end(status, i);
     auto request = static_cast<int64_t>(PendingRequest());
     SALA_RETURN_IF_ERROR(world.AllReduce(std::span<int64_t>(&request, 1), parallel::Reduce::kMax));
     if (request == static_cast<int64_t>(Request::kStop) &&
