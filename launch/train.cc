@@ -13,6 +13,7 @@
 #include "core/device.h"
 #include "core/log.h"
 #include "launch/command.h"
+#include "launch/plan_text.h"
 #include "parallel/comm_log.h"
 #include "parallel/communicator.h"
 #include "parallel/mpi_communicator.h"
@@ -30,6 +31,9 @@ struct TrainOptions {
   std::string resume;
   std::string device;
   bool print_config = false;
+  bool dry_run = false;
+  int ranks = 0;  // of --dry-run; 0: the fewest that the layouts can use
+  bool json = false;
   bool break_lock = false;
 };
 
@@ -49,6 +53,17 @@ Status PrintConfig(const TrainOptions& options) {
   for (const auto& [file, text] : recipes::EmitPipeline(config))
     std::printf("# %s\n%s\n", file.c_str(), text.c_str());
   return OkStatus();
+}
+
+// One process plans for all ranks.
+Status DryRun(const TrainOptions& options) {
+  if (parallel::LaunchedByMpi()) {
+    return MakeError(ExitCode::kUsage, "USAGE",
+                     "--dry-run is one process whatever the number of ranks; start it without "
+                     "mpirun, with --ranks N");
+  }
+  SALA_ASSIGN_OR_RETURN(const recipes::PipelineConfig config, Load(options));
+  return PrintDryRun(config, options.ranks, options.json);
 }
 
 Status TrainOn(parallel::Communicator& world, const TrainOptions& options) {
@@ -125,6 +140,7 @@ Status TrainAsRank(const TrainOptions& options, CommandLine& line) {
 }
 
 Status Train(const TrainOptions& options, CommandLine& line) {
+  if (options.dry_run) return DryRun(options);
   recipes::InstallSignalHandlers();
   if (options.print_config) return PrintConfig(options);
   if (parallel::LaunchedByMpi()) return TrainAsRank(options, line);
@@ -153,6 +169,13 @@ void AddTrainCommand(CommandLine& line) {
   command->add_flag("--break-lock", options->break_lock,
                     "remove the run directory's lock: the run that held it is gone for certain");
   command->add_flag("--print-config", options->print_config, "print everything resolved and end");
+  CLI::Option* dry_run = command->add_flag(
+      "--dry-run", options->dry_run,
+      "check what can be checked, print steps, rates, operations, parameters and memory, and end");
+  command->add_option("--ranks", options->ranks, "of --dry-run: ranks of the job")
+      ->check(CLI::Range(1, 1 << 20))
+      ->needs(dry_run);
+  command->add_flag("--json", options->json, "of --dry-run: as one JSON object")->needs(dry_run);
   line.OnUse(command, [options, &line] { return Train(*options, line); });
 }
 

@@ -30,13 +30,21 @@ double SelectionKeys(const kernels::SparseAttentionConfig& config, int64_t n) {
   return keys;
 }
 
-double ProductParameters(const ModelConfig& config) {
-  double n = static_cast<double>(config.vocab_size * config.hidden_size);
-  for (const ParameterSpec& spec : ParameterSpecs(config)) {
-    if (spec.kind == ParameterKind::kMatrix) n += static_cast<double>(spec.numel);
+ProductWeights ProductWeightsOf(const ModelConfig& config) {
+  ProductWeights weights;
+  weights.head = static_cast<double>(config.vocab_size * config.hidden_size);
+  for (int64_t layer = 0; layer < config.num_hidden_layers; ++layer) {
+    const MixerType type = config.mixer(layer);
+    double& mixer = type == MixerType::kSoftmax ? weights.softmax : weights.linear;
+    for (const ParameterSpec& spec : MixerSpecs(config, layer, type)) {
+      if (spec.kind == ParameterKind::kMatrix) mixer += static_cast<double>(spec.numel);
+    }
+    weights.mlp += 3.0 * static_cast<double>(config.hidden_size * config.intermediate_size);
   }
-  return n;
+  return weights;
 }
+
+double ProductParameters(const ModelConfig& config) { return ProductWeightsOf(config).all(); }
 
 ForwardWork ForwardWorkOf(const ModelConfig& config, bool sparse, int64_t n) {
   ForwardWork work;

@@ -1,6 +1,8 @@
 // The items layers are scored on: held-out text, and recall prompts made for the run's tokenizer.
 #pragma once
 
+#include <vector>
+
 #include "core/status.h"
 #include "data/tokenizer.h"
 #include "recipes/config.h"
@@ -15,5 +17,10 @@ model::Batch RecallBatch(const std::vector<int32_t>& prompt, const std::vector<i
 // halo.score.recall_items prompts, even ones passkey, odd ones multi-key needle. The same on every
 // rank.
 StatusOr<ScoreItems> MakeScoreItems(const StageConfig& stage, const data::Tokenizer& tokenizer);
+
+// The prompts alone: EVAL-LENGTH, EVAL-BOUNDARY (78) where the tokenizer cannot make them. They
+// need no data.
+StatusOr<std::vector<model::Batch>> MakeRecallPrompts(const StageConfig& stage,
+                                                      const data::Tokenizer& tokenizer);
 
 }  // namespace sala::recipes
