@@ -1,4 +1,5 @@
 // sala train --dry-run: what a run would do, from its configuration alone.
+#include <algorithm>
 #include <cstdio>
 #include <string>
 
@@ -99,10 +100,12 @@ void PrintRates(const PhaseSheet& phase) {
 void PrintWork(const PhaseSheet& phase) {
   const auto tokens = static_cast<double>(phase.input.batch.seq_len_tokens);
   const model::ForwardWork& work = phase.work.forward;
+  // The alignment's mixers have no forward pass of a whole model.
+  const char* of = phase.input.phase == recipes::PlanPhase::kAlign ? " of the teacher" : "";
   std::printf(
-      "  GFLOP a token  forward %.3f: products %.3f, attention %.3f, selection %.3f, "
+      "  GFLOP a token  forward%s %.3f: products %.3f, attention %.3f, selection %.3f, "
       "Lightning %.3f; training %.3f\n",
-      work.forward() / tokens / kGiga, work.products / tokens / kGiga,
+      of, work.forward() / tokens / kGiga, work.products / tokens / kGiga,
       work.attention / tokens / kGiga, work.selection / tokens / kGiga,
       work.lightning / tokens / kGiga, TrainingPerToken(phase) / kGiga);
   std::printf(

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "data/tokenizer.h"
@@ -10,6 +11,7 @@
 #include "launch/plan_text.h"
 #include "nlohmann/json.hpp"
 #include "recipes/config.h"
+#include "recipes/halo/items.h"
 #include "recipes/plan.h"
 #include "recipes/starting_model.h"
 
@@ -27,6 +29,8 @@ struct PlanOptions {
   std::string run;
   std::string device;
   int ranks = 1;
+  int gpus = 0;  // 0: plan what the file says
+  std::string gpu;
   bool json = false;
 };
 
@@ -105,6 +109,17 @@ Status Plan(const PlanOptions& options) {
   SALA_ASSIGN_OR_RETURN(model::ModelConfig model,
                         recipes::StartingConfig(config.stages[0], recipes::MissingModel::kDescribe,
                                                 VocabularyOf(config.stages[0])));
+  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
+                        recipes::TokenizerIfThere(config.stages[0].tokenizer));
+  for (const recipes::StageConfig& stage : config.stages) {
+    if (tokenizer == nullptr) break;
+    const Status prompts = recipes::CheckRecallPrompts(stage, *tokenizer);
+    if (!prompts.ok()) return Annotate(prompts, "stage " + stage.name);
+  }
+  if (options.gpus > 0) {
+    return PlanLayouts(config, {options.gpus, options.gpu, options.stage, options.json},
+                       std::move(model));
+  }
   auto stages = nlohmann::ordered_json::array();
   for (const recipes::StageConfig& stage : config.stages) {
     auto plans = recipes::PlanStage(stage, config.run, options.ranks, &model);
@@ -152,7 +167,18 @@ void AddPlanCommand(CommandLine& line) {
   command->add_option("--stage", options->stage, "this stage only");
   command->add_option("--run", options->run, "run directory (run.dir); nothing is written there");
   command->add_option("--device", options->device, "cpu or cuda (run.device)");
-  command->add_flag("--json", options->json, "every rank, as one JSON object");
+  CLI::Option* gpu = command->add_option(
+      "--gpu", options->gpu, "of --gpus: h200, h100, a100, ...; a wrong name lists them all");
+  CLI::Option* gpus =
+      command
+          ->add_option("--gpus", options->gpus,
+                       "propose layouts for so many GPUs instead, by a model of their speed")
+          ->check(CLI::Range(1, 1 << 16))
+          ->needs(gpu)
+          ->excludes("--ranks")
+          ->excludes("--device");
+  gpu->needs(gpus);
+  command->add_flag("--json", options->json, "everything, every rank, as one JSON object");
   line.OnUse(command, [options] { return Plan(*options); });
 }
 

@@ -26,7 +26,18 @@ std::string CountText(double count);
 // "dp 8 x cp 2 x tp 4, ZeRO 1"
 std::string MeshText(const parallel::MeshConfig& mesh);
 
-// `sala train --dry-run`.
+// `sala plan --gpus`.
+struct LayoutRequest {
+  int gpus = 0;
+  std::string gpu;    // its short name
+  std::string stage;  // this one only; "": all
+  bool json = false;
+};
+// `model`: what the first stage starts from.
+Status PlanLayouts(const recipes::PipelineConfig& config, const LayoutRequest& request,
+                   model::ModelConfig model);
+
+// `sala train --dry-run`; ranks 0: the fewest that the layouts can use.
 Status PrintDryRun(const recipes::PipelineConfig& config, int ranks, bool json);
 
 }  // namespace sala::launch

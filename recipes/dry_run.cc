@@ -9,10 +9,8 @@
 #include <utility>
 
 #include "core/file.h"
-#include "data/tokenizer.h"
 #include "recipes/halo/distil.h"
 #include "recipes/halo/items.h"
-#include "recipes/halo/select.h"
 #include "recipes/halo/settings.h"
 #include "recipes/halo/transfer.h"
 #include "recipes/optimizer.h"
@@ -96,6 +94,7 @@ std::vector<RatePoint> RatePoints(const ScheduleConfig& schedule, const BatchCon
   constexpr int64_t kParts = 11;  // first, ten between, last
   std::set<int64_t> steps;
   for (int64_t i = 0; i <= kParts; ++i) steps.insert((batch.steps - 1) * i / kParts);
+  steps.insert(schedule.warmup_steps);  // the first at the full rate
   std::vector<RatePoint> points;
   for (const int64_t step : steps) {
     points.push_back({.step = step,
@@ -198,8 +197,7 @@ bool HasDatasets(const StageConfig& stage) {
 Status CheckInputs(const StageConfig& stage, const RunConfig& run, int ranks,
                    const ModelConfig& model, const data::Tokenizer& tokenizer, bool* data_checked) {
   SALA_RETURN_IF_ERROR(CheckVocabulary(tokenizer, model));
-  if (stage.kind == StageKind::kHalo && NeedsRecall(stage.halo->selector))
-    SALA_RETURN_IF_ERROR(MakeRecallPrompts(stage, tokenizer).status());
+  SALA_RETURN_IF_ERROR(CheckRecallPrompts(stage, tokenizer));
   *data_checked = HasDatasets(stage);
   return *data_checked ? CheckStageInputs(stage, tokenizer, run.device, ranks) : OkStatus();
 }
@@ -252,12 +250,8 @@ int LeastRanks(const PipelineConfig& config) {
 StatusOr<DryRunSheet> DryRun(const PipelineConfig& config, int ranks) {
   DryRunSheet sheet;
   sheet.ranks = ranks;
-  std::unique_ptr<data::Tokenizer> tokenizer;
   const std::string& path = config.stages[0].tokenizer;
-  // Nothing at the path is missing; something that cannot be read is wrong.
-  if (path == "bytes" || PathExists(path)) {
-    SALA_ASSIGN_OR_RETURN(tokenizer, data::LoadTokenizer(path));
-  }
+  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer, TokenizerIfThere(path));
   SALA_ASSIGN_OR_RETURN(
       ModelConfig model,
       StartingConfig(config.stages[0], MissingModel::kDescribe, [&path]() -> StatusOr<int64_t> {

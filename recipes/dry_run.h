@@ -39,7 +39,7 @@ struct PhaseSheet {
   int64_t all_parameters = 0;
   int64_t trained_parameters = 0;
   std::vector<RateGroup> groups;  // of what is trained
-  std::vector<RatePoint> points;  // first, ten between, last
+  std::vector<RatePoint> points;  // first, end of warm-up, ten between, last
   WorkPlan work;
   model::ProductWeights weights;  // of work.forward.products, by layer
   MemoryPlan memory;              // the larger of the first and the last rank

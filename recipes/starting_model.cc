@@ -55,4 +55,9 @@ StatusOr<model::ModelConfig> StartingConfig(const StageConfig& stage, MissingMod
   return found;
 }
 
+StatusOr<std::unique_ptr<data::Tokenizer>> TokenizerIfThere(const std::string& path) {
+  if (path != "bytes" && !PathExists(path)) return std::unique_ptr<data::Tokenizer>();
+  return data::LoadTokenizer(path);
+}
+
 }  // namespace sala::recipes

@@ -3,8 +3,11 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <string>
 
 #include "core/status.h"
+#include "data/tokenizer.h"
 #include "model/config.h"
 #include "recipes/config.h"
 
@@ -23,5 +26,8 @@ using VocabularySize = std::function<StatusOr<int64_t>()>;
 // `init_from.model` describes.
 StatusOr<model::ModelConfig> StartingConfig(const StageConfig& stage, MissingModel missing,
                                             const VocabularySize& vocabulary);
+
+// nullptr where there is nothing at the path yet; the errors of LoadTokenizer for what is there.
+StatusOr<std::unique_ptr<data::Tokenizer>> TokenizerIfThere(const std::string& path);
 
 }  // namespace sala::recipes

@@ -1,6 +1,7 @@
 #include "recipes/halo/items.h"
 
 #include "data/synthetic.h"
+#include "recipes/halo/select.h"
 #include "recipes/step_loop.h"
 
 namespace sala::recipes {
@@ -52,6 +53,13 @@ StatusOr<std::vector<model::Batch>> MakeRecallPrompts(const StageConfig& stage,
     prompts.push_back(RecallBatch(item->prompt, item->answer));
   }
   return prompts;
+}
+
+Status CheckRecallPrompts(const StageConfig& stage, const data::Tokenizer& tokenizer) {
+  if (!stage.halo) return OkStatus();
+  const Selector selector = stage.halo->selector;
+  const bool scored = NeedsLayerScores(selector) || selector == Selector::kGreedy;
+  return scored ? MakeRecallPrompts(stage, tokenizer).status() : OkStatus();
 }
 
 }  // namespace sala::recipes

@@ -22,5 +22,7 @@ StatusOr<ScoreItems> MakeScoreItems(const StageConfig& stage, const data::Tokeni
 // need no data.
 StatusOr<std::vector<model::Batch>> MakeRecallPrompts(const StageConfig& stage,
                                                       const data::Tokenizer& tokenizer);
+// Their errors, for a stage that scores layers; OK for all others.
+Status CheckRecallPrompts(const StageConfig& stage, const data::Tokenizer& tokenizer);
 
 }  // namespace sala::recipes
