@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <cstdio>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "launch/command.h"
 #include "launch/plan_text.h"
@@ -116,6 +118,16 @@ void PrintSearch(const recipes::StageConfig& stage, const LayoutSearch& search, 
   if (search.written.empty()) std::printf("  as written: %s\n", search.refused.c_str());
 }
 
+// The model behind a stage that is not asked for; only HALO changes it.
+Status PassStage(const recipes::StageConfig& stage, const recipes::RunConfig& run,
+                 model::ModelConfig* model) {
+  if (!stage.halo) return OkStatus();
+  recipes::StageConfig alone = stage;
+  alone.parallel = {};
+  const Status status = recipes::PlanStage(alone, run, 1, model).status();
+  return Annotate(status, "stage " + stage.name);
+}
+
 }  // namespace
 
 Status PlanLayouts(const recipes::PipelineConfig& config, const LayoutRequest& request,
@@ -137,9 +149,12 @@ Status PlanLayouts(const recipes::PipelineConfig& config, const LayoutRequest& r
   auto stages = nlohmann::ordered_json::array();
   std::vector<std::pair<const recipes::StageConfig*, LayoutEstimate>> chosen;
   for (const recipes::StageConfig& stage : config.stages) {
+    if (!request.stage.empty() && stage.name != request.stage) {
+      SALA_RETURN_IF_ERROR(PassStage(stage, config.run, &model));
+      continue;
+    }
     auto search = recipes::SearchLayouts(stage, config.run, request.gpus, gpu, kShown, &model);
     if (!search.ok()) return Annotate(search.status(), "stage " + stage.name);
-    if (!request.stage.empty() && stage.name != request.stage) continue;
     if (request.json) {
       auto row = ToJson(*search, gpu);
       row["stage"] = stage.name;
