@@ -18,7 +18,8 @@ double SparsePairs(const kernels::SparseAttentionConfig& config, int64_t n) {
   const int64_t rest = std::max<int64_t>(0, n - budget);
   pairs += static_cast<double>(rest) * static_cast<double>((config.total_blocks() - 1) * block);
   // And in the token's own block, of whole blocks and the last part of one.
-  pairs += static_cast<double>(rest / block) * CausalPairs(block) + CausalPairs(rest % block);
+  const int64_t whole = rest / block;
+  pairs += static_cast<double>(whole) * CausalPairs(block) + CausalPairs(rest % block);
   return pairs;
 }
 

@@ -96,6 +96,7 @@ std::vector<RatePoint> RatePoints(const ScheduleConfig& schedule, const BatchCon
   for (int64_t i = 0; i <= kParts; ++i) steps.insert((batch.steps - 1) * i / kParts);
   steps.insert(schedule.warmup_steps);  // the first at the full rate
   std::vector<RatePoint> points;
+  points.reserve(steps.size());
   for (const int64_t step : steps) {
     points.push_back({.step = step,
                       .tokens = step * batch.global_batch_tokens,

@@ -128,7 +128,8 @@ StepTime EstimateStep(const PlanInput& input, const Gpu& gpu, const CommPlan& co
   const int64_t all = input.batch.global_batch_sequences();
   const int64_t samples = (all + input.mesh.dp - 1) / input.mesh.dp;  // of the busiest dp rank
   const int64_t micro = input.batch.micro_batch_sequences;
-  const auto micro_batches = static_cast<double>((samples + micro - 1) / micro);
+  const int64_t passes = (samples + micro - 1) / micro;
+  const auto micro_batches = static_cast<double>(passes);
   StepTime time;
   for (const Pass& pass : PassesOf(input))
     AddPass(pass, input, gpu, static_cast<double>(samples), micro_batches, &time);
