@@ -145,7 +145,7 @@ struct InitConfig {
   bool carry_optimizer = false;  // go on with the moments of that checkpoint
   // What the model there must be: another one is refused, and while it is not there yet plans are
   // made of this (recipes/starting_model.h).
-  std::optional<model::ModelConfig> model;
+  std::optional<model::ModelConfig> model = {};
 
   void Bind(ConfigBinder& b);
 };
