@@ -6,6 +6,7 @@
 
 #include "launch/command.h"
 #include "launch/ranks.h"
+#include "launch/plan_text.h"
 #include "parallel/communicator.h"
 #include "recipes/config.h"
 #include "recipes/session.h"
@@ -21,6 +22,9 @@ struct TrainOptions {
   std::string resume;
   std::string device;
   bool print_config = false;
+  bool dry_run = false;
+  int ranks = 0;  // of --dry-run; 0: the fewest that the layouts can use
+  bool json = false;
   bool break_lock = false;
   bool ignore_gates = false;
 };
@@ -44,6 +48,17 @@ Status PrintConfig(const TrainOptions& options) {
   return OkStatus();
 }
 
+// One process plans for all ranks.
+Status DryRun(const TrainOptions& options) {
+  if (parallel::LaunchedByMpi()) {
+    return MakeError(ExitCode::kUsage, "USAGE",
+                     "--dry-run is one process whatever the number of ranks; start it without "
+                     "mpirun, with --ranks N");
+  }
+  SALA_ASSIGN_OR_RETURN(const recipes::PipelineConfig config, Load(options));
+  return PrintDryRun(config, options.ranks, options.json);
+}
+
 Status TrainOn(parallel::Communicator& world, const TrainOptions& options) {
   const StatusOr<recipes::PipelineConfig> config = Load(options);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, config.status()));
@@ -51,6 +66,7 @@ Status TrainOn(parallel::Communicator& world, const TrainOptions& options) {
 }
 
 Status Train(const TrainOptions& options, CommandLine& line) {
+  if (options.dry_run) return DryRun(options);
   recipes::InstallSignalHandlers();
   if (options.print_config) return PrintConfig(options);
   return OnAllRanks(line,
@@ -79,6 +95,13 @@ void AddTrainCommand(CommandLine& line) {
   command->add_flag("--ignore-gates", options->ignore_gates,
                     "go on where a gate of an evaluation does not hold (eval.gate)");
   command->add_flag("--print-config", options->print_config, "print everything resolved and end");
+  CLI::Option* dry_run = command->add_flag(
+      "--dry-run", options->dry_run,
+      "check what can be checked, print steps, rates, operations, parameters and memory, and end");
+  command->add_option("--ranks", options->ranks, "of --dry-run: ranks of the job")
+      ->check(CLI::Range(1, 1 << 20))
+      ->needs(dry_run);
+  command->add_flag("--json", options->json, "of --dry-run: as one JSON object")->needs(dry_run);
   line.OnUse(command, [options, &line] { return Train(*options, line); });
 }
 

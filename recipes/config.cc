@@ -96,6 +96,30 @@ void CheckWarmup(ConfigBinder& b, const ScheduleConfig& schedule, const BatchCon
               std::to_string(batch.steps) + " steps; lower it");
 }
 
+constexpr double kMaxSteps = 1e9;
+
+// A stage's length is given in steps or in tokens.
+void BindTokens(ConfigBinder& b, BatchConfig* batch) {
+  b.Field("tokens", &batch->tokens, {.min = 1, .max = 1e15});
+  const bool in_tokens = b.Present("tokens");
+  if (b.Present("steps") && in_tokens) {
+    b.Error("tokens", "CFG-CONFLICT",
+            "steps and tokens both say how long the stage is; keep one of them");
+  } else if (!b.Present("steps") && !in_tokens) {
+    b.Error("steps", "CFG-MISSING",
+            "expected steps (updates), or tokens (a budget that becomes steps)");
+  }
+  if (!in_tokens || batch->global_batch_tokens <= 0 || batch->tokens <= 0) return;
+  const int64_t global = batch->global_batch_tokens;
+  const int64_t steps = std::max<int64_t>(1, (batch->tokens + global / 2) / global);
+  if (static_cast<double>(steps) > kMaxSteps) {
+    b.Error("tokens", "CFG-RANGE",
+            "makes " + std::to_string(steps) + " steps of " + std::to_string(global) +
+                " tokens, expected at most 1e9; lower it");
+  }
+  batch->steps = steps;
+}
+
 // Overrides of a pipeline by whom they are for: "" the pipeline, otherwise a stage's stem.
 StatusOr<std::vector<std::string>> OverridesFor(const std::string& stem,
                                                 const std::vector<std::string>& sets) {
@@ -237,7 +261,8 @@ void BatchConfig::Bind(ConfigBinder& b) {
   b.Field("seq_len_tokens", &seq_len_tokens, {.required = true, .min = 1, .max = 1 << 26});
   b.Field("global_batch_tokens", &global_batch_tokens, {.required = true, .min = 1, .max = 1e12});
   b.Field("micro_batch_sequences", &micro_batch_sequences, {.min = 1, .max = 1 << 20});
-  b.Field("steps", &steps, {.required = true, .min = 1, .max = 1e9});
+  b.Field("steps", &steps, {.min = 1, .max = kMaxSteps});
+  if (b.reading()) BindTokens(b, this);
   b.Field("rank_independent_sums", &rank_independent_sums);
   if (b.reading() && seq_len_tokens * micro_batch_sequences > std::numeric_limits<int32_t>::max()) {
     b.Error("micro_batch_sequences", "CFG-RANGE",
@@ -325,6 +350,7 @@ void HaloConfig::Bind(ConfigBinder& b) {
 void InitConfig::Bind(ConfigBinder& b) {
   b.Field("path", &path, {.required = true});
   b.Field("carry_optimizer", &carry_optimizer);
+  b.Section("model", &model);
 }
 
 void StageConfig::Bind(ConfigBinder& b) {

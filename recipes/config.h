@@ -51,6 +51,9 @@ struct BatchConfig {
   int64_t global_batch_tokens = 0;    // a multiple of seq_len_tokens; not necessarily of the ranks
   int64_t micro_batch_sequences = 1;  // sequences per forward pass of a rank
   int64_t steps = 0;
+  // The budget that `steps` were made of, to the nearest step; 0: steps were given. Only steps are
+  // written again.
+  int64_t tokens = 0;
   // Gradients, losses and norms are added in an order that does not know the number of ranks: 1, 2,
   // 4, ... ranks give the same bits.
   bool rank_independent_sums = false;
@@ -144,6 +147,9 @@ enum class StageKind : uint8_t { kPretrain, kHalo, kSft };
 struct InitConfig {
   std::string path;              // a checkpoint directory, or an exported model folder
   bool carry_optimizer = false;  // go on with the moments of that checkpoint
+  // What the model there must be: another one is refused, and while it is not there yet plans are
+  // made of this (recipes/starting_model.h).
+  std::optional<model::ModelConfig> model = {};
 
   void Bind(ConfigBinder& b);
 };

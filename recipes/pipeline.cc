@@ -11,6 +11,7 @@
 #include "recipes/eval_stage.h"
 #include "recipes/source_record.h"
 #include "recipes/stage.h"
+#include "recipes/starting_model.h"
 #include "recipes/step_loop.h"
 
 namespace sala::recipes {
@@ -193,12 +194,10 @@ StatusOr<std::optional<model::ModelConfig>> StartingShapes(Session& session,
     return ModelConfigAt(result);
   }
   const StageConfig& stage = session.config().stages[0];
-  if (stage.init_from) return ModelConfigAt(stage.init_from->path);
-  if (!stage.model) return std::nullopt;  // the stage says what is wrong
-  model::ModelConfig config = *stage.model;
-  if (config.vocab_size == 0) config.vocab_size = session.tokenizer().vocab_size();
-  SALA_RETURN_IF_ERROR(config.Resolve());
-  return config;
+  if (!stage.init_from && !stage.model) return std::nullopt;  // the stage says what is wrong
+  return StartingConfig(stage, MissingModel::kRefuse, [&session]() -> StatusOr<int64_t> {
+    return session.tokenizer().vocab_size();
+  });
 }
 
 Status CheckInputs(Session& session, const Continuation& next) {
@@ -212,8 +211,8 @@ Status CheckInputs(Session& session, const Continuation& next) {
             shapes ? shapes->TensorParallelProblem(stage.parallel.tp) : std::string();
         !problem.empty())
       return MakeError(ExitCode::kConfig, "CFG-MESH", "stage " + stage.name + ": " + problem);
-    const Status status = stage.kind == StageKind::kHalo ? CheckHaloInputs(session, stage)
-                                                         : CheckPretrainInputs(session, stage);
+    const Status status = CheckStageInputs(stage, session.tokenizer(), session.config().run.device,
+                                           session.world().size());
     if (!status.ok()) return Annotate(status, "stage " + stage.name);
     SALA_RETURN_IF_ERROR(Annotate(CheckEvalInputs(session, stage), "stage " + stage.name));
   }

@@ -120,15 +120,17 @@ Status CheckModel(Session& session, const LoadedModel& loaded) {
                          session.tokenizer().fingerprint().substr(0, 12) +
                          "...; use the tokenizer folder of that model");
   }
-  const int64_t tokens = session.tokenizer().vocab_size();
-  if (tokens > loaded.config.vocab_size) {
-    return MakeError(ExitCode::kData, "TOK-VOCAB",
-                     "tokenizer " + session.tokenizer().name() + " has " + std::to_string(tokens) +
-                         " tokens, the model has " + std::to_string(loaded.config.vocab_size) +
-                         " (model.vocab_size); use the model's own tokenizer or set vocab_size to "
-                         "0 for a new model");
-  }
-  return OkStatus();
+  return CheckVocabulary(session.tokenizer(), loaded.config);
+}
+
+Status CheckVocabulary(const data::Tokenizer& tokenizer, const model::ModelConfig& model) {
+  const int64_t tokens = tokenizer.vocab_size();
+  if (tokens <= model.vocab_size) return OkStatus();
+  return MakeError(ExitCode::kData, "TOK-VOCAB",
+                   "tokenizer " + tokenizer.name() + " has " + std::to_string(tokens) +
+                       " tokens, the model has " + std::to_string(model.vocab_size) +
+                       " (model.vocab_size); use the model's own tokenizer or set vocab_size to "
+                       "0 for a new model");
 }
 
 StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Model& model,
@@ -152,13 +154,13 @@ StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Mod
   return result;
 }
 
-Status CheckPretrainInputs(Session& session, const StageConfig& stage) {
+Status CheckPretrainInputs(const StageConfig& stage, const data::Tokenizer& tokenizer, int ranks) {
   SALA_ASSIGN_OR_RETURN(const parallel::MeshConfig mesh,
-                        parallel::ResolveMesh(session.world().size(), stage.parallel));
+                        parallel::ResolveMesh(ranks, stage.parallel));
   SALA_RETURN_IF_ERROR(CheckShares(stage.batch, mesh));
-  SALA_ASSIGN_OR_RETURN(const auto stream,
-                        data::SampleStream::Open(stage.data, stage.name, stage.batch.seq_len_tokens,
-                                                 session.tokenizer()));
+  SALA_ASSIGN_OR_RETURN(
+      const auto stream,
+      data::SampleStream::Open(stage.data, stage.name, stage.batch.seq_len_tokens, tokenizer));
   SALA_RETURN_IF_ERROR(
       stream->CheckEpochs(stage.batch.steps * stage.batch.global_batch_sequences()));
   if (stage.kind != StageKind::kSft) return OkStatus();

@@ -563,9 +563,10 @@ StatusOr<StageSummary> HaloStage::Run() {
 
 }  // namespace
 
-Status CheckHaloInputs(Session& session, const StageConfig& stage) {
+Status CheckHaloInputs(const StageConfig& stage, const data::Tokenizer& tokenizer,
+                       DeviceKind device, int ranks) {
   const bool l2_norm = stage.halo->align_loss == AlignLoss::kL2Norm;
-  if (session.ctx().cuda() && (l2_norm || !stage.halo->logit_scale_grid.empty())) {
+  if (device == DeviceKind::kCuda && (l2_norm || !stage.halo->logit_scale_grid.empty())) {
     return MakeError(ExitCode::kConfig, "CFG-HALO",
                      std::string(l2_norm ? "align_loss: l2_norm" : "logit_scale_grid") +
                          " works on the CPU only; use run.device: cpu for this stage, or " +
@@ -576,18 +577,17 @@ Status CheckHaloInputs(Session& session, const StageConfig& stage) {
   if (stage.halo->finetune) phases.emplace_back("finetune", &*stage.halo->finetune);
   for (const auto& [phase, config] : phases) {
     SALA_ASSIGN_OR_RETURN(const parallel::MeshConfig mesh,
-                          parallel::ResolveMesh(session.world().size(), stage.parallel));
+                          parallel::ResolveMesh(ranks, stage.parallel));
     SALA_RETURN_IF_ERROR(CheckShares(config->batch, mesh));
-    SALA_ASSIGN_OR_RETURN(
-        const auto stream,
-        data::SampleStream::Open(stage.data, stage.name + "/" + phase, config->batch.seq_len_tokens,
-                                 session.tokenizer()));
+    SALA_ASSIGN_OR_RETURN(const auto stream,
+                          data::SampleStream::Open(stage.data, stage.name + "/" + phase,
+                                                   config->batch.seq_len_tokens, tokenizer));
     SALA_RETURN_IF_ERROR(
         stream->CheckEpochs(config->batch.steps * config->batch.global_batch_sequences()));
   }
   const Selector selector = stage.halo->selector;
   return NeedsLayerScores(selector) || selector == Selector::kGreedy
-             ? MakeScoreItems(stage, session.tokenizer()).status()
+             ? MakeScoreItems(stage, tokenizer).status()
              : OkStatus();
 }
 

@@ -4,6 +4,7 @@
 
 #include "data/stream.h"
 #include "data/synthetic.h"
+#include "recipes/halo/select.h"
 #include "recipes/step_loop.h"
 
 namespace sala::recipes {
@@ -42,6 +43,14 @@ StatusOr<ScoreItems> MakeScoreItems(const StageConfig& stage, const data::Tokeni
                          ", no document fell into it or none fits " +
                          std::to_string(halo.score.text_tokens) + " tokens); raise one of them");
   }
+  SALA_ASSIGN_OR_RETURN(items.recall, MakeRecallPrompts(stage, tokenizer));
+  return items;
+}
+
+StatusOr<std::vector<model::Batch>> MakeRecallPrompts(const StageConfig& stage,
+                                                      const data::Tokenizer& tokenizer) {
+  const HaloConfig& halo = *stage.halo;
+  std::vector<model::Batch> prompts;
   const data::Haystack haystack = data::Haystack::Filler();
   for (int64_t i = 0; i < halo.score.recall_items; ++i) {
     data::RecallOptions options;
@@ -51,9 +60,16 @@ StatusOr<ScoreItems> MakeScoreItems(const StageConfig& stage, const data::Tokeni
     options.purpose = "halo_score";
     auto item = data::MakeRecallItem(options, haystack, tokenizer, i);
     if (!item.ok()) return Annotate(item.status(), "halo.score.recall_length_tokens");
-    items.recall.push_back(RecallBatch(item->prompt, item->answer));
+    prompts.push_back(RecallBatch(item->prompt, item->answer));
   }
-  return items;
+  return prompts;
+}
+
+Status CheckRecallPrompts(const StageConfig& stage, const data::Tokenizer& tokenizer) {
+  if (!stage.halo) return OkStatus();
+  const Selector selector = stage.halo->selector;
+  const bool scored = NeedsLayerScores(selector) || selector == Selector::kGreedy;
+  return scored ? MakeRecallPrompts(stage, tokenizer).status() : OkStatus();
 }
 
 StatusOr<std::vector<model::Batch>> CalibrationBatches(const StageConfig& stage,

@@ -26,4 +26,11 @@ StatusOr<std::vector<model::Batch>> CalibrationBatches(const StageConfig& stage,
                                                        const data::Tokenizer& tokenizer,
                                                        const parallel::Mesh& mesh);
 
+// The prompts alone: EVAL-LENGTH, EVAL-BOUNDARY (78) where the tokenizer cannot make them. They
+// need no data.
+StatusOr<std::vector<model::Batch>> MakeRecallPrompts(const StageConfig& stage,
+                                                      const data::Tokenizer& tokenizer);
+// Their errors, for a stage that scores layers; OK for all others.
+Status CheckRecallPrompts(const StageConfig& stage, const data::Tokenizer& tokenizer);
+
 }  // namespace sala::recipes
