@@ -46,6 +46,7 @@ void AddGenerateCommand(CommandLine& line);
 void AddLogitsCommand(CommandLine& line);
 void AddBenchCommands(CommandLine& line);
 void AddPlanCommand(CommandLine& line);
+void AddReportCommand(CommandLine& line);
 void AddDoctorCommand(CommandLine& line);
 void AddExplainFaultCommand(CommandLine& line);
 

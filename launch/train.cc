@@ -66,12 +66,9 @@ StatusOr<std::string> StepList(const std::string& text) {
 std::vector<std::pair<std::string, std::string>> Environment(const CommandLine& line) {
   std::string command;
   for (int i = 0; i < line.argc; ++i) command += (i == 0 ? "" : " ") + std::string(line.argv[i]);
-  return {{"version", Version()},
-          {"commit", Commit()},
-          {"build", BuildType()},
-          {"cpu", CpuDescription()},
-          {"compiler", "g++ " __VERSION__},
-          {"mpi", parallel::MpiLibraryVersion()},
+  return {{"version", Version()},    {"commit", Commit()},
+          {"build", BuildType()},    {"cpu", CpuDescription()},
+          {"compiler", __VERSION__}, {"mpi", parallel::MpiLibraryVersion()},
           {"command", command}};
 }
 
