@@ -118,14 +118,16 @@ std::string LossPlot(const ReportData& data) {
 
 std::string ValuePlot(const ReportData& data, const char* key, const char* label, bool log,
                       bool zero) {
-  Plot plot = {
-      .x_label = "step", .y_label = label, .log_y = log, .zero = zero, .bands = Bands(data)};
+  Plot plot = {.x_label = "step",
+               .y_label = label,
+               .log_y = log,
+               .zero = zero,
+               .half = true,
+               .bands = Bands(data)};
   AddCurve(
       ByStage(data, data.train, key, PlotSeries::Style::kLine, [](const json&) { return true; }),
       &plot.series);
-  // The bands name the stages already.
-  std::string text = LinePlot(plot);
-  return text;
+  return LinePlot(plot);
 }
 
 double Median(std::vector<double> values) {
@@ -215,7 +217,7 @@ std::string HaloSection(const ReportData& data) {
   };
   const auto curve = [&](const char* name, const char* key, const char* train_key,
                          const char* label) {
-    Plot plot = {.x_label = "step", .y_label = label};
+    Plot plot = {.x_label = "step", .y_label = label, .half = true};
     AddCurve(ByStage(data, data.train, train_key, PlotSeries::Style::kLine, phase(name)),
              &plot.series);
     for (PlotSeries& series :
@@ -247,8 +249,8 @@ std::string HaloSection(const ReportData& data) {
           "many resamples of the scored items the layer would be kept.</p>";
   const json scores = data.selection.value("scores", json::object());
   const json layers = scores.is_object() ? scores.value("layers", json::array()) : json::array();
-  LayerBars keep = {.y_label = "score"};
-  LayerBars share = {.y_label = "kept in this share of resamples", .share = true};
+  LayerBars keep = {.y_label = "score", .half = true};
+  LayerBars share = {.y_label = "kept in this share of resamples", .share = true, .half = true};
   std::string rows;
   bool shares = false;
   for (size_t l = 0; layers.is_array() && l < layers.size(); ++l) {
@@ -308,7 +310,7 @@ std::string RecallMap(const std::vector<const json*>& lines) {
       by_depth[row][column] = {right / count, TickText(right, 1) + " of " + TickText(count, 1)};
     }
   }
-  HeatMap map = {.x_label = "length, tokens", .y_label = "depth of the needle"};
+  HeatMap map = {.half = true, .x_label = "length, tokens", .y_label = "depth of the needle"};
   for (const int64_t length : lengths)
     map.columns.push_back(length % 1024 == 0 ? std::to_string(length / 1024) + "K"
                                              : TickText(static_cast<double>(length), 1));

@@ -23,7 +23,7 @@ section,header.top{background:var(--panel);border:1px solid var(--rule);border-r
 .state.done{color:var(--good)}.state.failed{color:var(--bad)}.state.live{color:var(--c0)}.state.stopping{color:var(--warn)}
 .bar{display:flex;height:8px;border-radius:99px;background:var(--rule);overflow:hidden;margin:18px 0 16px}
 .bar i{display:block;height:100%}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));gap:12px 18px}
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(148px,1fr));gap:12px 18px}
 .facts div b{display:block;font-size:19px;font-weight:600;font-variant-numeric:tabular-nums;line-height:1.25;overflow-wrap:anywhere}
 .facts div span{color:var(--ink2);font-size:12.5px}
 .scroll{overflow-x:auto}
@@ -34,6 +34,7 @@ td.text,th.text{text-align:left}td.wrap{white-space:normal;min-width:200px}
 tr:last-child td{border-bottom:0}
 th:first-child,td:first-child{padding-left:0}
 i.chip{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:8px}
+.quiet .legend{display:none}
 .grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:6px 28px}
 .plot{position:relative;margin:4px 0 14px}
 .plot svg{display:block;width:100%;height:auto;overflow:visible}
@@ -64,7 +65,6 @@ footer{color:var(--ink2);font-size:12.5px}
 @media(max-width:640px){main{padding:14px 10px 40px}section,header.top{padding:15px 13px}h1{font-size:22px}
 svg.wide{display:none!important}svg.narrow{display:block!important}
 dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:8px}}
-@media(min-width:641px){.grid2 svg.wide{display:none!important}.grid2 svg.narrow{display:block!important}}
 )css";
 
 // Values of all series at the place of the pointer.
@@ -84,7 +84,7 @@ document.querySelectorAll('.plot[data-plot]').forEach(function(box){
       plot.series.forEach(function(s){s.p.forEach(function(p){
         var d=Math.abs(position(p[0])-at);if(best===null||d<best.d)best={d:d,x:p[0]}})});
       if(best===null||best.d>40){leave();return}
-      var px=position(best.x);cursor.setAttribute('x1',px);cursor.setAttribute('x2',px);
+      var px=position(best.x);cursor.setAttribute('x1',px);cursor.setAttribute('x2',px);cursor.setAttribute('visibility','visible');
       tip.textContent='';var head=document.createElement('div');head.textContent=plot.x+' '+number(best.x);tip.appendChild(head);
       plot.series.forEach(function(s){var near=null;s.p.forEach(function(p){
           if(p[0]===best.x)near=p});
@@ -94,7 +94,7 @@ document.querySelectorAll('.plot[data-plot]').forEach(function(box){
       tip.hidden=false;var left=px/scale+12;
       if(left+tip.offsetWidth>bounds.width)left=px/scale-tip.offsetWidth-12;
       tip.style.left=Math.max(0,left)+'px';tip.style.top='34px'});
-    function leave(){tip.hidden=true;cursor.setAttribute('x1',-9);cursor.setAttribute('x2',-9)}
+    function leave(){tip.hidden=true;cursor.setAttribute('visibility','hidden')}
     svg.addEventListener('pointerleave',leave)})});
 )js";
 

@@ -53,10 +53,10 @@ std::string Svg(const char* css, double width, double height, const std::string&
          Number(height) + "\" role=\"img\" " + attributes + ">" + body + "</svg>";
 }
 
-// Both forms of a plot.
+// Both forms of a plot, in about as many units as pixels it gets, so that letters have one size.
 template <typename Draw>
-std::string WideAndNarrow(const Draw& draw) {
-  return draw("wide", 1080.0) + draw("narrow", 360.0);
+std::string WideAndNarrow(bool half, const Draw& draw) {
+  return draw("wide", half ? 520.0 : 1080.0) + draw("narrow", 340.0);
 }
 
 class Axis {
@@ -118,7 +118,7 @@ std::string PlotData(const Plot& plot) {
 
 std::string DrawLinePlot(const Plot& plot, const Range& xs, const std::vector<double>& x_ticks,
                          const std::vector<double>& y_ticks, const char* css, double width) {
-  const bool narrow = width < 500;
+  const bool narrow = width < 600;
   const double y_spacing = plot.log_y ? y_ticks.front() : y_ticks[1] - y_ticks[0];
   double left = 0;
   for (const double tick : y_ticks)
@@ -162,7 +162,7 @@ std::string DrawLinePlot(const Plot& plot, const Range& xs, const std::vector<do
   body += Text((left + right) / 2, bottom + 33, plot.x_label, "mid label");
   body += Text(0, 11, plot.y_label, "label");
   for (const PlotSeries& series : plot.series) body += SeriesShape(series, x, y);
-  body += "<line class=\"cursor\" x1=\"-9\" x2=\"-9\"" + Attribute("y1", top) +
+  body += "<line class=\"cursor\" visibility=\"hidden\"" + Attribute("y1", top) +
           Attribute("y2", bottom) + "/>";
   const double low = plot.log_x ? PortableLog(xs.low) : xs.low;
   const double high = plot.log_x ? PortableLog(xs.high) : xs.high;
@@ -202,16 +202,19 @@ std::string LinePlot(const Plot& given) {
                                           ? LogTicks(ys.low, std::max(ys.high, ys.low * 1.0001))
                                           : NiceTicks(ys.low, ys.high, 5);
   std::string names;
+  bool held_out = false;
   for (const PlotSeries& series : plot.series) {
-    if (series.style == PlotSeries::Style::kFaint || series.name.empty()) continue;
-    const char* css = series.style == PlotSeries::Style::kDots     ? "key dots"
-                      : series.style == PlotSeries::Style::kDashed ? "key dashed"
-                                                                   : "key";
-    names += "<span><i class=\"" + std::string(css) +
+    const bool dots = series.style == PlotSeries::Style::kDots;
+    held_out = held_out || dots;
+    if (series.style == PlotSeries::Style::kFaint || series.name.empty() || dots) continue;
+    names += "<span><i class=\"" +
+             std::string(series.style == PlotSeries::Style::kDashed ? "key dashed" : "key") +
              "\" style=\"border-color:" + Colour(series.colour) + "\"></i>" +
              EscapeHtml(series.name) + "</span>";
   }
-  const std::string drawn = WideAndNarrow([&](const char* css, double width) {
+  if (held_out)
+    names += "<span><i class=\"key dots\" style=\"border-color:var(--ink2)\"></i>held out</span>";
+  const std::string drawn = WideAndNarrow(plot.half, [&](const char* css, double width) {
     const std::vector<double> x_ticks =
         plot.log_x ? LogTicks(xs.low, xs.high) : NiceTicks(xs.low, xs.high, width < 500 ? 4 : 9);
     return DrawLinePlot(plot, xs, x_ticks, y_ticks, css, width);
@@ -265,7 +268,7 @@ std::string HeatMapPlot(const HeatMap& map) {
                  map.x_label, "mid label");
     return Svg(css, width, bottom + 38, "aria-label=\"" + EscapeHtml(map.y_label) + "\"", body);
   };
-  return "<div class=\"plot\">" + WideAndNarrow(draw) + "</div>\n";
+  return "<div class=\"plot\">" + WideAndNarrow(map.half, draw) + "</div>\n";
 }
 
 std::string StackedBarPlot(const StackedBars& bars) {
@@ -313,7 +316,7 @@ std::string StackedBarPlot(const StackedBars& bars) {
   for (size_t p = 0; p < bars.pieces.size(); ++p)
     names += "<span><i class=\"key square\" style=\"border-color:" + Colour(static_cast<int>(p)) +
              "\"></i>" + EscapeHtml(bars.pieces[p]) + "</span>";
-  return "<div class=\"plot\">" + WideAndNarrow(draw) + "<div class=\"legend\">" + names +
+  return "<div class=\"plot\">" + WideAndNarrow(false, draw) + "<div class=\"legend\">" + names +
          "</div></div>\n";
 }
 
@@ -363,7 +366,7 @@ std::string LayerBarPlot(const LayerBars& bars) {
     body += Text((left + right) / 2, bottom + 32, "layer", "mid label");
     return Svg(css, width, bottom + 38, "aria-label=\"" + EscapeHtml(bars.y_label) + "\"", body);
   };
-  return "<div class=\"plot\">" + WideAndNarrow(draw) + "</div>\n";
+  return "<div class=\"plot\">" + WideAndNarrow(bars.half, draw) + "</div>\n";
 }
 
 }  // namespace sala::recipes

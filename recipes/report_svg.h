@@ -29,7 +29,12 @@ struct PlotPoint {
 std::vector<PlotPoint> Downsample(const std::vector<PlotPoint>& points, int64_t buckets);
 
 struct PlotSeries {
-  enum class Style : uint8_t { kLine, kFaint, kDots, kDashed };
+  enum class Style : uint8_t {
+    kLine,
+    kFaint,  // behind its smooth form; no entry in the legend
+    kDots,   // held-out values; one entry for all
+    kDashed
+  };
   std::string name = {};
   int colour = 0;  // of the palette; -1: neutral
   Style style = Style::kLine;
@@ -46,6 +51,7 @@ struct Plot {
   std::string x_label = {}, y_label = {};
   bool log_x = false, log_y = false;
   bool zero = false;  // the y axis begins at 0
+  bool half = false;  // two of them stand beside each other on a wide page
   std::vector<PlotBand> bands = {};
   std::vector<PlotSeries> series = {};
 };
@@ -55,6 +61,7 @@ std::string LinePlot(const Plot& plot);
 
 // Cells of a grid with values between 0 and 1; NaN is an empty cell.
 struct HeatMap {
+  bool half = false;
   std::string x_label = {}, y_label = {};
   std::vector<std::string> columns = {}, rows = {};
   std::vector<std::vector<double>> values = {};      // [row][column]
@@ -74,6 +81,7 @@ std::string StackedBarPlot(const StackedBars& bars);
 struct LayerBars {
   std::string y_label = {};
   bool share = false;  // the axis runs from 0 to 1
+  bool half = false;
   std::vector<double> values = {};
   std::vector<bool> marked = {};
 };
