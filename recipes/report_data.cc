@@ -251,6 +251,7 @@ std::vector<json> LinesThatCount(const std::vector<json>& lines, std::vector<int
     }
   }
   std::vector<json> result;
+  result.reserve(counting.size());
   for (auto& [step, line] : counting) result.push_back(std::move(line));
   return result;
 }

@@ -85,7 +85,7 @@ std::string Header(const ReportData& data) {
   if (std::isfinite(ReportNumber(last, "gflop_per_s")))
     facts += Fact("GFLOP/s of rank 0", Formatted("%.1f", ReportNumber(last, "gflop_per_s")));
   if (data.live()) facts += Fact("left in this phase", DurationText(ReportNumber(last, "eta_s")));
-  facts += Fact("restarts", std::to_string(data.resumes.size()));
+  if (!data.resumes.empty()) facts += Fact("restarts", std::to_string(data.resumes.size()));
   return "<header class=\"top\"><div class=\"row\"><h1>" + EscapeHtml(data.name) +
          "</h1><span class=\"state " + css + "\">" +
          EscapeHtml(state.empty() ? "no status" : state) +
