@@ -77,6 +77,7 @@ TEST(ReportScale, NumbersAreAsShortAsTheirSpacingAllows) {
 
 TEST(ReportScale, FewerPointsKeepTheSpikes) {
   std::vector<PlotPoint> points;
+  points.reserve(10000);
   for (int i = 0; i < 10000; ++i)
     points.push_back({static_cast<double>(i), i == 4711 ? 99.0 : i == 8000 ? -5.0 : 1.0});
   points[17].y = std::nan("");
