@@ -53,6 +53,7 @@ void AddEvalCommand(CommandLine& line);
 void AddLogitsCommand(CommandLine& line);
 void AddBenchCommands(CommandLine& line);
 void AddPlanCommand(CommandLine& line);
+void AddReportCommand(CommandLine& line);
 void AddDoctorCommand(CommandLine& line);
 void AddExplainFaultCommand(CommandLine& line);
 void AddCompletionCommand(CommandLine& line);

@@ -89,6 +89,7 @@ int Run(int argc, char** argv) {
   sala::launch::AddLogitsCommand(line);
   sala::launch::AddBenchCommands(line);
   sala::launch::AddPlanCommand(line);
+  sala::launch::AddReportCommand(line);
   sala::launch::AddDoctorCommand(line);
   sala::launch::AddExplainFaultCommand(line);
   sala::launch::AddCompletionCommand(line);

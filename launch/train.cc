@@ -1,12 +1,15 @@
 // sala train: reads the configuration and runs the pipeline, alone or as one rank of an MPI job.
 #include <cstdio>
 #include <memory>
+#include <optional>
+#include <sstream>
 #include <string>
 #include <vector>
 
+#include "launch/build_info.h"
 #include "launch/command.h"
-#include "launch/ranks.h"
 #include "launch/plan_text.h"
+#include "launch/ranks.h"
 #include "parallel/communicator.h"
 #include "recipes/config.h"
 #include "recipes/session.h"
@@ -27,17 +30,58 @@ struct TrainOptions {
   bool json = false;
   bool break_lock = false;
   bool ignore_gates = false;
+  std::string trace_steps;
+  std::vector<std::pair<std::string, std::string>> environment;
 };
+
+// "100", "100-102", "5,100-102" -> "[5,100,101,102]".
+StatusOr<std::string> StepList(const std::string& text) {
+  constexpr int64_t kMost = 1000;  // a trace of a large model has megabytes
+  const Status bad = MakeError(
+      ExitCode::kUsage, "USAGE",
+      "--trace-steps " + text +
+          ": expected steps and ranges of them, from 1, at most 1000 in all, as in 5,100-102");
+  std::string list;
+  int64_t count = 0;
+  std::istringstream pieces(text + ",");
+  for (std::string piece; std::getline(pieces, piece, ',');) {
+    const size_t dash = piece.find('-');
+    const std::optional<int64_t> first = ParseInteger(piece.substr(0, dash));
+    const std::optional<int64_t> last =
+        dash == std::string::npos ? first : ParseInteger(piece.substr(dash + 1));
+    if (!first || !last || *first < 1 || *last < *first || *last - *first >= kMost - count)
+      return bad;
+    count += *last - *first + 1;
+    for (int64_t step = *first; step <= *last; ++step)
+      list += (list.empty() ? "" : ",") + std::to_string(step);
+  }
+  return "[" + list + "]";
+}
+
+// For RUN/environment.json.
+std::vector<std::pair<std::string, std::string>> Environment(const CommandLine& line) {
+  std::string command;
+  for (int i = 0; i < line.argc; ++i) command += (i == 0 ? "" : " ") + std::string(line.argv[i]);
+  return {{"version", Version()},    {"commit", Commit()},
+          {"build", BuildType()},    {"cpu", CpuDescription()},
+          {"compiler", __VERSION__}, {"mpi", parallel::MpiLibraryVersion()},
+          {"command", command}};
+}
 
 StatusOr<recipes::PipelineConfig> Load(const TrainOptions& options) {
   std::vector<std::string> sets = options.sets;
   if (!options.run.empty()) sets.push_back("run.dir=" + options.run);
   if (!options.resume.empty()) sets.push_back("run.resume=" + options.resume);
   if (!options.device.empty()) sets.push_back("run.device=" + options.device);
+  if (!options.trace_steps.empty()) {
+    SALA_ASSIGN_OR_RETURN(const std::string steps, StepList(options.trace_steps));
+    sets.push_back("run.trace.steps=" + steps);
+  }
   SALA_ASSIGN_OR_RETURN(recipes::PipelineConfig config,
                         recipes::LoadPipeline(options.config, sets));
   config.run.break_lock = options.break_lock;
   config.run.ignore_gates = options.ignore_gates;
+  config.run.environment = options.environment;
   return config;
 }
 
@@ -92,6 +136,9 @@ void AddTrainCommand(CommandLine& line) {
   command->add_option("--device", options->device, "cpu or cuda (run.device)");
   command->add_flag("--break-lock", options->break_lock,
                     "remove the run directory's lock: the run that held it is gone for certain");
+  command->add_option("--trace-steps", options->trace_steps,
+                      "steps whose every layer and exchange is recorded in RUN/traces, as in "
+                      "5,100-102 (run.trace.steps)");
   command->add_flag("--ignore-gates", options->ignore_gates,
                     "go on where a gate of an evaluation does not hold (eval.gate)");
   command->add_flag("--print-config", options->print_config, "print everything resolved and end");
@@ -102,7 +149,10 @@ void AddTrainCommand(CommandLine& line) {
       ->check(CLI::Range(1, 1 << 20))
       ->needs(dry_run);
   command->add_flag("--json", options->json, "of --dry-run: as one JSON object")->needs(dry_run);
-  line.OnUse(command, [options, &line] { return Train(*options, line); });
+  line.OnUse(command, [options, &line] {
+    options->environment = Environment(line);
+    return Train(*options, line);
+  });
 }
 
 }  // namespace sala::launch

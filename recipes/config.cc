@@ -383,6 +383,16 @@ void StageConfig::Bind(ConfigBinder& b) {
   CheckWarmup(b, schedule, batch);
 }
 
+bool TraceConfig::Records(int64_t step, int rank) const {
+  return std::find(steps.begin(), steps.end(), step) != steps.end() &&
+         std::find(ranks.begin(), ranks.end(), rank) != ranks.end();
+}
+
+void TraceConfig::Bind(ConfigBinder& b) {
+  b.Field("steps", &steps, {.min = 1});
+  b.Field("ranks", &ranks, {.min = 0});
+}
+
 void RunConfig::Bind(ConfigBinder& b) {
   b.Field("dir", &dir, {.required = true});
   b.Field("resume", &resume);
@@ -391,6 +401,9 @@ void RunConfig::Bind(ConfigBinder& b) {
   b.Field("deterministic", &deterministic);
   b.Field("threads", &threads, {.min = 1, .max = 1024});
   b.Field("log_every_steps", &log_every_steps, {.min = 1});
+  b.Field("tensorboard", &tensorboard);
+  b.Field("prometheus", &prometheus);
+  b.Section("trace", &trace);
   b.Section("watchdog", &watchdog);
 }
 

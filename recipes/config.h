@@ -178,6 +178,15 @@ struct StageConfig {
   void Bind(ConfigBinder& b);
 };
 
+// Global steps whose every layer and exchange is recorded in RUN/traces, and the ranks that do so.
+struct TraceConfig {
+  std::vector<int64_t> steps;  // empty: nothing is recorded
+  std::vector<int64_t> ranks = {0};
+
+  bool Records(int64_t step, int rank) const;
+  void Bind(ConfigBinder& b);
+};
+
 struct RunConfig {
   std::string dir;              // the run directory
   std::string resume = "auto";  // auto | never | a checkpoint directory
@@ -187,9 +196,14 @@ struct RunConfig {
   bool deterministic = true;  // cuda: algorithms chosen by rule, sums over ranks in order
   int64_t threads = 1;        // compute threads per rank
   int64_t log_every_steps = 1;
+  bool tensorboard = true;  // RUN/tb
+  bool prometheus = true;   // RUN/metrics.prom
+  TraceConfig trace;
   parallel::WatchdogConfig watchdog;
   bool break_lock = false;    // --break-lock; not a key of the file
   bool ignore_gates = false;  // --ignore-gates; likewise
+  // What the program says of itself, for RUN/environment.json; not keys of the file.
+  std::vector<std::pair<std::string, std::string>> environment;
 
   void Bind(ConfigBinder& b);
 };

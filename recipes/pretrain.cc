@@ -7,8 +7,10 @@
 #include "core/elementary.h"
 #include "core/log.h"
 #include "model/loss.h"
+#include "model/work.h"
 #include "parallel/ordered_sum.h"
 #include "recipes/chat_check.h"
+#include "recipes/gates.h"
 #include "recipes/stage.h"
 #include "recipes/step_loop.h"
 
@@ -28,6 +30,12 @@ class PretrainTask : public StepTask {
   const model::ModelConfig& config() const override { return loaded_.config; }
   model::ComputeParameters& parameters() override { return parameters_; }
   const LoadedModel& loaded() const { return loaded_; }
+  double WorkOf(int64_t document_tokens) const override {
+    return model::ForwardWorkOf(config(), options_.sparse_attention, document_tokens).step();
+  }
+  Status WriteGates(Session& session, const std::string& stage) const {
+    return recipes::WriteGates(session, stage, model_, validation_, options_);
+  }
 
   Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
                     const StepCounts& counts, model::ParameterStore& gradients,
@@ -232,6 +240,7 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
   SALA_ASSIGN_OR_RETURN(
       const StepLoopSummary done,
       RunStepLoop(session, loop, task, *stream, input.resume, carry ? &*carry : nullptr));
+  SALA_RETURN_IF_ERROR(task.WriteGates(session, stage.name));
   return SummaryRow(stage.name, done);
 }
 

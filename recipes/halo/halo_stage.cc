@@ -12,6 +12,8 @@
 #include "core/file.h"
 #include "core/hash.h"
 #include "core/log.h"
+#include "core/trace.h"
+#include "recipes/gates.h"
 #include "recipes/halo/align.h"
 #include "recipes/halo/assemble.h"
 #include "recipes/halo/distil.h"
@@ -82,6 +84,7 @@ class HaloStage {
   Status Assemble();
   // Takes the query/key norm out of the softmax layers, where they have it and shall lose it.
   Status FoldNorms();
+  Status MeasureGates();
   StatusOr<DistilReport> Compare();
   Status Distil();
   Status Finetune();
@@ -443,6 +446,14 @@ Status HaloStage::FoldNorms() {
   return OkStatus();
 }
 
+Status HaloStage::MeasureGates() {
+  auto held_out = HeldOut(halo_.distil.batch.seq_len_tokens);
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), held_out.status()));
+  model::ComputeParameters parameters(session_.ctx(), student_.params, &session_.mesh());
+  const model::Model model(student_.config, parameters.store(), spread());
+  return WriteGates(session_, stage_.name, model, **held_out, {});
+}
+
 StatusOr<DistilReport> HaloStage::Compare() {
   const parallel::Section section(session_.watchdog(), parallel::Phase::kEvaluation);
   model::ComputeParameters parameters(session_.ctx(), student_.params, &session_.mesh());
@@ -499,6 +510,7 @@ Status HaloStage::FitScale() {
 
 StatusOr<StageSummary> HaloStage::Finish() {
   SALA_ASSIGN_OR_RETURN(const DistilReport final, Compare());
+  SALA_RETURN_IF_ERROR(MeasureGates());
   if (!halo_.logit_scale_grid.empty()) SALA_RETURN_IF_ERROR(FitScale());
 
   StageSummary summary;
@@ -542,6 +554,7 @@ StatusOr<StageSummary> HaloStage::Finish() {
   request.config_yaml = EmitStage(stage_);
   request.parent = teacher_.origin;
   request.policy = stage_.checkpoint;
+  const PartScope part(StepPart::kSave);
   SALA_RETURN_IF_ERROR(SaveCheckpoint(session_, request, true).status());
   return summary;
 }
