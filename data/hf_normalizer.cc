@@ -246,6 +246,10 @@ StatusOr<HfNormalizer> HfNormalizer::Read(const HfNode& normalizer) {
   return made;
 }
 
+void HfNormalizer::Apply(AlignedText* text) const {
+  for (const Step& step : steps_) step(text);
+}
+
 Status HfNormalizer::Add(const HfNode& node) {
   SALA_ASSIGN_OR_RETURN(const std::string type, node.Type());
   if (type == "Sequence") {
