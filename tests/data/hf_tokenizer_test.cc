@@ -146,7 +146,7 @@ TEST_F(HfTokenizerTest, DamagedFilesAreRefused) {
 TEST_F(HfTokenizerTest, FingerprintFollowsMeaningNotForm) {
   const std::string first = Value(Load(Fallback()))->fingerprint();
   json spelled = Fallback();
-  spelled["model"]["merges"] = {{"a", "b"}, {"ab", "c"}, {"\u2581", "a"}};
+  spelled["model"]["merges"] = json::parse(R"([["a", "b"], ["ab", "c"], ["\u2581", "a"]])");
   EXPECT_EQ(Value(Load(spelled))->fingerprint(), first);
   json switched = Fallback();
   switched["model"]["fuse_unk"] = false;
