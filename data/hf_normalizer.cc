@@ -3,6 +3,7 @@
 #include <utf8proc.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <string_view>
 #include <utility>
@@ -16,6 +17,22 @@ namespace {
 
 constexpr char kWhatIsRead[] =
     "Sequence, NFC, NFKC, Prepend, Replace, Lowercase, Strip and null are";
+
+// Characters that the `tokenizers` package (0.22.2) leaves as they are where they stand, because
+// the Unicode of its normal forms is older than they; utf8proc's is newer. Found by comparing the
+// package with Unicode 14 on every code point.
+constexpr std::array<std::array<uint32_t, 2>, 42> kLeftAlone = {
+    {{0x7FD, 0x7FD},     {0x898, 0x89F},     {0x8CA, 0x8D3},     {0x9FE, 0x9FE},
+     {0xC3C, 0xC3C},     {0xD3B, 0xD3C},     {0xEBA, 0xEBA},     {0x1715, 0x1715},
+     {0x1ABF, 0x1ACE},   {0x1DF6, 0x1DFA},   {0x32FF, 0x32FF},   {0xA7F2, 0xA7F4},
+     {0xA82C, 0xA82C},   {0xAB69, 0xAB69},   {0x10781, 0x10785}, {0x10787, 0x107B0},
+     {0x107B2, 0x107BA}, {0x10D24, 0x10D27}, {0x10EAB, 0x10EAC}, {0x10F46, 0x10F50},
+     {0x10F82, 0x10F85}, {0x11070, 0x11070}, {0x1133B, 0x1133B}, {0x1145E, 0x1145E},
+     {0x11839, 0x1183A}, {0x11930, 0x11930}, {0x11938, 0x11938}, {0x1193D, 0x1193E},
+     {0x11943, 0x11943}, {0x119E0, 0x119E0}, {0x11A34, 0x11A34}, {0x11A47, 0x11A47},
+     {0x11A99, 0x11A99}, {0x11D42, 0x11D42}, {0x11D44, 0x11D45}, {0x11D97, 0x11D97},
+     {0x16FF0, 0x16FF1}, {0x1E130, 0x1E136}, {0x1E2AE, 0x1E2AE}, {0x1E2EC, 0x1E2EF},
+     {0x1F16C, 0x1F16C}, {0x1FBF0, 0x1FBF9}}};
 
 // Builds the next form of a text piece by piece.
 class Rebuilder {
@@ -81,6 +98,9 @@ class ComposedForm {
                            Compose(alone) != alone;
       kinds_[c] = static_cast<uint8_t>((border ? kBorder : 0) | (changes ? kChanges : 0));
     }
+    for (const auto& [begin, last] : kLeftAlone) {
+      for (uint32_t c = begin; c <= last; ++c) kinds_[c] = kBorder | kAlone;
+    }
   }
 
   void Apply(AlignedText* text) const {
@@ -112,6 +132,7 @@ class ComposedForm {
   static constexpr size_t kLongest = 32;  // of decompositions; Unicode's longest has 18 characters
   static constexpr uint8_t kBorder = 1;   // nothing before it acts on it
   static constexpr uint8_t kChanges = 2;  // another text even when it stands alone
+  static constexpr uint8_t kAlone = 4;    // of kLeftAlone: acts on nothing
 
   static bool IsSurrogate(uint32_t c) { return c >= 0xD800 && c < 0xE000; }
 
@@ -133,7 +154,7 @@ class ComposedForm {
         continue;
       }
       size_t next = at;
-      if (Kind(NextCodePoint(text, &next)) != kBorder) return at;
+      if ((Kind(NextCodePoint(text, &next)) | kAlone) != (kBorder | kAlone)) return at;
       at = next;
     }
     return at;
@@ -146,7 +167,8 @@ class ComposedForm {
     if (at == 0 || (Kind(NextCodePoint(text, &after)) & kBorder) != 0) return at;
     size_t before = at - 1;
     while ((static_cast<uint8_t>(text[before]) & 0xC0) == 0x80) --before;
-    return before;
+    after = before;
+    return (Kind(NextCodePoint(text, &after)) & kAlone) != 0 ? at : before;
   }
 
   std::string Compose(std::string_view text) const {
@@ -244,6 +266,10 @@ StatusOr<HfNormalizer> HfNormalizer::Read(const HfNode& normalizer) {
   HfNormalizer made;
   if (!normalizer.is_null()) SALA_RETURN_IF_ERROR(made.Add(normalizer));
   return made;
+}
+
+void HfNormalizer::Apply(AlignedText* text) const {
+  for (const Step& step : steps_) step(text);
 }
 
 Status HfNormalizer::Add(const HfNode& node) {

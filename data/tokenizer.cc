@@ -188,11 +188,12 @@ StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& path) {
     if (name.ends_with(".json")) return LoadHfTokenizer(path);
     return LoadSentencePieceTokenizer(path);
   }
+  // A file of ours alone, so where it is there it is meant.
+  if (PathExists(path + "/" + kByteTokenizerFile)) return MakeByteTokenizer();
   if (PathExists(path + "/" + kHfTokenizerFile))
     return LoadHfTokenizer(path + "/" + kHfTokenizerFile);
   if (PathExists(path + "/" + kSentencePieceFile))
     return LoadSentencePieceTokenizer(path + "/" + kSentencePieceFile);
-  if (PathExists(path + "/" + kByteTokenizerFile)) return MakeByteTokenizer();
   return MakeError(ExitCode::kNoInput, "TOK-MISSING",
                    path +
                        ": the directory has no tokenizer.json and no tokenizer.model; put the "

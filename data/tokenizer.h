@@ -124,7 +124,7 @@ class StreamDecoder {
   std::string rest_;
 };
 
-// A directory with tokenizer.json, tokenizer.model or byte_tokenizer.json (the first of them that
+// A directory with byte_tokenizer.json, tokenizer.json or tokenizer.model (the first of them that
 // is there), such a file, or the word "bytes".
 StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& path);
 

@@ -291,7 +291,7 @@ class GreedySpace : public Tokenizer {
 
  protected:
   void AppendPieces(std::string_view, int64_t, std::vector<Piece>*) const override {}
-  void AppendIds(std::string_view text, std::vector<int32_t>* out) const override {
+  void AppendIds(std::string_view text, int64_t offset, std::vector<int32_t>* out) const override {
     for (size_t i = 0; i < text.size(); ++i) {
       const bool joined = i + 1 < text.size() && text[i + 1] == ' ';
       out->push_back(static_cast<uint8_t>(text[i]) + (joined ? 256 : 0));
