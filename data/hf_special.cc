@@ -82,29 +82,27 @@ StatusOr<HfSpecialIds> ReadSpecialIds(
 
 StatusOr<HfTemplate> ReadPostProcessor(const HfNode& post_processor, int64_t vocab_size) {
   HfTemplate made;
-  if (post_processor.is_null()) return made;
-  SALA_ASSIGN_OR_RETURN(const std::string type, post_processor.Type());
+  if (!post_processor.is_null()) SALA_RETURN_IF_ERROR(made.Add(post_processor, vocab_size));
+  return made;
+}
+
+Status HfTemplate::Add(const HfNode& node, int64_t vocab_size) {
+  SALA_ASSIGN_OR_RETURN(const std::string type, node.Type());
   if (type == "ByteLevel") {
-    SALA_RETURN_IF_ERROR(
-        post_processor.OnlyKeys({"type", "add_prefix_space", "trim_offsets", "use_regex"}));
-    return made;
+    return node.OnlyKeys({"type", "add_prefix_space", "trim_offsets", "use_regex"});
   }
   if (type == "Sequence") {
-    SALA_RETURN_IF_ERROR(post_processor.OnlyKeys({"type", "processors"}));
-    SALA_ASSIGN_OR_RETURN(const auto list, post_processor["processors"].List());
-    for (const HfNode& each : list) {
-      SALA_ASSIGN_OR_RETURN(const HfTemplate outer, ReadPostProcessor(each, vocab_size));
-      made.before.insert(made.before.begin(), outer.before.begin(), outer.before.end());
-      made.after.insert(made.after.end(), outer.after.begin(), outer.after.end());
-    }
-    return made;
+    SALA_RETURN_IF_ERROR(node.OnlyKeys({"type", "processors"}));
+    SALA_ASSIGN_OR_RETURN(const auto list, node["processors"].List());
+    for (const HfNode& each : list) SALA_RETURN_IF_ERROR(Add(each, vocab_size));
+    return OkStatus();
   }
   if (type != "TemplateProcessing")
-    return post_processor["type"].Unsupported(
-        "TemplateProcessing, ByteLevel, Sequence and null are");
-  SALA_RETURN_IF_ERROR(post_processor.OnlyKeys({"type", "single", "pair", "special_tokens"}));
-  SALA_ASSIGN_OR_RETURN(const auto items, post_processor["single"].List());
-  bool text_seen = false;
+    return node["type"].Unsupported("TemplateProcessing, ByteLevel, Sequence and null are");
+  // The library would take what the first one made for several texts.
+  if (text_seen) return node["type"].Unsupported("one TemplateProcessing is");
+  SALA_RETURN_IF_ERROR(node.OnlyKeys({"type", "single", "pair", "special_tokens"}));
+  SALA_ASSIGN_OR_RETURN(const auto items, node["single"].List());
   for (const HfNode& item : items) {
     SALA_RETURN_IF_ERROR(item.OnlyKeys({"SpecialToken", "Sequence"}));
     if (!item["Sequence"].is_null()) {
@@ -114,14 +112,13 @@ StatusOr<HfTemplate> ReadPostProcessor(const HfNode& post_processor, int64_t voc
       continue;
     }
     SALA_ASSIGN_OR_RETURN(const std::string name, item["SpecialToken"]["id"].Text());
-    SALA_ASSIGN_OR_RETURN(const auto ids, post_processor["special_tokens"][name]["ids"].List());
+    SALA_ASSIGN_OR_RETURN(const auto ids, node["special_tokens"][name]["ids"].List());
     for (const HfNode& id : ids) {
       SALA_ASSIGN_OR_RETURN(const int64_t value, id.Number(static_cast<uint64_t>(vocab_size)));
-      (text_seen ? made.after : made.before).push_back(static_cast<int32_t>(value));
+      (text_seen ? after : before).push_back(static_cast<int32_t>(value));
     }
   }
-  if (!text_seen) return post_processor["single"].Malformed("a list with the text A in it");
-  return made;
+  return text_seen ? OkStatus() : node["single"].Malformed("a list with the text A in it");
 }
 
 }  // namespace sala::data

@@ -26,10 +26,13 @@ StatusOr<HfSpecialIds> ReadSpecialIds(
 
 struct HfTemplate {
   std::vector<int32_t> before, after;  // ids around those of the text
+  bool text_seen = false;              // a TemplateProcessing was read
+
+  Status Add(const HfNode& node, int64_t vocab_size);  // as ReadPostProcessor
 };
 
-// The "post_processor": null, TemplateProcessing (what it says of single texts), ByteLevel, which
-// changes no ids, and Sequence. TOK-FORMAT, TOK-UNSUPPORTED.
+// The "post_processor": null, one TemplateProcessing (what it says of single texts), ByteLevel,
+// which changes no ids, and Sequence. TOK-FORMAT, TOK-UNSUPPORTED.
 StatusOr<HfTemplate> ReadPostProcessor(const HfNode& post_processor, int64_t vocab_size);
 
 }  // namespace sala::data

@@ -1,5 +1,5 @@
-// Tokenizers written here as tokenizer.json texts. The expected ids are those of the `tokenizers`
-// package, version 0.22.2, for the same texts; tests/oracle/hf_tokenizers.py compares many more.
+// Tokenizers written here as tokenizer.json texts, with ids worked out by hand. What the
+// `tokenizers` package gives is in hf_golden_test.cc and tests/oracle/hf_tokenizers.py.
 #include "data/hf_tokenizer.h"
 
 #include <nlohmann/json.hpp>
@@ -118,6 +118,12 @@ TEST_F(HfTokenizerTest, WhatIsNotReadIsNamed) {
           {"invert", false}},
          {"pre_tokenizer.pattern.Regex", "\\w"});
   refuse("/post_processor", {{"type", "BertProcessing"}}, {"post_processor.type"});
+  const json text = {{"type", "TemplateProcessing"},
+                     {"single", json::array({{{"Sequence", {{"id", "A"}, {"type_id", 0}}}}})},
+                     {"pair", json::array()},
+                     {"special_tokens", json::object()}};
+  refuse("/post_processor", {{"type", "Sequence"}, {"processors", json::array({text, text})}},
+         {"post_processor.processors[1].type", "one TemplateProcessing is"});
   refuse("/decoder", {{"type", "WordPiece"}}, {"decoder.type", "WordPiece"});
   refuse("/truncation", {{"max_length", 512}}, {"truncation"});
   refuse("/other", 1, {"other"});
