@@ -421,6 +421,7 @@ void Bpe::MergeWord(std::string_view word, Space& space) const {
       // The bytes of ByteLevel's spelling of one byte all start at that byte.
       for (size_t i = 0; i < character.size(); ++i)
         add(fallback_[static_cast<uint8_t>(character[i])], byte_level_ ? begin : begin + i);
+      unk_begin = symbols.back().begin;  // places do not fall
       return;
     }
     if (unk_ < 0) return;

@@ -1,14 +1,12 @@
 // sala import: a Hugging Face folder as a checkpoint to start from.
 #include "recipes/import.h"
 
-#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "core/log.h"
-#include "data/tokenizer_files.h"
 #include "launch/command.h"
 
 namespace sala::launch {
@@ -56,14 +54,10 @@ Status Import(const ImportCommand& command) {
               WithCommas(report.parameters).c_str(),
               report.untied ? ", head untied from the embedding" : "",
               report.tokenizer_files.empty() ? ", no tokenizer" : "");
-  const std::vector<std::string>& files = report.tokenizer_files;
-  const auto has = [&files](const char* name) {
-    return std::find(files.begin(), files.end(), name) != files.end();
-  };
-  if (has("tokenizer.json") && !has(data::kSentencePieceFile) && !has(data::kByteTokenizerFile)) {
-    std::printf(
-        "tokenizer.json is kept for exports but not read: the model cannot be trained on its "
-        "own tokens\n");
+  if (!report.tokenizer_problem.empty()) {
+    SALA_LOG(Warn) << report.tokenizer_problem
+                   << "; the tokenizer is kept for exports, the model cannot be trained on its "
+                      "own tokens";
   }
   std::printf("%s\n", command.check ? "names, shapes and types are those of the configuration"
                                     : (report.checkpoint + ": written and verified").c_str());

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -23,6 +24,8 @@ constexpr int64_t kGroupElements = int64_t{1} << 28;
 
 // In the run directory, until all of the tokenizer's files are there.
 constexpr char kUnfinishedTokenizer[] = "/tokenizer.tmp-import";
+// Where a tokenizer keeps the ids that it knows from the model beside it.
+constexpr char kIdsOfModel[] = "generation_config.json";
 
 // What a checkpoint's config.yaml says in place of a stage.
 struct ImportRecord {
@@ -125,6 +128,15 @@ StatusOr<Sums> ReadTensor(const ModelFolder& folder, const model::ParameterSpec&
   return sums;
 }
 
+// The folder's tokenizer; null where it has none or it is not read here, which is no hindrance.
+std::unique_ptr<data::Tokenizer> TokenizerOf(const ModelFolder& folder, std::string* problem) {
+  if (folder.TokenizerFiles().empty()) return nullptr;
+  auto tokenizer = data::LoadTokenizer(folder.directory());
+  if (tokenizer.ok()) return std::move(*tokenizer);
+  *problem = ErrorCodeOf(tokenizer.status()) + ": " + MessageOf(tokenizer.status());
+  return nullptr;
+}
+
 ImportReport ReportOf(const ModelFolder& folder, const Kinds& kinds) {
   ImportReport report;
   report.model_type = folder.model_type();
@@ -137,10 +149,11 @@ ImportReport ReportOf(const ModelFolder& folder, const Kinds& kinds) {
   return report;
 }
 
-// Whether every file of the tokenizer directory of a run is the folder's.
+// Whether every file of the tokenizer directory of a run is the folder's, or made by its import.
 bool IsTokenizerOf(const std::string& folder, const std::string& directory) {
   const auto names = ListDirectory(directory);
   return names.ok() && std::all_of(names->begin(), names->end(), [&](const std::string& name) {
+           if (name == kIdsOfModel) return true;
            const auto copy = ReadFile(directory + "/" + name);
            const auto original = ReadFile(folder + "/" + name);
            return copy.ok() && original.ok() && *copy == *original;
@@ -212,8 +225,19 @@ StatusOr<std::vector<WrittenSlices>> WriteTensors(const ModelFolder& folder,
   return written;
 }
 
+// Returns whether the folder has one.
+StatusOr<bool> WriteTokenizer(const ModelFolder& folder, const data::Tokenizer* tokenizer,
+                              const std::string& directory) {
+  SALA_ASSIGN_OR_RETURN(const std::vector<std::string> copied,
+                        data::CopyTokenizerFiles(folder.directory(), directory));
+  // Only this form has ids from the model's own files, which are not among those copied.
+  if (tokenizer != nullptr && tokenizer->name() == data::kHfTokenizerFile)
+    SALA_RETURN_IF_ERROR(tokenizer->SaveTo(directory));
+  return !copied.empty();
+}
+
 StatusOr<CheckpointInfo> MakeInfo(const ModelFolder& folder, const std::string& model_yaml,
-                                  const ImportReport& report) {
+                                  const data::Tokenizer* tokenizer, const ImportReport& report) {
   CheckpointInfo info;
   info.stage = {
       {"name", "import"}, {"index", 0}, {"phase", "import"}, {"step", 0}, {"final", true}};
@@ -225,15 +249,14 @@ StatusOr<CheckpointInfo> MakeInfo(const ModelFolder& folder, const std::string& 
                 {"mixer_types", report.config.mixer_types}};
   info.tokenizer_fingerprint = folder.tokenizer_fingerprint();
   info.trainer = nlohmann::json::object();
-  // A tokenizer of a form that is not read here is kept all the same; nothing is known of it then.
-  const auto tokenizer = data::LoadTokenizer(folder.directory());
-  if (info.tokenizer_fingerprint.empty() && tokenizer.ok())
-    info.tokenizer_fingerprint = (*tokenizer)->fingerprint();
+  if (info.tokenizer_fingerprint.empty() && tokenizer != nullptr)
+    info.tokenizer_fingerprint = tokenizer->fingerprint();
   return info;
 }
 
 StatusOr<std::string> WriteCheckpoint(const ModelFolder& folder, const std::string& run,
-                                      Kinds* kinds, ImportReport* report) {
+                                      const data::Tokenizer* tokenizer, Kinds* kinds,
+                                      ImportReport* report) {
   SALA_ASSIGN_OR_RETURN(const SourceRecord record, folder.Record());
   SALA_ASSIGN_OR_RETURN(
       CheckpointCommit commit,
@@ -243,13 +266,14 @@ StatusOr<std::string> WriteCheckpoint(const ModelFolder& folder, const std::stri
     SALA_ASSIGN_OR_RETURN(const std::vector<WrittenSlices> written,
                           WriteTensors(folder, commit, kinds, &report->rounded));
     const std::string model_yaml = EmitConfig(report->config);
-    SALA_ASSIGN_OR_RETURN(const CheckpointInfo info, MakeInfo(folder, model_yaml, *report));
+    SALA_ASSIGN_OR_RETURN(const CheckpointInfo info,
+                          MakeInfo(folder, model_yaml, tokenizer, *report));
     ImportRecord config;
     config.from = folder.directory();
     config.sparse_attention = report->config.has_lightning();
-    SALA_ASSIGN_OR_RETURN(const std::vector<std::string> tokenizer,
-                          data::CopyTokenizerFiles(folder.directory(), run + kUnfinishedTokenizer));
-    if (!tokenizer.empty())
+    SALA_ASSIGN_OR_RETURN(const bool written_tokenizer,
+                          WriteTokenizer(folder, tokenizer, run + kUnfinishedTokenizer));
+    if (written_tokenizer)
       SALA_RETURN_IF_ERROR(RenamePath(run + kUnfinishedTokenizer, run + "/tokenizer"));
     return commit.Finish(info, written, EmitConfig(config),
                          {{"model.yaml", model_yaml}, {SourceRecord::kFileName, record.ToText()}});
@@ -269,7 +293,9 @@ StatusOr<std::string> WriteCheckpoint(const ModelFolder& folder, const std::stri
 StatusOr<ImportReport> CheckFolder(const std::string& directory,
                                    const ModelFolderOptions& options) {
   SALA_ASSIGN_OR_RETURN(const ModelFolder folder, ModelFolder::Open(directory, options));
-  return ReportOf(folder, Kinds(folder));
+  ImportReport report = ReportOf(folder, Kinds(folder));
+  TokenizerOf(folder, &report.tokenizer_problem);
+  return report;
 }
 
 StatusOr<ImportReport> ImportFolder(const ImportOptions& options) {
@@ -279,7 +305,9 @@ StatusOr<ImportReport> ImportFolder(const ImportOptions& options) {
   SALA_RETURN_IF_ERROR(folder.CheckValues());
   Kinds kinds(folder);
   ImportReport report = ReportOf(folder, kinds);
-  SALA_ASSIGN_OR_RETURN(report.checkpoint, WriteCheckpoint(folder, options.run, &kinds, &report));
+  const std::unique_ptr<data::Tokenizer> tokenizer = TokenizerOf(folder, &report.tokenizer_problem);
+  SALA_ASSIGN_OR_RETURN(report.checkpoint,
+                        WriteCheckpoint(folder, options.run, tokenizer.get(), &kinds, &report));
   report.kinds = kinds.Reports();
   SALA_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(report.checkpoint));
   SALA_RETURN_IF_ERROR(checkpoint.Verify(VerifyLevel::kDeep));

@@ -2,7 +2,8 @@
 // takes. Nothing is added to the model: a full-attention folder becomes a full-attention teacher.
 //
 //   RUN/checkpoints/step-000000000/   weights in float32, source.json (recipes/source_record.h)
-//   RUN/tokenizer/                    the folder's tokenizer files, byte for byte
+//   RUN/tokenizer/                    the folder's tokenizer files, byte for byte; special ids that
+//                                     only the model's own files name, in generation_config.json
 //
 // Memory: the largest tensor, or a gigabyte where tensors are smaller.
 #pragma once
@@ -42,6 +43,7 @@ struct ImportReport {
   int64_t parameters = 0;
   int64_t rounded = 0;  // values of F64 tensors that are no float32 numbers
   std::vector<std::string> tokenizer_files;
+  std::string tokenizer_problem;  // why they are not read here; "": they are, or there are none
   std::string checkpoint;
 };
 

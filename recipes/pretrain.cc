@@ -112,6 +112,19 @@ Status RequireChatData(const data::SampleStream& stream) {
   return OkStatus();
 }
 
+// Documents end with the tokenizer's eos, exports stop at the model's.
+void WarnOfOtherEos(const Session& session, const model::ModelConfig& model) {
+  const int64_t documents = session.tokenizer().eos_id();
+  const int64_t exports = model.eos_token_id;
+  if (!session.is_root() || documents < 0 || exports < 0 || documents == exports) return;
+  SALA_LOG(Warn) << "documents end with the tokenizer's eos, id " << documents
+                 << ", but exports will stop at the model's, id " << exports
+                 << " (eos_token_id of its config.json); where the model was trained to end with "
+                 << exports << ", make that token the eos_token in the tokenizer's "
+                 << "tokenizer_config.json and ingest again, else correct config.json and import "
+                 << "again";
+}
+
 }  // namespace
 
 Status CheckModel(Session& session, const LoadedModel& loaded) {
@@ -128,6 +141,7 @@ Status CheckModel(Session& session, const LoadedModel& loaded) {
                          session.tokenizer().fingerprint().substr(0, 12) +
                          "...; use the tokenizer folder of that model");
   }
+  WarnOfOtherEos(session, loaded.config);
   return CheckVocabulary(session.tokenizer(), loaded.config);
 }
 

@@ -13,6 +13,7 @@
 #include "core/safetensors_header.h"
 #include "data/token_shard.h"
 #include "data/token_store.h"
+#include "data/tokenizer.h"
 #include "tests/core/temp_dir.h"
 
 namespace sala::fuzz {
@@ -219,6 +220,45 @@ bool RunDataset(std::string_view input) {
   return data::TokenStore::Open(TheStoreFolder().path()).ok();
 }
 
+// ---- tokenizer ----
+
+const TempDir& TheTokenizerFolder() {
+  static const TempDir folder;
+  return folder;
+}
+
+std::vector<std::string> TokenizerSeeds() {
+  return {R"({"added_tokens": [{"id": 6, "content": "<x>", "single_word": false, "lstrip": true, )"
+          R"("rstrip": true, "normalized": true, "special": false}], )"
+          R"("normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, )"
+          R"({"type": "Prepend", "prepend": "_"}, {"type": "Replace", "pattern": {"String": " "}, )"
+          R"("content": "_"}]}, "post_processor": {"type": "TemplateProcessing", "single": )"
+          R"([{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], )"
+          R"("pair": [], "special_tokens": {"a": {"id": "a", "ids": [1], "tokens": ["a"]}}}, )"
+          R"("decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, )"
+          R"({"type": "Strip", "content": " ", "start": 1, "stop": 0}]}, "model": {"type": "BPE", )"
+          R"("unk_token": "?", "fuse_unk": true, "byte_fallback": true, "vocab": {"?": 0, "a": 1, )"
+          R"("b": 2, "ab": 3, "<0xC3>": 4, "<0xA9>": 5}, "merges": ["a b"]}})",
+          R"({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", )"
+          R"("individual_digits": true}, {"type": "Split", "pattern": {"Regex": )"
+          R"("(?i:'s)| ?\p{L}+|\s+(?!\S)"}, "behavior": "MergedWithNext", "invert": true}, )"
+          R"({"type": "ByteLevel", "add_prefix_space": true, "use_regex": true}]}, )"
+          R"("decoder": {"type": "ByteLevel"}, "model": {"type": "BPE", "ignore_merges": true, )"
+          R"("vocab": {"a": 0, "b": 1, "Ġ": 2, "Ġa": 3, "Ġab": 4}, )"
+          R"("merges": [["Ġ", "a"], ["Ġa", "b"]]}})"
+};
+}
+
+bool RunTokenizer(std::string_view input) {
+  Write(TheTokenizerFolder() / "tokenizer.json", input);
+  const auto tokenizer = data::LoadTokenizer(TheTokenizerFolder().path());
+  if (!tokenizer.ok()) return false;
+  std::vector<int32_t> ids = (*tokenizer)->Encode("ab <x> ab's 123\n\xc3\xa9 e\xcc\x81\xff");
+  (*tokenizer)->AddSpecial(&ids);
+  (*tokenizer)->Decode(ids);
+  return true;
+}
+
 }  // namespace
 
 const std::vector<Target>& Targets() {
@@ -228,6 +268,7 @@ const std::vector<Target>& Targets() {
       {"manifest", ManifestSeeds, RunManifest},
       {"shard", ShardSeeds, RunShard},
       {"dataset", DatasetSeeds, RunDataset},
+      {"tokenizer", TokenizerSeeds, RunTokenizer},
   };
   return targets;
 }

@@ -114,7 +114,9 @@ class Exchange(unittest.TestCase):
         shutil.copytree(teacher("llama"), folder)
         (folder / "byte_tokenizer.json").unlink()
         run = h.ROOT / "runs" / "other-tokenizer"
-        self.assertIn("tokenizer.json is kept for exports but not read", h.succeed(["import", "--from", folder, "--to", run]).out)
+        result = h.succeed(["import", "--from", folder, "--to", run])
+        self.assertIn("TOK-UNSUPPORTED: ", result.err)
+        self.assertIn("the tokenizer is kept for exports", result.err)
         checkpoint = run / "checkpoints" / "step-000000000"
         for name, more, form in (("same", [], "in the form of the folder it came from"),
                                  ("other-type", ["--dtype", "bf16"], "not in the form of the folder it came from: --dtype is another")):
@@ -124,8 +126,8 @@ class Exchange(unittest.TestCase):
                 self.assertEqual((exported / file).read_bytes(), (folder / file).read_bytes())
         self.assertEqual(files(h.ROOT / "exports" / "other-tokenizer-same"), files(folder))
         result = h.run(["generate", "--ckpt", checkpoint, "--prompt", "the"])
-        self.assertEqual(result.code, 66, result)
-        self.assertIn("TOK-MISSING", result.err)
+        self.assertEqual(result.code, 65, result)
+        self.assertIn("TOK-UNSUPPORTED", result.err)
         # Where the run's tokenizer is gone, that is said.
         shutil.rmtree(run / "tokenizer")
         result = h.run(["export", "--ckpt", checkpoint, "--to", h.ROOT / "exports" / "lost"])

@@ -182,6 +182,11 @@ class Qwen3(OwnModel, unittest.TestCase):
     def test_the_head_is_untied_on_import(self):
         self.assertIn("head untied from the embedding", self.check.out)
 
+    def test_another_end_of_documents_is_said(self):
+        said = [line for line in self.result.err.splitlines() if "documents end with the tokenizer's eos, id 257" in line]
+        self.assertEqual(len(said), 2, self.result)  # each stage
+        self.assertIn("the model's, id 258", said[0])
+
     def test_the_norm_of_softmax_layers_is_folded(self):
         self.assertNotIn("EXP-QKNORM", self.result.err + self.result.out)
         self.assertIn("folded into their projections", self.result.err + self.result.out)

@@ -18,6 +18,7 @@
 #include "core/file.h"
 #include "core/half.h"
 #include "core/rng.h"
+#include "data/tokenizer.h"
 #include "recipes/checkpointing.h"
 #include "recipes/export.h"
 #include "tests/core/temp_dir.h"
@@ -454,6 +455,33 @@ TEST(ImportFolderTest, AnInterruptedImportIsDoneAgain) {
   ASSERT_TRUE(WriteFileAtomically(run + "/RUN.lock", "{}").ok());
   EXPECT_EQ(ErrorCodeOf(import()), "IMP-EXISTS");
   EXPECT_TRUE(PathExists(run + "/checkpoints/.tmp-step-000000000-1"));
+}
+
+TEST(ImportFolderTest, SpecialIdsThatOnlyTheModelNamesAreKept) {
+  const TempDir dir;
+  const HandMadeFolder folder(dir / "in", Families()[0]);
+  const auto import = [&] {
+    return ImportFolder({.directory = dir / "in", .run = dir / "run"}).value();
+  };
+  EXPECT_THAT(import().tokenizer_problem, HasSubstr("TOK-UNSUPPORTED"));
+  ASSERT_TRUE(RemoveTree(dir / "run").ok());
+
+  // Of the names in tokenizer_config.json none; eos from generation_config.json, bos from
+  // config.json.
+  folder.Write("tokenizer.json", R"({"model": {"type": "BPE", "merges": [],
+      "vocab": {"a": 0, "b": 1, "c": 2, "d": 3}}})");
+  EXPECT_EQ(import().tokenizer_problem, "");
+  const auto tokenizer = data::LoadTokenizer(dir / "run/tokenizer");
+  ASSERT_TRUE(tokenizer.ok()) << MessageOf(tokenizer.status());
+  EXPECT_EQ((*tokenizer)->bos_id(), 1);
+  EXPECT_EQ((*tokenizer)->eos_id(), 2);
+  EXPECT_THAT(*ListDirectory(dir / "run/tokenizer"),
+              ElementsAre("chat_template.jinja", "generation_config.json", "tokenizer.json",
+                          "tokenizer_config.json"));
+
+  // What was made is the import's own, so one that was interrupted is done again.
+  ASSERT_TRUE(RemoveTree(dir / "run/checkpoints/step-000000000").ok());
+  EXPECT_TRUE(PathExists(import().checkpoint + "/manifest.json"));
 }
 
 TEST(ImportFolderTest, AModelFolderIsNoRunDirectory) {
