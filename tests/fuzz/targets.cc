@@ -228,25 +228,25 @@ const TempDir& TheTokenizerFolder() {
 }
 
 std::vector<std::string> TokenizerSeeds() {
-  return {R"({"added_tokens": [{"id": 6, "content": "<x>", "single_word": false, "lstrip": true, )"
-          R"("rstrip": true, "normalized": true, "special": false}], )"
-          R"("normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, )"
-          R"({"type": "Prepend", "prepend": "_"}, {"type": "Replace", "pattern": {"String": " "}, )"
-          R"("content": "_"}]}, "post_processor": {"type": "TemplateProcessing", "single": )"
-          R"([{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], )"
-          R"("pair": [], "special_tokens": {"a": {"id": "a", "ids": [1], "tokens": ["a"]}}}, )"
-          R"("decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, )"
-          R"({"type": "Strip", "content": " ", "start": 1, "stop": 0}]}, "model": {"type": "BPE", )"
-          R"("unk_token": "?", "fuse_unk": true, "byte_fallback": true, "vocab": {"?": 0, "a": 1, )"
-          R"("b": 2, "ab": 3, "<0xC3>": 4, "<0xA9>": 5}, "merges": ["a b"]}})",
-          R"({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", )"
-          R"("individual_digits": true}, {"type": "Split", "pattern": {"Regex": )"
-          R"("(?i:'s)| ?\p{L}+|\s+(?!\S)"}, "behavior": "MergedWithNext", "invert": true}, )"
-          R"({"type": "ByteLevel", "add_prefix_space": true, "use_regex": true}]}, )"
-          R"("decoder": {"type": "ByteLevel"}, "model": {"type": "BPE", "ignore_merges": true, )"
-          R"("vocab": {"a": 0, "b": 1, "Ġ": 2, "Ġa": 3, "Ġab": 4}, )"
-          R"("merges": [["Ġ", "a"], ["Ġa", "b"]]}})"
-};
+  return {
+      R"({"added_tokens": [{"id": 6, "content": "<x>", "single_word": false, "lstrip": true, )"
+      R"("rstrip": true, "normalized": true, "special": false}], )"
+      R"("normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, )"
+      R"({"type": "Prepend", "prepend": "_"}, {"type": "Replace", "pattern": {"String": " "}, )"
+      R"("content": "_"}]}, "post_processor": {"type": "TemplateProcessing", "single": )"
+      R"([{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], )"
+      R"("pair": [], "special_tokens": {"a": {"id": "a", "ids": [1], "tokens": ["a"]}}}, )"
+      R"("decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, )"
+      R"({"type": "Strip", "content": " ", "start": 1, "stop": 0}]}, "model": {"type": "BPE", )"
+      R"("unk_token": "?", "fuse_unk": true, "byte_fallback": true, "vocab": {"?": 0, "a": 1, )"
+      R"("b": 2, "ab": 3, "<0xC3>": 4, "<0xA9>": 5}, "merges": ["a b"]}})",
+      R"({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", )"
+      R"("individual_digits": true}, {"type": "Split", "pattern": {"Regex": )"
+      R"j("(?i:'s)| ?\\p{L}+|\\s+(?!\\S)"}, "behavior": "MergedWithNext", "invert": true}, )j"
+      R"({"type": "ByteLevel", "add_prefix_space": true, "use_regex": true}]}, )"
+      R"("decoder": {"type": "ByteLevel"}, "model": {"type": "BPE", "ignore_merges": true, )"
+      R"("vocab": {"a": 0, "b": 1, "Ġ": 2, "Ġa": 3, "Ġab": 4}, )"
+      R"("merges": [["Ġ", "a"], ["Ġa", "b"]]}})"};
 }
 
 bool RunTokenizer(std::string_view input) {
