@@ -459,7 +459,7 @@ TEST(ImportFolderTest, AnInterruptedImportIsDoneAgain) {
 
 TEST(ImportFolderTest, SpecialIdsThatOnlyTheModelNamesAreKept) {
   const TempDir dir;
-  const HandMadeFolder folder(dir / "in", Families()[0]);
+  HandMadeFolder folder(dir / "in", Families()[0]);
   const auto import = [&] {
     return ImportFolder({.directory = dir / "in", .run = dir / "run"}).value();
   };
