@@ -65,7 +65,8 @@ StatusOr<std::string> HfNode::Type() const {
 
 Status HfNode::OnlyKeys(std::initializer_list<const char*> known) const {
   if (!json_->is_object()) return Malformed("an object");
-  for (const auto& [key, value] : json_->items()) {
+  for (const auto& item : json_->items()) {
+    const std::string& key = item.key();
     const bool is_known =
         std::any_of(known.begin(), known.end(), [&](const char* name) { return key == name; });
     if (!is_known) return (*this)[key].Unsupported("there is no such member");
