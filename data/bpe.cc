@@ -137,7 +137,8 @@ StatusOr<std::unique_ptr<Bpe>> Bpe::Read(const HfNode& model, bool byte_level) {
   if (!model["dropout"].is_null() && model["dropout"].json() != 0.0)
     return model["dropout"].Unsupported("null is: ids drawn at random cannot be repeated");
   for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {
-    if (!model[key].is_null() && model[key].json() != "")
+    const nlohmann::json& text = model[key].json();
+    if (!text.is_null() && !(text.is_string() && text.get_ref<const std::string&>().empty()))
       return model[key].Unsupported("null and \"\" are");
   }
   std::unique_ptr<Bpe> bpe(new Bpe);

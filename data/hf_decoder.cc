@@ -15,7 +15,8 @@ constexpr char kWhatIsRead[] =
 void Join(std::vector<std::string>* pieces) {
   std::string all;
   for (const std::string& piece : *pieces) all += piece;
-  pieces->assign(1, std::move(all));
+  pieces->clear();
+  pieces->push_back(std::move(all));
 }
 
 // The library takes a piece with a character that stands for no byte as it is.
