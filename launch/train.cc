@@ -11,6 +11,7 @@
 #include "launch/plan_text.h"
 #include "launch/ranks.h"
 #include "parallel/communicator.h"
+#include "parallel/mpi_communicator.h"
 #include "recipes/config.h"
 #include "recipes/session.h"
 #include "recipes/stage.h"
