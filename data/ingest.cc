@@ -128,9 +128,13 @@ Status Ingest::RunSource(const IngestSource& source) {
 }
 
 Status Ingest::RunFile(const std::string& path) {
-  SALA_ASSIGN_OR_RETURN(const InputFormat format, FormatOf(path));
+  SALA_ASSIGN_OR_RETURN(const FileKind kind, KindOfFile(path));
+  const InputFormat format = kind.format;
   SALA_ASSIGN_OR_RETURN(RecordReader reader,
-                        RecordReader::Open(path, format, options_.split, options_.separator));
+                        RecordReader::Open({.path = path,
+                                            .kind = kind,
+                                            .split = options_.split,
+                                            .separator = options_.separator}));
   RawRecord raw;
   while (true) {
     SALA_ASSIGN_OR_RETURN(const bool more, reader.Next(&raw));
