@@ -46,9 +46,11 @@ struct IngestOptions {
   std::vector<IngestSource> sources = {};
   std::string output = {};
   std::string name = {};
-  std::vector<std::string> extensions = {".txt", ".jsonl",
-                                         ".ndjson"};  // of files found in directories
-  std::string text_field = "text";                    // dotted path
+  // Endings of files taken from directories. Not .json: there it is as often a note as data.
+  std::vector<std::string> extensions = {".txt",     ".jsonl",     ".ndjson",
+                                         ".txt.gz",  ".jsonl.gz",  ".ndjson.gz",
+                                         ".txt.zst", ".jsonl.zst", ".ndjson.zst"};
+  std::string text_field = "text";  // dotted path
   std::string messages_field = "messages";
   std::string id_field = "id";
   TextSplit split = TextSplit::kWholeFile;
@@ -57,13 +59,19 @@ struct IngestOptions {
   // By rule name: not_json, not_object, field_missing, wrong_type, invalid_utf8, lone_surrogate,
   // nul, chat, empty, duplicate, empty_target.
   std::map<std::string, RecordRule> rules = {};
-  std::optional<int64_t> max_rejects =
-      {};  // malformed records skipped; default: a thousandth of the records
+  // Malformed records that may be skipped: a number, else parts in a million of the records.
+  std::optional<int64_t> max_rejects = {};
+  int64_t max_rejects_ppm = 1000;
   std::string chat_template = "chatml";
   ChatMask chat_mask = ChatMask::kAllAssistant;
   bool add_bos = true;  // where the tokenizer has one; likewise eos
   bool add_eos = true;
   int64_t shard_tokens = int64_t{256} << 20;
+  int64_t piece_bytes = int64_t{16} << 20;  // of text; what a worker holds, and a kill costs it
+  int workers = 0;                          // threads; 0: one for each core
+  int zstd_window_log = 27;
+  bool resume = false;    // goes on with what a killed ingest left, or begins
+  bool progress = false;  // a progress line, where stderr is a terminal
 };
 
 struct IngestReport {
@@ -73,6 +81,9 @@ struct IngestReport {
 };
 
 StatusOr<IngestReport> RunIngest(const IngestOptions& options, const Tokenizer& tokenizer);
+
+// ING-NAME (64) unless a dataset or source may have that name.
+Status CheckDatasetName(const std::string& what, const std::string& name);
 
 // The files named by inputs: files as they are, directories walked in sorted order for the
 // extensions. ING-INPUT (66).

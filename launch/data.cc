@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <map>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -22,7 +23,9 @@ struct IngestCommand {
   std::string license;
   std::string note;
   std::string separator;
+  std::string max_rejects;
   bool blank_lines = false;
+  bool quiet = false;
   bool no_bos = false;
   bool no_eos = false;
 };
@@ -61,10 +64,37 @@ StatusOr<std::map<std::string, data::RecordRule>> Rules(const std::vector<std::s
   return rules;
 }
 
+// "25" records, or "0.5%" of them to four decimals.
+Status SetMaxRejects(const std::string& text, data::IngestOptions* options) {
+  if (text.empty()) return OkStatus();
+  size_t used = 0;
+  const bool percent = text.back() == '%';
+  const std::string number = percent ? text.substr(0, text.size() - 1) : text;
+  try {
+    if (percent) {
+      const double share = std::stod(number, &used);
+      if (share >= 0 && share <= 100)
+        options->max_rejects_ppm = static_cast<int64_t>(share * 10'000 + 0.5);
+      else
+        used = 0;
+    } else {
+      options->max_rejects = std::stoll(number, &used);
+      if (*options->max_rejects < 0) used = 0;
+    }
+  } catch (const std::logic_error&) {  // no number, or one out of range
+    used = 0;
+  }
+  if (used > 0 && used == number.size()) return OkStatus();
+  return MakeError(ExitCode::kUsage, "USAGE",
+                   "--max-rejects " + text + ": expected a number of records, or 0% to 100%");
+}
+
 Status Ingest(IngestCommand command) {
   data::IngestOptions& options = command.options;
   options.sources = Sources(command);
+  options.progress = !command.quiet;
   SALA_ASSIGN_OR_RETURN(options.rules, Rules(command.rules));
+  SALA_RETURN_IF_ERROR(SetMaxRejects(command.max_rejects, &options));
   if (command.blank_lines) options.split = data::TextSplit::kBlankLines;
   if (!command.separator.empty()) {
     options.split = data::TextSplit::kSeparator;
@@ -91,7 +121,8 @@ void AddIngest(CommandLine& line, CLI::App& group) {
       "sala data ingest --tokenizer bytes --input texts/ --name books --to corpora/books");
   command
       ->add_option("--input", options->inputs,
-                   ".txt and .jsonl files or directories of them; NAME=PATH names a source")
+                   ".txt, .jsonl, .ndjson and .json files, also with .gz or .zst, or directories "
+                   "of them; NAME=PATH names a source")
       ->required();
   command->add_option("--to", options->options.output, "directory to make")->required();
   command->add_option("--name", options->options.name, "of the dataset")->required();
@@ -114,8 +145,27 @@ void AddIngest(CommandLine& line, CLI::App& group) {
   command->add_flag("--dedup", options->options.dedup, "leave out exact copies");
   command->add_option("--rule", options->rules,
                       "RULE=error|skip|fix for a kind of bad record (docs/formats.md)");
-  command->add_option("--max-rejects", options->options.max_rejects,
-                      "malformed records that may be skipped");
+  command->add_option("--max-rejects", options->max_rejects,
+                      "malformed records that may be skipped: a number, or a share such as 0.1% "
+                      "(the default)");
+  command->add_option("--id-field", options->options.id_field, "names a record in the log")
+      ->capture_default_str();
+  command->add_option("--workers", options->options.workers, "threads; 0: one for each core")
+      ->check(CLI::Range(0, 4096))
+      ->capture_default_str();
+  command->add_flag("--resume", options->options.resume,
+                    "go on with what an ingest that was stopped left, or begin");
+  command
+      ->add_option("--zstd-long", options->options.zstd_window_log,
+                   "largest window of .zst files, as a power of two")
+      ->check(CLI::Range(10, 31))
+      ->capture_default_str();
+  command
+      ->add_option("--piece-bytes", options->options.piece_bytes,
+                   "text that a worker holds, and does again after a kill")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 32))
+      ->capture_default_str();
+  command->add_flag("--quiet", options->quiet, "no progress line");
   command
       ->add_option_function<std::string>(
           "--chat-mask",
