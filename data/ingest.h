@@ -6,19 +6,27 @@
 //   SALA_ASSIGN_OR_RETURN(IngestReport report, RunIngest(options, *tokenizer));
 //
 // Read: .txt (one document a file, or cut at blank lines or at separator lines), .jsonl and .ndjson
-// (one record a line: a text field, or `messages` for chat). Directories are walked in sorted
-// order. A dataset holds text or chat, never both; the first record decides. Lines are read one by
-// one, so a file may be larger than memory; a .txt that is one document may not.
+// (one record a line: a text field, or `messages` for chat), .json (an array of records), each also
+// with .gz or .zst. Directories are walked in sorted order. A dataset holds text or chat, never
+// both; the first record decides. Records are read one by one, so a file may be larger than memory;
+// a .txt that is one document may not.
 //
-// Every record is checked in this order, each with a rule [default]: not JSON, not an object, field
-// missing, wrong type, invalid UTF-8 [error]; lone surrogate escape [skip]; NUL [fix: dropped];
-// chat role or template [error]; no text [skip]; duplicate (dedup: exact) [skip]; nothing to learn
-// (chat) [skip]. `fix` exists for UTF-8 (U+FFFD), surrogates (U+FFFD) and NUL. Each case goes to
-// ingest.log.jsonl {file, line, offset, id, rule, action}.
+// Every record is checked in this order, each with a rule [default]: lone surrogate escape [skip],
+// invalid UTF-8, not JSON, not an object, field missing, wrong type [error]; NUL [fix: dropped]; no
+// text [skip]; chat role or template [error]; no token [empty: skip]; duplicate (dedup: exact)
+// [skip]; nothing to learn (chat) [skip]. `fix` exists for UTF-8 (U+FFFD), surrogates (U+FFFD) and
+// NUL. Each case goes to ingest.log.jsonl {file, line, offset, id, rule, action}.
+//
+// Threads (data/ingest_workers.h) make durable pieces (data/ingest_piece.h) of units of the inputs
+// (data/ingest_plan.h); one thread puts the pieces together in order, so dataset and log do not
+// depend on the number of workers, and a killed ingest goes on to the same bytes.
+// Tokenizer::Encode and EncodeWithOffsets are called by several threads at once.
 //
 // Errors (65): ING-JSON, ING-FIELD, ING-UTF8, ING-NUL, ING-EMPTY, ING-DUP, ING-FORMAT,
-// ING-MODALITY, ING-REJECTS, ING-KIND, CHAT-ROLE, CHAT-TEMPLATE, CHAT-NOMASK; ING-INPUT (66): an
-// input does not exist; ING-RULE (78): a rule that cannot be.
+// ING-MODALITY, ING-REJECTS, ING-KIND, ING-TRUNCATED, ING-CRC, ING-LONG, CHAT-ROLE, CHAT-TEMPLATE,
+// CHAT-NOMASK; ING-INPUT (66): an input does not exist; ING-RULE (78): a rule that cannot be;
+// ING-UNFINISHED (74): the output holds an unfinished ingest and `resume` is off; ING-CHANGED (78):
+// it was begun with other inputs or options.
 #pragma once
 
 #include <cstdint>
@@ -69,9 +77,9 @@ struct IngestOptions {
   int64_t shard_tokens = int64_t{256} << 20;
   int64_t piece_bytes = int64_t{16} << 20;  // of text; what a worker holds, and a kill costs it
   int workers = 0;                          // threads; 0: one for each core
-  int zstd_window_log = 27;
-  bool resume = false;    // goes on with what a killed ingest left, or begins
-  bool progress = false;  // a progress line, where stderr is a terminal
+  int zstd_window_log = 27;                 // largest window of .zst, as a power of two
+  bool resume = false;                      // goes on with what a killed ingest left, or begins
+  bool progress = false;                    // a progress line, where stderr is a terminal
 };
 
 struct IngestReport {
