@@ -6,9 +6,12 @@
 # -Wno-restrict: g++ 12 raises it wrongly for "literal" + std::string (GCC bug 105651).
 function(sala_compile_options TARGET)
   target_compile_options(${TARGET} PRIVATE
-    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra $<$<BOOL:${SALA_WERROR}>:-Werror> -Wshadow -Wnon-virtual-dtor -Wno-unused-parameter -Wno-restrict
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra $<$<BOOL:${SALA_WERROR}>:-Werror> -Wshadow -Wnon-virtual-dtor -Wno-unused-parameter $<$<CXX_COMPILER_ID:GNU>:-Wno-restrict>
     -ffp-contract=off -fno-math-errno -fno-trapping-math>)
   target_include_directories(${TARGET} PUBLIC ${CMAKE_SOURCE_DIR})
+  if(SALA_FUZZ)
+    target_compile_options(${TARGET} PRIVATE -fsanitize=fuzzer-no-link)
+  endif()
   if(SALA_SANITIZE)
     target_compile_options(${TARGET} PUBLIC -fsanitize=${SALA_SANITIZE} -fno-omit-frame-pointer)
     target_compile_options(${TARGET} PRIVATE -fno-sanitize-recover=all)

@@ -168,7 +168,8 @@ StatusOr<Node> ParseYaml(const std::string& text, const std::string& path, const
   try {
     std::istringstream in(text);
     YAML::Parser parser(in);
-    while (parser.HandleNextDocument(builder)) {
+    // Not beyond the first error: of some texts (",") the parser makes documents without end.
+    while (builder.status().ok() && parser.HandleNextDocument(builder)) {
     }
   } catch (const YAML::Exception& e) {
     const ConfigOrigin origin{set, e.mark.line + 1, e.mark.column + 1};

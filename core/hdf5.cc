@@ -159,6 +159,17 @@ int64_t CheckedBytes(const std::vector<int64_t>& shape, int64_t size) {
 
 }  // namespace
 
+std::string Hdf5LibraryVersion() {
+  unsigned major = 0;
+  unsigned minor = 0;
+  unsigned release = 0;
+  hbool_t thread_safe = 0;
+  if (H5get_libversion(&major, &minor, &release) < 0 || H5is_library_threadsafe(&thread_safe) < 0)
+    return "unknown version";
+  return std::to_string(major) + "." + std::to_string(minor) + "." + std::to_string(release) +
+         (thread_safe ? ", thread-safe" : ", not thread-safe");
+}
+
 size_t SizeOf(Hdf5Type type) {
   for (const TypeRow& row : kTypes) {
     if (row.type == type) return row.size;

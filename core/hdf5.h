@@ -26,6 +26,9 @@
 
 namespace sala {
 
+// "1.10.8, thread-safe": of the library in use.
+std::string Hdf5LibraryVersion();
+
 // kBF16: a 2-byte float (sign bit 15, exponent at 7 size 8, mantissa at 0 size 7, bias 127), which
 // HDF5 tools show as numbers.
 enum class Hdf5Type : uint8_t { kU8, kU16, kU32, kU64, kI32, kI64, kF32, kF64, kBF16, kOther };

@@ -12,6 +12,7 @@
 #include <system_error>
 
 #include "core/check.h"
+#include "core/terminal.h"
 
 namespace sala {
 namespace {
@@ -62,6 +63,11 @@ void WriteAboveStatusLine(const LogState& state, const std::string& line) {
   }
 }
 
+std::string TintedLevel(LogLevel level, const std::string& name) {
+  if (level < LogLevel::kWarn) return name;
+  return Tinted(STDERR_FILENO, level == LogLevel::kWarn ? Tint::kWarning : Tint::kBad, name);
+}
+
 Status OpenLocked(LogState& state) {
   const int fd = ::open(state.path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
   if (fd < 0) {
@@ -102,17 +108,19 @@ void ReopenLogFile() {
 void Log(LogLevel level, const std::string& text) {
   LogState& state = State();
   const std::lock_guard<std::mutex> lock(state.mutex);
-  std::string line = std::string(" ") + kLevelNames[static_cast<size_t>(level)] + " ";
+  const std::string name = kLevelNames[static_cast<size_t>(level)];
+  std::string line = " ";
   if (level >= LogLevel::kWarn) {
     line +=
         "[rank " + std::to_string(state.rank) + (state.host.empty() ? "" : "@" + state.host) + "] ";
   }
   line += text + "\n";
-  const LogLevel terminal_level = state.rank == 0 ? LogLevel::kInfo : LogLevel::kWarn;
+  const LogLevel terminal_level = state.rank == 0 && !Quiet() ? LogLevel::kInfo : LogLevel::kWarn;
   const LogLevel file_level = state.rank == 0 ? LogLevel::kDebug : LogLevel::kWarn;
-  if (level >= terminal_level) WriteAboveStatusLine(state, TimeText("%H:%M:%S") + line);
+  if (level >= terminal_level)
+    WriteAboveStatusLine(state, TimeText("%H:%M:%S") + " " + TintedLevel(level, name) + line);
   if (state.file >= 0 && level >= file_level)
-    WriteFully(state.file, TimeText("%Y-%m-%d %H:%M:%S") + line);
+    WriteFully(state.file, TimeText("%Y-%m-%d %H:%M:%S") + " " + name + line);
 }
 
 void SetStatusLine(const std::string& line) {

@@ -1,6 +1,7 @@
 // Logging to stderr and, once opened, to a file of the run directory. Rank 0 shows INFO and up on
-// the terminal, other ranks WARN and up; warnings carry rank and host. Lines read "HH:MM:SS level
-// text"; in the file the date comes first. The file also gets rank 0's DEBUG lines.
+// the terminal (WARN and up with SetQuiet), other ranks WARN and up; warnings carry rank and host.
+// Lines read "HH:MM:SS level text"; in the file the date comes first. The file also gets rank 0's
+// DEBUG lines.
 //
 //   SALA_LOG(Info) << "stage stable starts at step " << step;
 #pragma once

@@ -11,6 +11,7 @@
 
 #include "core/clock.h"
 #include "core/log.h"
+#include "core/terminal.h"
 #include "core/utf8.h"
 
 namespace sala {
@@ -83,7 +84,9 @@ std::string ProgressLine(const ProgressState& state, int width) {
 }
 
 ProgressDisplay::ProgressDisplay(std::string label, int64_t total, bool enabled)
-    : enabled_(enabled), terminal_(::isatty(STDERR_FILENO) == 1), start_seconds_(ClockSeconds()) {
+    : enabled_(enabled && !Quiet()),
+      terminal_(::isatty(STDERR_FILENO) == 1),
+      start_seconds_(ClockSeconds()) {
   state_.label = std::move(label);
   state_.total = total;
 }

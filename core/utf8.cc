@@ -1,6 +1,7 @@
 #include "core/utf8.h"
 
 #include <cstdint>
+#include <cstring>
 
 namespace sala {
 
@@ -31,6 +32,14 @@ size_t Utf8SequenceLength(std::string_view text, size_t at) {
 
 bool IsValidUtf8(std::string_view text) {
   for (size_t at = 0; at < text.size();) {
+    uint64_t eight = 0;
+    if (text.size() - at >= sizeof eight) {  // most text is ASCII
+      std::memcpy(&eight, text.data() + at, sizeof eight);
+      if ((eight & 0x8080808080808080u) == 0) {
+        at += sizeof eight;
+        continue;
+      }
+    }
     const size_t length = Utf8SequenceLength(text, at);
     if (length == 0) return false;
     at += length;

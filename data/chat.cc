@@ -2,127 +2,209 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <string_view>
 
 #include "core/file.h"
 
 namespace sala::data {
 namespace {
 
-Status DataError(const char* code, const std::string& text) {
-  return MakeError(ExitCode::kData, code, text);
+constexpr char kAssistant[] = "assistant";
+constexpr char kOtherRenderer[] =
+    "; render with the model's own template: --chat-template tokenizer, or a .jinja file";
+
+Status TemplateError(const std::string& text) {
+  return MakeError(ExitCode::kData, "CHAT-TEMPLATE", text);
 }
 
-StatusOr<std::string> ParseContent(const nlohmann::json& content, const std::string& where) {
-  if (content.is_string()) return content.get<std::string>();
-  if (!content.is_array())
-    return DataError("ING-FIELD", where + ": content is neither a string nor an array of parts");
-  std::string text;
-  for (const auto& part : content) {
-    const std::string type = part.is_object() ? part.value("type", "") : "";
-    if (type != "text") {
-      return DataError("ING-MODALITY", where + ": content part of type \"" + Printable(type) +
-                                           "\"; only text is read");
-    }
-    const auto value = part.find("text");
-    if (value == part.end() || !value->is_string())
-      return DataError("ING-FIELD", where + ": a text part has no string under \"text\"");
-    text += value->get<std::string>();
+ChatFamily MakeChatMl(const std::string& name, const std::string& default_system) {
+  ChatFamily family{.name = name,
+                    .roles = {},
+                    .before_first = "",
+                    .default_system = default_system,
+                    .trim_content = false,
+                    .markers = {kImStart, kImEnd},
+                    .headers = {}};
+  for (const char* role : {"system", "user", kAssistant, "tool"}) {
+    family.roles.push_back({.name = role,
+                            .prefix = std::string(kImStart) + role + "\n",
+                            .start_of_content = "",
+                            .end_of_turn = kImEnd,
+                            .after_turn = "\n",
+                            .learned = role == std::string_view(kAssistant)});
   }
-  return text;
+  return family;
 }
 
-std::string Prefix(const ChatFamily& family, const std::string& role) {
-  return family.prefix_before_role + role + family.prefix_after_role;
-}
-
-Status CheckMessage(const ChatFamily& family, const ChatMessage& message,
-                    const std::string& where) {
-  if (std::find(family.roles.begin(), family.roles.end(), message.role) == family.roles.end()) {
-    std::string allowed;
-    for (const std::string& role : family.roles) allowed += (allowed.empty() ? "" : ", ") + role;
-    return DataError("CHAT-ROLE", where + ": found role \"" + Printable(message.role) +
-                                      "\", expected one of " + allowed);
+ChatFamily MakeLlama3() {
+  ChatFamily family{
+      .name = "llama3",
+      .roles = {},
+      .before_first = "<|begin_of_text|>",
+      .default_system = "",
+      .trim_content = true,
+      .markers = {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"},
+      .headers = {}};
+  for (const char* role : {"system", "user", kAssistant, "ipython"}) {
+    family.roles.push_back(
+        {.name = role,
+         .prefix = "<|start_header_id|>" + std::string(role) + "<|end_header_id|>\n\n",
+         .start_of_content = "",
+         .end_of_turn = "<|eot_id|>",
+         .after_turn = "",
+         .learned = role == std::string_view(kAssistant)});
   }
-  for (const std::string& marker : family.markers) {
-    if (message.content.find(marker) != std::string::npos) {
-      return DataError("CHAT-TEMPLATE", where + ": the content contains the marker " + marker +
-                                            " of template " + family.name +
-                                            "; remove it from the record");
-    }
+  return family;
+}
+
+ChatFamily MakePlain() {
+  ChatFamily family{.name = "plain",
+                    .roles = {},
+                    .before_first = "",
+                    .default_system = "",
+                    .trim_content = true,
+                    .markers = {},
+                    .headers = {}};
+  for (const auto& [role, header] : {std::pair<const char*, const char*>{"system", "System:"},
+                                     {"user", "User:"},
+                                     {kAssistant, "Assistant:"},
+                                     {"tool", "Tool:"}}) {
+    family.roles.push_back({.name = role,
+                            .prefix = header,
+                            .start_of_content = " ",
+                            .end_of_turn = "\n",
+                            .after_turn = "",
+                            .learned = role == std::string_view(kAssistant)});
+    family.headers.emplace_back(header);
+  }
+  return family;
+}
+
+bool HasLineStartingWith(const std::string& text, const std::string& start) {
+  return text.compare(0, start.size(), start) == 0 || text.find("\n" + start) != std::string::npos;
+}
+
+// Keys of a message that change what it says, so that a family without them would lose meaning.
+Status CheckExtra(const ChatFamily& family, const ChatMessage& message, const std::string& where) {
+  if (message.extra.empty()) return OkStatus();
+  const nlohmann::json extra = nlohmann::json::parse(message.extra);
+  for (const char* key : {"tool_calls", "reasoning_content"}) {
+    const auto value = extra.find(key);
+    const bool says_nothing = value == extra.end() || value->empty() ||
+                              (value->is_string() && value->get<std::string>().empty());
+    if (says_nothing) continue;
+    return TemplateError(where + ": the message has \"" + key + "\", which template " +
+                         family.name + " cannot say" + kOtherRenderer);
   }
   return OkStatus();
 }
 
+StatusOr<const ChatRole*> CheckMessage(const ChatFamily& family, const ChatMessage& message,
+                                       const std::string& where) {
+  const ChatRole* role = family.FindRole(message.role);
+  if (role == nullptr) {
+    std::string allowed;
+    for (const ChatRole& r : family.roles) allowed += (allowed.empty() ? "" : ", ") + r.name;
+    return MakeError(
+        ExitCode::kData, "CHAT-ROLE",
+        where + ": found role \"" + Printable(message.role) + "\", expected one of " + allowed);
+  }
+  for (const std::string& marker : family.markers) {
+    if (message.content.find(marker) != std::string::npos) {
+      return TemplateError(where + ": the content contains the marker " + marker + " of template " +
+                           family.name + "; remove it from the record");
+    }
+  }
+  for (const std::string& header : family.headers) {
+    if (HasLineStartingWith(message.content, header)) {
+      return TemplateError(where + ": a line of the content starts with \"" + header +
+                           "\", which starts a turn in template " + family.name +
+                           "; change the record or use another template");
+    }
+  }
+  SALA_RETURN_IF_ERROR(CheckExtra(family, message, where));
+  return role;
+}
+
+std::string_view Trim(std::string_view text) {
+  constexpr std::string_view kSpace = " \t\n\r\f\v";
+  const size_t begin = text.find_first_not_of(kSpace);
+  if (begin == std::string_view::npos) return {};
+  return text.substr(begin, text.find_last_not_of(kSpace) - begin + 1);
+}
+
+// Whether the text, white space at its end aside, ends in an added token: then that token says that
+// the turn is over.
+bool EndsInAddedToken(std::string_view text, const Tokenizer& tokenizer) {
+  const std::string_view trimmed = Trim(text);
+  const auto& added = tokenizer.added_tokens();
+  return std::any_of(added.begin(), added.end(),
+                     [&](const auto& token) { return trimmed.ends_with(token.first); });
+}
+
 }  // namespace
 
-const ChatFamily& ChatMl() {
-  static const ChatFamily* family = new ChatFamily{.name = "chatml",
-                                                   .roles = {"system", "user", "assistant", "tool"},
-                                                   .learned_role = "assistant",
-                                                   .prefix_before_role = kImStart,
-                                                   .prefix_after_role = "\n",
-                                                   .end_of_turn = kImEnd,
-                                                   .after_turn = "\n",
-                                                   .markers = {kImStart, kImEnd}};
-  return *family;
+const ChatRole* ChatFamily::FindRole(const std::string& role) const {
+  const auto it =
+      std::find_if(roles.begin(), roles.end(), [&](const ChatRole& r) { return r.name == role; });
+  return it == roles.end() ? nullptr : &*it;
 }
+
+const std::vector<ChatFamily>& ChatFamilies() {
+  static const auto* families = new std::vector<ChatFamily>{
+      MakeChatMl("chatml", ""), MakeChatMl("qwen2", "You are a helpful assistant."), MakeLlama3(),
+      MakePlain()};
+  return *families;
+}
+
+const ChatFamily& ChatMl() { return ChatFamilies().front(); }
 
 StatusOr<const ChatFamily*> FindChatFamily(const std::string& name) {
-  if (name == ChatMl().name) return &ChatMl();
-  return MakeError(ExitCode::kConfig, "CHAT-TEMPLATE",
-                   "found chat template \"" + Printable(name) + "\", expected chatml");
-}
-
-StatusOr<std::vector<ChatMessage>> ParseMessages(const nlohmann::json& messages) {
-  if (!messages.is_array()) return DataError("ING-FIELD", "messages is not an array");
-  std::vector<ChatMessage> out;
-  for (size_t i = 0; i < messages.size(); ++i) {
-    const auto& item = messages[i];
-    const std::string where = "message " + std::to_string(i);
-    if (!item.is_object()) return DataError("ING-FIELD", where + ": not an object");
-    const auto role = item.find("role");
-    const auto content = item.find("content");
-    if (role == item.end() || !role->is_string())
-      return DataError("ING-FIELD", where + ": no string under \"role\"");
-    if (content == item.end()) return DataError("ING-FIELD", where + ": no \"content\"");
-    SALA_ASSIGN_OR_RETURN(std::string text, ParseContent(*content, where));
-    bool train = true;
-    if (const auto flag = item.find("train"); flag != item.end()) {
-      if (!flag->is_boolean())
-        return DataError("ING-FIELD", where + ": \"train\" is not true or false");
-      train = flag->get<bool>();
-    }
-    if (const auto weight = item.find("weight"); weight != item.end()) {
-      if (!weight->is_number() || (*weight != 0 && *weight != 1))
-        return DataError("ING-FIELD", where + ": \"weight\" is not 0 or 1");
-      train = train && *weight != 0;
-    }
-    out.push_back({role->get<std::string>(), std::move(text), train});
+  std::string known;
+  for (const ChatFamily& family : ChatFamilies()) {
+    if (name == family.name) return &family;
+    known += family.name + ", ";
   }
-  return out;
+  return MakeError(ExitCode::kConfig, "CHAT-TEMPLATE",
+                   "found chat template \"" + Printable(name) + "\", expected " + known +
+                       "a file that ends in .jinja, or the word tokenizer");
 }
 
 StatusOr<RenderedChat> RenderChat(const ChatFamily& family,
                                   const std::vector<ChatMessage>& messages, ChatMask mask) {
+  std::vector<const ChatRole*> roles;
   size_t last_learned = messages.size();
   for (size_t i = 0; i < messages.size(); ++i) {
-    if (messages[i].role == family.learned_role) last_learned = i;
+    SALA_ASSIGN_OR_RETURN(const ChatRole* role,
+                          CheckMessage(family, messages[i], "message " + std::to_string(i)));
+    roles.push_back(role);
+    if (role->learned) last_learned = i;
   }
   RenderedChat out;
+  out.everything = mask == ChatMask::kAllTokens;
+  out.text = family.before_first;
+  if (const ChatRole* system = family.FindRole("system");
+      !family.default_system.empty() && (messages.empty() || messages[0].role != "system")) {
+    out.text += system->prefix + system->start_of_content + family.default_system +
+                system->end_of_turn + system->after_turn;
+  }
+  if (mask == ChatMask::kAllTokens && !out.text.empty())
+    out.learned.push_back({0, static_cast<int64_t>(out.text.size())});
   for (size_t i = 0; i < messages.size(); ++i) {
     const ChatMessage& message = messages[i];
-    SALA_RETURN_IF_ERROR(CheckMessage(family, message, "message " + std::to_string(i)));
+    const ChatRole& role = *roles[i];
     const int64_t turn_begin = static_cast<int64_t>(out.text.size());
-    out.text += Prefix(family, message.role);
+    out.text += role.prefix;
     const int64_t begin = static_cast<int64_t>(out.text.size());
-    out.text += message.content + family.end_of_turn;
+    out.text += role.start_of_content;
+    out.text += family.trim_content ? Trim(message.content) : std::string_view(message.content);
+    out.text += role.end_of_turn;
     const int64_t end = static_cast<int64_t>(out.text.size());
-    out.text += family.after_turn;
+    out.text += role.after_turn;
     if (!message.train) continue;
     if (mask == ChatMask::kAllTokens) {
       out.learned.push_back({turn_begin, static_cast<int64_t>(out.text.size())});
-    } else if (message.role == family.learned_role &&
-               (mask == ChatMask::kAllAssistant || i == last_learned)) {
+    } else if (role.learned && (mask == ChatMask::kAllAssistant || i == last_learned)) {
       out.learned.push_back({begin, end});
     }
   }
@@ -132,7 +214,7 @@ StatusOr<RenderedChat> RenderChat(const ChatFamily& family,
 StatusOr<std::string> RenderPrompt(const ChatFamily& family,
                                    const std::vector<ChatMessage>& messages) {
   SALA_ASSIGN_OR_RETURN(RenderedChat chat, RenderChat(family, messages, ChatMask::kAllAssistant));
-  return chat.text + Prefix(family, family.learned_role);
+  return chat.text + family.FindRole(kAssistant)->prefix;
 }
 
 EncodedChat EncodeChat(const RenderedChat& chat, const Tokenizer& tokenizer) {
@@ -144,14 +226,27 @@ EncodedChat EncodeChat(const RenderedChat& chat, const Tokenizer& tokenizer) {
     out.tokens.push_back(piece.id);
     out.mask.push_back(learned ? 1 : 0);
   }
+  const bool reaches_end =
+      !chat.learned.empty() && chat.learned.back().end == static_cast<int64_t>(chat.text.size());
+  out.learn_eos = reaches_end && (chat.everything || !EndsInAddedToken(chat.text, tokenizer));
   return out;
+}
+
+void AddDocumentEnds(int32_t bos_id, int32_t eos_id, EncodedChat* chat) {
+  if (bos_id >= 0 && (chat->tokens.empty() || chat->tokens.front() != bos_id)) {
+    chat->tokens.insert(chat->tokens.begin(), bos_id);
+    chat->mask.insert(chat->mask.begin(), 0);
+  }
+  if (eos_id >= 0 && (chat->tokens.empty() || chat->tokens.back() != eos_id)) {
+    chat->tokens.push_back(eos_id);
+    chat->mask.push_back(chat->learn_eos ? 1 : 0);
+  }
 }
 
 Status CheckChatTokens(const ChatFamily& family, const Tokenizer& tokenizer) {
   for (const std::string& marker : family.markers) {
     if (!tokenizer.FindToken(marker).has_value()) {
-      return DataError("CHAT-TEMPLATE",
-                       "template " + family.name + ": the tokenizer has no token " + marker +
+      return TemplateError("template " + family.name + ": the tokenizer has no token " + marker +
                            "; add it to added_tokens.json or choose another tokenizer");
     }
   }

@@ -97,6 +97,7 @@ class Ingest {
   uint64_t segment_ = 0;
   int64_t lines_before_ = 0;  // the segment, in its file
   bool entered_ = false;
+  std::optional<ChatShape> file_shape_;  // of the first record of the current file
   std::vector<int64_t> segment_lines_;
   size_t source_ = 0;
   int64_t source_index_ = -1;                      // in the writer
@@ -109,7 +110,7 @@ class Ingest {
 
 StatusOr<IngestReport> Ingest::Run() {
   const std::string pieces = PiecesDirectory(options_.output);
-  SALA_ASSIGN_OR_RETURN(plan_, MakeIngestPlan(options_, tokenizer_));
+  SALA_ASSIGN_OR_RETURN(plan_, MakeIngestPlan(options_, tokenizer_, encoder_.chats()));
   if (PathExists(options_.output + "/dataset.json")) {
     if (!options_.resume || !PathExists(pieces)) return Exists(options_.output);
     // Killed between the commit and its last step.
@@ -224,6 +225,8 @@ Status Ingest::EnterSegment(uint64_t segment) {
     source_index_ = -1;
     source_chats_ = source_learned_ = 0;
   }
+  if (!entered_ || plan_.segments[segment].file != plan_.segments[segment_].file)
+    file_shape_.reset();
   entered_ = true;
   segment_ = segment;
   return OkStatus();
@@ -234,8 +237,8 @@ Status Ingest::EndSource() {
   return MakeError(ExitCode::kData, "CHAT-NOMASK",
                    "source " + options_.sources[source_].name + ": none of its " +
                        std::to_string(source_chats_) +
-                       " records has a token to learn; is there a message of role " +
-                       encoder_.family().learned_role + " that is not switched off?");
+                       " records has a token to learn; is there an assistant message "
+                       "that is not switched off?");
 }
 
 std::string Ingest::Where(const PieceEvent& event) const {
@@ -274,14 +277,17 @@ Status Ingest::CheckRejects(bool end) const {
 }
 
 Status Ingest::Open(const PieceEvent& event) {
-  if (writer_ != nullptr && event.chat != chat_) {
+  if (!file_shape_) file_shape_ = event.shape;
+  if (const Status shape = CheckShape(*file_shape_, event.shape); !shape.ok())
+    return Annotate(shape, Where(event));
+  const bool chat = event.shape != ChatShape::kNone;
+  if (writer_ != nullptr && chat != chat_) {
     return MakeError(ExitCode::kData, "ING-KIND",
-                     Where(event) + ": found a " + (event.chat ? "chat" : "text") +
-                         " record among " + (chat_ ? "chat" : "text") +
-                         " records; make one dataset of each kind");
+                     Where(event) + ": found a " + (chat ? "chat" : "text") + " record among " +
+                         (chat_ ? "chat" : "text") + " records; make one dataset of each kind");
   }
   if (writer_ == nullptr) {
-    chat_ = event.chat;
+    chat_ = chat;
     SALA_ASSIGN_OR_RETURN(writer_, TokenStoreWriter::Create({.directory = options_.output,
                                                              .name = options_.name,
                                                              .sft = chat_,
@@ -335,11 +341,11 @@ Status Ingest::NothingToLearn(const PieceEvent& event) {
                                        " records of source " + options_.sources[source_].name +
                                        " has a token to learn"
                                  : ": the record has no token to learn") +
-                       "; is there a message of role " + encoder_.family().learned_role +
-                       " that is not switched off?");
+                       "; is there an assistant message that is not switched off?");
 }
 
 json Ingest::IngestJson(const std::vector<std::string>& hashes) const {
+  const ChatRenderer& chats = encoder_.chats();
   json rules = json::object();
   for (const auto& [name, rule] : options_.rules) rules[name] = NameOfRule(rule);
   json inputs = json::array();
@@ -347,14 +353,16 @@ json Ingest::IngestJson(const std::vector<std::string>& hashes) const {
     const PlannedFile& file = plan_.files[f];
     inputs.push_back({{"path", file.path}, {"bytes", file.bytes}, {"sha256", hashes[f]}});
   }
-  return {{"command", "ingest"},
-          {"inputs", inputs},
-          {"records", report_.records},
-          {"cases", report_.cases},
-          {"rules", rules},
-          {"dedup", options_.dedup ? "exact" : "none"},
-          {"shuffled", false},
-          {"chat_template", chat_ ? json(encoder_.family().name) : json()}};
+  return {
+      {"command", "ingest"},
+      {"inputs", inputs},
+      {"records", report_.records},
+      {"cases", report_.cases},
+      {"rules", rules},
+      {"dedup", options_.dedup ? "exact" : "none"},
+      {"shuffled", false},
+      {"chat_template", chat_ ? json(chats.name()) : json()},
+      {"chat_template_sha256", chat_ && !chats.sha256().empty() ? json(chats.sha256()) : json()}};
 }
 
 }  // namespace

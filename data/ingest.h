@@ -6,10 +6,11 @@
 //   SALA_ASSIGN_OR_RETURN(IngestReport report, RunIngest(options, *tokenizer));
 //
 // Read: .txt (one document a file, or cut at blank lines or at separator lines), .jsonl and .ndjson
-// (one record a line: a text field, or `messages` for chat), .json (an array of records), each also
-// with .gz or .zst. Directories are walked in sorted order. A dataset holds text or chat, never
-// both; the first record decides. Records are read one by one, so a file may be larger than memory;
-// a .txt that is one document may not.
+// (one record a line: a text field, or a chat in one of the shapes of data/chat_record.h, all
+// records of a file in one), .json (an array of records), each also with .gz or .zst. Directories
+// are walked in sorted order. A dataset holds text or chat, never both; the first record decides.
+// Records are read one by one, so a file may be larger than memory; a .txt that is one document may
+// not.
 //
 // Every record is checked in this order, each with a rule [default]: lone surrogate escape [skip],
 // invalid UTF-8, not JSON, not an object, field missing, wrong type [error]; NUL [fix: dropped]; no
@@ -23,10 +24,10 @@
 // Tokenizer::Encode and EncodeWithOffsets are called by several threads at once.
 //
 // Errors (65): ING-JSON, ING-FIELD, ING-UTF8, ING-NUL, ING-EMPTY, ING-DUP, ING-FORMAT,
-// ING-MODALITY, ING-REJECTS, ING-KIND, ING-TRUNCATED, ING-CRC, ING-LONG, CHAT-ROLE, CHAT-TEMPLATE,
-// CHAT-NOMASK; ING-INPUT (66): an input does not exist; ING-RULE (78): a rule that cannot be;
-// ING-UNFINISHED (74): the output holds an unfinished ingest and `resume` is off; ING-CHANGED (78):
-// it was begun with other inputs or options.
+// ING-MODALITY, ING-REJECTS, ING-KIND, ING-SHAPE, ING-TRUNCATED, ING-CRC, ING-LONG, CHAT-ROLE,
+// CHAT-TEMPLATE, CHAT-PREFIX, CHAT-NOMASK; CHAT-HELPER (74); ING-INPUT (66): an input does not
+// exist; ING-RULE (78): a rule that cannot be; ING-UNFINISHED (74): the output holds an unfinished
+// ingest and `resume` is off; ING-CHANGED (78): it was begun with other inputs or options.
 #pragma once
 
 #include <cstdint>
@@ -70,7 +71,8 @@ struct IngestOptions {
   // Malformed records that may be skipped: a number, else parts in a million of the records.
   std::optional<int64_t> max_rejects = {};
   int64_t max_rejects_ppm = 1000;
-  std::string chat_template = "chatml";
+  std::string chat_template = "chatml";  // as data/chat_renderer.h has it
+  std::string tokenizer_path = {};       // where a template may be
   ChatMask chat_mask = ChatMask::kAllAssistant;
   bool add_bos = true;  // where the tokenizer has one; likewise eos
   bool add_eos = true;

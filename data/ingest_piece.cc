@@ -71,9 +71,9 @@ void PutEvent(std::string* out, PieceEventKind kind, const RecordPlace& place) {
 
 }  // namespace
 
-void Piece::AddOpened(const RecordPlace& place, bool chat) {
+void Piece::AddOpened(const RecordPlace& place, ChatShape shape) {
   PutEvent(&events_, PieceEventKind::kOpened, place);
-  Put(&events_, chat ? 1 : 0);
+  Put(&events_, static_cast<uint64_t>(shape));
 }
 
 void Piece::AddCase(const RecordPlace& place, const std::string& id, const std::string& rule,
@@ -167,7 +167,7 @@ bool Piece::Cursor::Next(PieceEvent* event) {
   event->place.line = parser.Signed();
   event->place.offset = parser.Signed();
   if (event->kind == PieceEventKind::kOpened) {
-    event->chat = parser.Number() != 0;
+    event->shape = static_cast<ChatShape>(parser.Number());
   } else {
     event->id = parser.Text();
   }

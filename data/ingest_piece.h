@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "core/status.h"
+#include "data/chat_record.h"
 #include "data/record_encoder.h"
 
 namespace sala::data {
@@ -35,8 +36,8 @@ struct RecordPlace {
 };
 
 enum class PieceEventKind : uint8_t {
-  kOpened = 1,    // the first record of a segment that passed the checks, or one of another kind
-                  // than the one before
+  kOpened = 1,    // the first record of a segment or piece that passed the checks, or one of
+                  // another shape than the one before
   kCase = 2,      // a case of a rule
   kDocument = 3,  // its tokens (none: a chat with nothing to learn)
 };
@@ -45,9 +46,9 @@ struct PieceEvent {
   PieceEventKind kind = PieceEventKind::kCase;
   RecordPlace place;
   std::string id;
-  bool chat = false;         // kOpened
-  std::string rule, action;  // kCase
-  uint64_t hash = 0;         // kDocument, likewise below
+  ChatShape shape = ChatShape::kNone;  // kOpened
+  std::string rule, action;            // kCase
+  uint64_t hash = 0;                   // kDocument, likewise below
   int64_t tokens = 0;
 };
 
@@ -56,7 +57,7 @@ class Piece {
   // Narrow: ids take 2 bytes.
   Piece(bool narrow, UnitPosition begin) : narrow_(narrow), begin_(begin) {}
 
-  void AddOpened(const RecordPlace& place, bool chat);
+  void AddOpened(const RecordPlace& place, ChatShape shape);
   void AddCase(const RecordPlace& place, const std::string& id, const std::string& rule,
                const std::string& action);
   // Without tokens when it teaches nothing.

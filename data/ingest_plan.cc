@@ -86,7 +86,8 @@ void GroupSegments(int64_t piece_bytes, IngestPlan* plan) {
   }
 }
 
-json PlanJson(const IngestOptions& options, const Tokenizer& tokenizer, const IngestPlan& plan) {
+json PlanJson(const IngestOptions& options, const Tokenizer& tokenizer, const ChatRenderer& chats,
+              const IngestPlan& plan) {
   json inputs = json::array();
   for (const PlannedFile& file : plan.files) {
     inputs.push_back({{"path", file.path},
@@ -96,7 +97,7 @@ json PlanJson(const IngestOptions& options, const Tokenizer& tokenizer, const In
   }
   return {{"format", "ingest-plan"},
           {"version", kPlanVersion},
-          {"options", OptionsJson(options, tokenizer)},
+          {"options", OptionsJson(options, tokenizer, chats)},
           {"inputs", inputs}};
 }
 
@@ -139,7 +140,8 @@ std::string NameOfRule(RecordRule rule) {
   return rule == RecordRule::kError ? "error" : rule == RecordRule::kSkip ? "skip" : "fix";
 }
 
-json OptionsJson(const IngestOptions& options, const Tokenizer& tokenizer) {
+json OptionsJson(const IngestOptions& options, const Tokenizer& tokenizer,
+                 const ChatRenderer& chats) {
   json sources = json::array();
   for (const IngestSource& s : options.sources)
     sources.push_back({{"name", s.name}, {"license", s.license}, {"note", s.note}});
@@ -155,7 +157,10 @@ json OptionsJson(const IngestOptions& options, const Tokenizer& tokenizer) {
           {"separator", options.separator},
           {"dedup", options.dedup},
           {"rules", rules},
-          {"chat_template", options.chat_template},
+          {"chat_template", chats.name()},
+          {"chat_template_sha256", chats.sha256()},
+          // What a template sees of special tokens comes from there.
+          {"tokenizer_path", chats.sha256().empty() ? "" : options.tokenizer_path},
           {"chat_mask", static_cast<int>(options.chat_mask)},
           {"add_bos", options.add_bos},
           {"add_eos", options.add_eos},
@@ -179,7 +184,8 @@ StatusOr<std::vector<std::string>> FindInputFiles(const std::vector<std::string>
   return files;
 }
 
-StatusOr<IngestPlan> MakeIngestPlan(const IngestOptions& options, const Tokenizer& tokenizer) {
+StatusOr<IngestPlan> MakeIngestPlan(const IngestOptions& options, const Tokenizer& tokenizer,
+                                    const ChatRenderer& chats) {
   IngestPlan plan;
   for (size_t s = 0; s < options.sources.size(); ++s) {
     SALA_ASSIGN_OR_RETURN(const auto paths,
@@ -193,8 +199,9 @@ StatusOr<IngestPlan> MakeIngestPlan(const IngestOptions& options, const Tokenize
     }
   }
   GroupSegments(options.piece_bytes, &plan);
-  plan.text =
-      PlanJson(options, tokenizer, plan).dump(1, ' ', false, json::error_handler_t::replace) + "\n";
+  plan.text = PlanJson(options, tokenizer, chats, plan)
+                  .dump(1, ' ', false, json::error_handler_t::replace) +
+              "\n";
   plan.fingerprint = Sha256Hex(plan.text);
   return plan;
 }

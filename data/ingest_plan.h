@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/status.h"
+#include "data/chat_renderer.h"
 #include "data/ingest.h"
 #include "data/record_reader.h"
 
@@ -48,7 +49,8 @@ struct IngestPlan {
   std::string fingerprint;  // of that text
 };
 
-StatusOr<IngestPlan> MakeIngestPlan(const IngestOptions& options, const Tokenizer& tokenizer);
+StatusOr<IngestPlan> MakeIngestPlan(const IngestOptions& options, const Tokenizer& tokenizer,
+                                    const ChatRenderer& chats);
 
 std::string PiecesDirectory(const std::string& output);
 
@@ -59,7 +61,8 @@ Status OpenPieces(const IngestOptions& options, const IngestPlan& plan);
 Status CheckUnchanged(const IngestPlan& plan);
 
 // What the data depends on, by name.
-nlohmann::json OptionsJson(const IngestOptions& options, const Tokenizer& tokenizer);
+nlohmann::json OptionsJson(const IngestOptions& options, const Tokenizer& tokenizer,
+                           const ChatRenderer& chats);
 std::string NameOfRule(RecordRule rule);
 
 }  // namespace sala::data

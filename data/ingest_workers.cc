@@ -33,17 +33,19 @@ StatusOr<std::string> HashOfFile(const std::string& path, const std::atomic<bool
   return sha.HexDigest();
 }
 
-// Lines that end before `offset`.
+// Lines that start before `offset`; the last of them may reach behind it.
 StatusOr<int64_t> CountLines(const std::string& path, int64_t offset) {
+  if (offset == 0) return 0;
   SALA_ASSIGN_OR_RETURN(auto source, OpenByteSource(path, Archive::kNone));
   std::vector<char> buffer(size_t{1} << 20);
-  int64_t lines = 0;
-  while (offset > 0) {
-    const size_t room = std::min(buffer.size(), static_cast<size_t>(offset));
+  int64_t lines = 1;
+  // A newline starts a line behind it.
+  for (int64_t left = offset - 1; left > 0;) {
+    const size_t room = std::min(buffer.size(), static_cast<size_t>(left));
     SALA_ASSIGN_OR_RETURN(const size_t n, source->Read(buffer.data(), room));
     if (n == 0) break;
     lines += std::count(buffer.begin(), buffer.begin() + static_cast<std::ptrdiff_t>(n), '\n');
-    offset -= static_cast<int64_t>(n);
+    left -= static_cast<int64_t>(n);
   }
   return lines;
 }
@@ -97,7 +99,8 @@ class IngestWorkers::UnitRun {
   RecordChecker checker_;
   const PlannedFile* file_ = nullptr;
   uint64_t segment_ = 0;
-  std::optional<bool> opened_;  // the kind of the segment's last record that passed the checks
+  std::optional<ChatShape>
+      opened_;  // the shape of the segment's last record that passed the checks
   UnitPosition at_;
   std::optional<Piece> piece_;
   int64_t piece_number_ = 0;
@@ -211,14 +214,15 @@ Status IngestWorkers::UnitRun::Take(const RawRecord& raw) {
 Status IngestWorkers::UnitRun::TakeKept(const RecordChecker::Outcome& outcome,
                                         const RecordPlace& place, const RawRecord& raw) {
   const CheckedRecord& record = outcome.record;
-  if (opened_ != record.chat) {
-    opened_ = record.chat;
-    piece_->AddOpened(place, record.chat);
-    if (record.chat) SALA_RETURN_IF_ERROR(workers_.encoder_.CheckChats());
+  if (opened_ != record.shape) {
+    opened_ = record.shape;
+    piece_->AddOpened(place, record.shape);
+    if (record.is_chat()) SALA_RETURN_IF_ERROR(workers_.encoder_.chats().CheckTokens());
   }
   const Status status = workers_.encoder_.Encode(record, &encoded_);
   if (!status.ok()) {
-    if (checker_.RuleOf("chat") == RecordRule::kError) return Placed(status, raw);
+    if (checker_.RuleOf("chat") == RecordRule::kError || !IsRecordError(status))
+      return Placed(status, raw);
     piece_->AddCase(place, record.id, "chat", "skip");
     return OkStatus();
   }

@@ -1,9 +1,10 @@
 // The threads that turn the units of a plan into pieces, and the order in which they are taken.
 //
 //   IngestWorkers workers(options, tokenizer, plan, encoder);
-//   SALA_RETURN_IF_ERROR(workers.Start());
+//   workers.Start();
 //   std::optional<Piece> piece;
-//   SALA_ASSIGN_OR_RETURN(bool more, workers.NextPiece(unit, number, &piece, on_wait));
+//   Status failure;
+//   SALA_ASSIGN_OR_RETURN(bool more, workers.NextPiece(unit, number, &piece, &failure, on_wait));
 //
 // Units are handed out in order. When a unit fails, those before it are finished and none behind it
 // is begun, so the first mistake of the inputs is reported, whatever the number of workers.

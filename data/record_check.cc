@@ -11,7 +11,7 @@
 namespace sala::data {
 namespace {
 
-using nlohmann::json;
+using json = nlohmann::ordered_json;  // templates of chats print objects in their order
 
 std::map<std::string, RecordRule> DefaultRules() {
   return {{"not_json", RecordRule::kError},
@@ -82,6 +82,25 @@ std::vector<size_t> LoneSurrogates(std::string_view text) {
     }
   }
   return lone;
+}
+
+// Copying and writing out a value call themselves for every level, as does the parser of Python
+// that templates get their conversation from (at most 1000 levels).
+constexpr int64_t kMostLevels = 500;
+
+// How deep arrays and objects lie in each other, at most.
+int64_t Levels(std::string_view text) {
+  int64_t levels = 0, most = 0;
+  bool quoted = false;
+  for (size_t at = 0; at < text.size(); ++at) {
+    const char c = text[at];
+    if (c == '"') quoted = !quoted;
+    if (quoted && c == '\\') ++at;
+    if (quoted) continue;
+    if (c == '[' || c == '{') most = std::max(most, ++levels);
+    if (c == ']' || c == '}') --levels;
+  }
+  return most;
 }
 
 }  // namespace
@@ -160,7 +179,7 @@ Status RecordChecker::CheckNul(std::string* text, const std::string& where,
 
 Status RecordChecker::CheckJson(const RawRecord& raw, const std::string& where, Outcome* outcome) {
   const std::vector<size_t> lone = LoneSurrogates(raw.bytes);
-  if (lone.empty() && IsUtf8Fast(raw.bytes) &&
+  if (lone.empty() && IsUtf8Fast(raw.bytes) && Levels(raw.bytes) <= kMostLevels &&
       fields_.Parse(raw.bytes, &outcome->record.text, &outcome->record.id))
     return OkStatus();
   std::string bytes(raw.bytes);
@@ -179,6 +198,11 @@ Status RecordChecker::CheckJson(const RawRecord& raw, const std::string& where, 
   // own.
   SALA_RETURN_IF_ERROR(CheckBytes(&bytes, raw.line, where, outcome));
   if (!outcome->keep) return OkStatus();
+  if (Levels(bytes) > kMostLevels)
+    return Apply(
+        {"not_json", "ING-JSON",
+         "arrays and objects are nested deeper than " + std::to_string(kMostLevels) + " levels"},
+        where, outcome);
   json record;
   try {
     record = json::parse(bytes);
@@ -190,27 +214,30 @@ Status RecordChecker::CheckJson(const RawRecord& raw, const std::string& where, 
                   std::string("found a JSON ") + record.type_name() + ", expected an object"},
                  where, outcome);
   const json* text = FindField(record, options_.text_field);
-  const json* messages = FindField(record, options_.messages_field);
-  if (text == nullptr && messages == nullptr) {
+  const ChatShape shape = ShapeOf(record, options_.messages_field);
+  if (text == nullptr && shape == ChatShape::kNone) {
     std::string keys;
     for (const auto& [key, value] : record.items()) keys += (keys.empty() ? "" : ", ") + key;
-    return Apply({"field_missing", "ING-FIELD",
-                  "no field \"" + options_.text_field + "\" (text) or \"" +
-                      options_.messages_field + "\" (chat); the record has: " + Printable(keys)},
-                 where, outcome);
+    return Apply(
+        {"field_missing", "ING-FIELD",
+         "no field \"" + options_.text_field + "\" (text) or \"" + options_.messages_field +
+             "\" (chat), no \"conversations\", no \"instruction\" with \"output\"; the "
+             "record has: " +
+             Printable(keys)},
+        where, outcome);
   }
-  // Only plain values name a record; writing out a nested one calls itself for every level.
+  // Only plain values name a record.
   if (const json* id = FindField(record, options_.id_field); id != nullptr && id->is_primitive())
     outcome->record.id = id->is_string() ? id->get<std::string>() : id->dump();
-  outcome->record.chat = messages != nullptr;
-  if (messages != nullptr) {
-    auto parsed = ParseMessages(*messages);
+  outcome->record.shape = shape;
+  if (shape != ChatShape::kNone) {
+    auto parsed = ParseChat(record, shape, options_.messages_field);
     if (!parsed.ok()) {
       const std::string code = ErrorCodeOf(parsed.status());
       return Apply({"wrong_type", code, MessageOf(parsed.status()).substr(code.size() + 2)}, where,
                    outcome);
     }
-    outcome->record.messages = std::move(*parsed);
+    outcome->record.chat = std::move(*parsed);
     return OkStatus();
   }
   if (!text->is_string()) {
@@ -235,10 +262,10 @@ StatusOr<RecordChecker::Outcome> RecordChecker::Check(const RawRecord& raw, Inpu
     SALA_RETURN_IF_ERROR(CheckJson(raw, where, &outcome));
   }
   if (outcome.keep) SALA_RETURN_IF_ERROR(CheckNul(&record.text, where, &outcome));
-  for (ChatMessage& message : record.messages) {
+  for (ChatMessage& message : record.chat.messages) {
     if (outcome.keep) SALA_RETURN_IF_ERROR(CheckNul(&message.content, where, &outcome));
   }
-  const bool empty = record.chat ? record.messages.empty() : record.text.empty();
+  const bool empty = record.is_chat() ? record.chat.messages.empty() : record.text.empty();
   if (outcome.keep && empty)
     SALA_RETURN_IF_ERROR(Apply({"empty", "ING-EMPTY", "the record has no text"}, where, &outcome));
   return outcome;

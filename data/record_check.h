@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "core/status.h"
-#include "data/chat.h"
+#include "data/chat_record.h"
 #include "data/ingest.h"
 #include "data/record_reader.h"
 #include "data/text_fields.h"
@@ -16,10 +16,11 @@
 namespace sala::data {
 
 struct CheckedRecord {
-  bool chat = false;
-  std::string text;                   // of a text record
-  std::vector<ChatMessage> messages;  // of a chat record
-  std::string id;                     // "" if the record has none
+  ChatShape shape = ChatShape::kNone;
+  std::string text;  // of a text record
+  ChatRecord chat;   // of a chat record
+  std::string id;    // "" if the record has none
+  bool is_chat() const { return shape != ChatShape::kNone; }
 };
 
 // One case of a rule: what was found and what is done about it.

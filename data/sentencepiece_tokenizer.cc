@@ -65,7 +65,7 @@ class SentencePieceTokenizer : public Tokenizer {
     for (const SentencePiece& p : model_->EncodeWithOffsets(text))
       out->push_back({p.id, offset + p.begin});
   }
-  void AppendIds(std::string_view text, std::vector<int32_t>* out) const override {
+  void AppendIds(std::string_view text, int64_t offset, std::vector<int32_t>* out) const override {
     const std::vector<int> ids = model_->Encode(text);
     out->insert(out->end(), ids.begin(), ids.end());
   }
@@ -109,7 +109,11 @@ class SentencePieceTokenizer : public Tokenizer {
 Status SentencePieceTokenizer::SaveTo(const std::string& directory) const {
   SALA_RETURN_IF_ERROR(MakeDirectories(directory));
   const std::string from = path_.substr(0, path_.find_last_of('/') + 1);
-  SALA_RETURN_IF_ERROR(CopyTokenizerFiles(from.empty() ? "." : from, directory).status());
+  // A tokenizer.json beside it is left behind: readers would take that one, and here the model was
+  // chosen.
+  SALA_RETURN_IF_ERROR(
+      CopyTokenizerFiles(from.empty() ? "." : from, directory, /*without=*/kHfTokenizerFile)
+          .status());
   // The vocabulary itself, whatever it is called and may have become since it was read.
   SALA_RETURN_IF_ERROR(WriteFileAtomically(directory + "/" + kSentencePieceFile, bytes_));
   return WriteTokenizerConfigs(*this, directory,

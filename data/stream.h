@@ -78,6 +78,13 @@ class SampleStream {
   const std::string& fingerprint() const { return fingerprint_; }
 
   int64_t seq_len() const { return seq_len_; }
+  const DataConfig& config() const { return config_; }
+  // Samples of each view among [0, total_samples).
+  const std::vector<int64_t>& CountsBefore(int64_t total_samples) {
+    return mixture_.CountsBefore(total_samples);
+  }
+  // The share of the samples that each view is to give, in units of 1 / 2^32 or so.
+  const std::vector<int64_t>& integer_weights() const { return mixture_.integer_weights(); }
   const std::vector<std::unique_ptr<View>>& views() const { return views_; }
 
  private:

@@ -2,10 +2,18 @@
 // gives the same text everywhere. They serve training (documents of a token store) and evaluation
 // (prompt and answer ids). "RULER-like": the wording is our own.
 //
-//   passkey       one number hidden in the haystack
-//   niah_multikey several keys with numbers, one is asked for
-//   tracking      a chain of variables assigned from one another, all names holding one value are
-//   asked for
+//   passkey          one number hidden in the haystack
+//   niah_multikey    several keys with numbers, one is asked for
+//   tracking         a chain of variables assigned from one another, all names holding one value
+//                    are asked for
+//   niah_single_1    a key with a number in filler; _2 in running text; _3 with a code (UUID) there
+//   niah_multikey_1  several keys in running text; _2, _3: the context is nothing but other needles
+//   niah_multivalue  a key with several numbers in running text, all are asked for
+//   niah_multiquery  several keys in running text, all are asked for in another order
+//   common_words     a list in which ten words come more often than the others
+//   frequent_words   words whose counts fall with the square of the rank; the first three are asked
+//                    for
+//   kv               a JSON object with UUID keys and values
 //
 // Every prompt ends with the first words of the answer and the answer begins with a space, so that
 // encode(prompt + answer) starts with encode(prompt); where a tokenizer breaks this the error is
@@ -26,10 +34,29 @@
 
 namespace sala::data {
 
-enum class RecallTask { kPasskey, kMultiKey, kTracking };
+enum class RecallTask : uint8_t {
+  kPasskey,
+  kMultiKey,
+  kTracking,
+  kSingle1,
+  kSingle2,
+  kSingle3,
+  kMultiKey1,
+  kMultiKey2,
+  kMultiKey3,
+  kMultiValue,
+  kMultiQuery,
+  kCommonWords,
+  kFrequentWords,
+  kKeyValue
+};
 
 const char* NameOf(RecallTask task);
 StatusOr<RecallTask> RecallTaskNamed(const std::string& name);  // EVAL-TASK (78)
+std::vector<std::string> RecallTaskNames();
+// Whether the task is meant for running text; the others make their own context or use the filler.
+bool WantsRunningText(RecallTask task);
+constexpr double kNoDepth = -1;
 
 // What the needles are hidden in: units that are taken in order from a drawn start.
 class Haystack {
@@ -63,7 +90,9 @@ struct RecallOptions {
   int64_t seed = 1234;
   int64_t length_tokens =
       512;  // of the whole sequence: bos, prompt, answer, in chat form also the end of the turn
-  int64_t keys = 4;   // niah_multikey: how many; tracking: the length of the chain
+  // niah_multikey, _multikey_1, _multiquery: how many keys; niah_multivalue: how many values;
+  // tracking: the length of the chain.
+  int64_t keys = 4;
   bool chat = false;  // the prompt as a user's message, the answer as the assistant's
   std::string purpose =
       "eval";  // names the random stream; training uses another, so the texts differ
@@ -73,8 +102,9 @@ struct RecallItem {
   std::vector<int32_t> prompt,
       answer;  // prompt with bos where the tokenizer has one; ids to be predicted
   std::string prompt_text, answer_text;
-  double depth = 0;   // of the needle asked for, 0 = start, 1 = end of the context
-  int64_t units = 0;  // of the haystack
+  // Of the needle asked for, 0 = start, 1 = end of the context; kNoDepth where there is none.
+  double depth = 0;
+  int64_t units = 0;  // of the context
 };
 
 StatusOr<RecallItem> MakeRecallItem(const RecallOptions& options, const Haystack& haystack,

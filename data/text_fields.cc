@@ -78,7 +78,7 @@ struct TextFieldParser::Parser {
 TextFieldParser::TextFieldParser(const IngestOptions& options)
     : text_path_(PathOf(options.text_field)),
       id_path_(PathOf(options.id_field)),
-      chat_keys_{PathOf(options.messages_field)[0], "messages", "conversations", "instruction"},
+      chat_keys_{PathOf(options.messages_field)[0], "conversations", "instruction"},
       parser_(std::make_unique<Parser>()) {}
 
 TextFieldParser::TextFieldParser(TextFieldParser&& other) noexcept = default;

@@ -7,6 +7,7 @@
 #include "core/file.h"
 #include "core/hash.h"
 #include "core/utf8.h"
+#include "data/hf_tokenizer.h"
 #include "data/sentencepiece_tokenizer.h"
 #include "data/tokenizer_files.h"
 #include "data/utf8.h"
@@ -54,7 +55,7 @@ std::vector<int32_t> Tokenizer::Encode(std::string_view text) const {
     if (part.added_id >= 0) {
       ids.push_back(part.added_id);
     } else {
-      AppendIds(part.text, &ids);
+      AppendIds(part.text, part.offset, &ids);
     }
   }
   return ids;
@@ -70,6 +71,10 @@ std::vector<Tokenizer::Piece> Tokenizer::EncodeWithOffsets(std::string_view text
     }
   }
   return pieces;
+}
+
+void Tokenizer::AddSpecial(std::vector<int32_t>* ids) const {
+  if (bos_id() >= 0) ids->insert(ids->begin(), bos_id());
 }
 
 std::string Tokenizer::Decode(std::span<const int32_t> ids) const {
@@ -156,7 +161,7 @@ class ByteTokenizer : public Tokenizer {
   void AppendPieces(std::string_view text, int64_t offset, std::vector<Piece>* out) const override {
     for (const char c : text) out->push_back({static_cast<uint8_t>(c), offset++});
   }
-  void AppendIds(std::string_view text, std::vector<int32_t>* out) const override {
+  void AppendIds(std::string_view text, int64_t offset, std::vector<int32_t>* out) const override {
     for (const char c : text) out->push_back(static_cast<uint8_t>(c));
   }
 
@@ -172,25 +177,27 @@ std::unique_ptr<Tokenizer> MakeByteTokenizer() { return std::make_unique<ByteTok
 StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& path) {
   if (path == "bytes") return MakeByteTokenizer();
   if (!PathExists(path)) {
-    return MakeError(
-        ExitCode::kNoInput, "TOK-MISSING",
-        path + ": no such tokenizer; give a directory with tokenizer.model, or \"bytes\"");
+    return MakeError(ExitCode::kNoInput, "TOK-MISSING",
+                     path +
+                         ": no such tokenizer; give a directory with tokenizer.json or "
+                         "tokenizer.model, or \"bytes\"");
   }
   if (!IsDirectory(path)) {
-    const size_t name = path.find_last_of('/') + 1;  // npos + 1 == 0
-    if (path.substr(name) == kByteTokenizerFile) return MakeByteTokenizer();
+    const std::string name = path.substr(path.find_last_of('/') + 1);  // npos + 1 == 0
+    if (name == kByteTokenizerFile) return MakeByteTokenizer();
+    if (name.ends_with(".json")) return LoadHfTokenizer(path);
     return LoadSentencePieceTokenizer(path);
   }
+  // A file of ours alone, so where it is there it is meant.
+  if (PathExists(path + "/" + kByteTokenizerFile)) return MakeByteTokenizer();
+  if (PathExists(path + "/" + kHfTokenizerFile))
+    return LoadHfTokenizer(path + "/" + kHfTokenizerFile);
   if (PathExists(path + "/" + kSentencePieceFile))
     return LoadSentencePieceTokenizer(path + "/" + kSentencePieceFile);
-  if (PathExists(path + "/" + kByteTokenizerFile)) return MakeByteTokenizer();
-  const bool has_json = PathExists(path + "/tokenizer.json");
   return MakeError(ExitCode::kNoInput, "TOK-MISSING",
-                   path + ": the directory has no tokenizer.model" +
-                       (has_json ? ", only a tokenizer.json, a form that is not read: a model "
-                                   "without a SentencePiece tokenizer cannot be trained on its "
-                                   "own tokens"
-                                 : "; put the SentencePiece model there"));
+                   path +
+                       ": the directory has no tokenizer.json and no tokenizer.model; put the "
+                       "tokenizer's files there");
 }
 
 }  // namespace sala::data

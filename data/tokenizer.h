@@ -8,7 +8,9 @@
 // leftmost first, the longest of those that start at one place. Everything else goes through the
 // model, piece by piece between markers.
 //
-// Two kinds:
+// Three kinds:
+//   * `tokenizer.json` of Hugging Face: byte-pair encoding with byte fallback (Llama 2, MiniCPM) or
+//   on bytes (Qwen, Llama 3); data/hf_tokenizer.h;
 //   * SentencePiece: `tokenizer.model`, with `added_tokens.json` {"<|im_end|>": id, ...} beside it
 //   if there are any;
 //   * bytes: 256 byte values, then bos 256, eos 257, pad 258, <|im_start|> 259, <|im_end|> 260. The
@@ -18,7 +20,9 @@
 // of the SentencePiece format: the character U+2581, which the format uses for the space, comes
 // back as a space.
 //
-// Errors: TOK-MISSING (66), TOK-FORMAT (65), TOK-TRAIN (65).
+// Encoding and decoding may be called from several threads at once.
+//
+// Errors: TOK-MISSING (66), TOK-FORMAT (65), TOK-UNSUPPORTED (65), TOK-VOCAB (65), TOK-TRAIN (65).
 #pragma once
 
 #include <cstdint>
@@ -52,9 +56,14 @@ class Tokenizer {
   std::vector<int32_t> Encode(std::string_view text) const;
   std::vector<Piece> EncodeWithOffsets(std::string_view text) const;
 
-  // Added tokens are shown as their text; bos, eos and pad as nothing; unk as U+FFFD. Bytes that
-  // are no UTF-8 stay as they are.
-  std::string Decode(std::span<const int32_t> ids) const;
+  // Puts around the ids of a text what its makers put around it when they run the model: bos, or
+  // what the post-processor of a tokenizer.json says.
+  virtual void AddSpecial(std::vector<int32_t>* ids) const;
+
+  // Added tokens are shown as their text; bos, eos and pad as nothing, unless they are added
+  // tokens; unk as U+FFFD. Bytes that are no UTF-8 stay as they are. A tokenizer.json has a decoder
+  // of its own, which is done as it says.
+  virtual std::string Decode(std::span<const int32_t> ids) const;
   // The bytes one token adds to the text. For showing text while it is generated use StreamDecoder.
   virtual std::string TokenBytes(int32_t id) const = 0;
 
@@ -78,9 +87,18 @@ class Tokenizer {
 
  protected:
   Tokenizer() = default;
+  struct Part {
+    std::string_view text;
+    int64_t offset;
+    int32_t added_id;  // -1: ordinary text
+  };
+  // The parts of a text, in order: added tokens and what is between them.
+  virtual std::vector<Part> Split(std::string_view text) const;
+  // `offset`: of the ordinary text in the whole one.
   virtual void AppendPieces(std::string_view text, int64_t offset,
                             std::vector<Piece>* out) const = 0;
-  virtual void AppendIds(std::string_view text, std::vector<int32_t>* out) const = 0;
+  virtual void AppendIds(std::string_view text, int64_t offset,
+                         std::vector<int32_t>* out) const = 0;
   virtual bool adds_dummy_prefix() const { return false; }
   void SetAddedTokens(std::map<std::string, int32_t> added);
 
@@ -88,13 +106,6 @@ class Tokenizer {
   std::string name_;
 
  private:
-  struct Part {
-    std::string_view text;
-    int64_t offset;
-    int32_t added_id;  // -1: ordinary text
-  };
-  std::vector<Part> Split(std::string_view text) const;
-
   std::map<std::string, int32_t> added_;
   std::map<int32_t, std::string> added_by_id_;
   std::vector<std::pair<std::string, int32_t>> longest_first_;
@@ -113,7 +124,8 @@ class StreamDecoder {
   std::string rest_;
 };
 
-// A directory with tokenizer.model (or byte_tokenizer.json), such a file, or the word "bytes".
+// A directory with byte_tokenizer.json, tokenizer.json or tokenizer.model (the first of them that
+// is there), such a file, or the word "bytes".
 StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& path);
 
 std::unique_ptr<Tokenizer> MakeByteTokenizer();

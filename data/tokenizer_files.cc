@@ -20,10 +20,11 @@ Status WriteIfAbsent(const std::string& path, const nlohmann::json& content) {
 }  // namespace
 
 StatusOr<std::vector<std::string>> CopyTokenizerFiles(const std::string& from,
-                                                      const std::string& to) {
+                                                      const std::string& to,
+                                                      const std::string& without) {
   std::vector<std::string> copied;
   for (const char* name : kTokenizerFiles) {
-    if (!PathExists(from + "/" + name)) continue;
+    if (name == without || !PathExists(from + "/" + name)) continue;
     SALA_ASSIGN_OR_RETURN(const std::string content, ReadFile(from + "/" + name));
     SALA_RETURN_IF_ERROR(MakeDirectories(to));
     SALA_RETURN_IF_ERROR(WriteFileAtomically(to + "/" + name, content));

@@ -10,6 +10,7 @@
 
 namespace sala::data {
 
+inline constexpr char kHfTokenizerFile[] = "tokenizer.json";
 inline constexpr char kSentencePieceFile[] = "tokenizer.model";
 inline constexpr char kAddedTokensFile[] = "added_tokens.json";
 inline constexpr char kByteTokenizerFile[] = "byte_tokenizer.json";
@@ -19,7 +20,7 @@ inline constexpr char kByteTokenizerFile[] = "byte_tokenizer.json";
 inline constexpr std::array<const char*, 11> kTokenizerFiles = {kSentencePieceFile,
                                                                 kAddedTokensFile,
                                                                 kByteTokenizerFile,
-                                                                "tokenizer.json",
+                                                                kHfTokenizerFile,
                                                                 "vocab.json",
                                                                 "merges.txt",
                                                                 "vocab.txt",
@@ -28,9 +29,10 @@ inline constexpr std::array<const char*, 11> kTokenizerFiles = {kSentencePieceFi
                                                                 "chat_template.json",
                                                                 "special_tokens_map.json"};
 
-// Those of them that are in `from`, copied byte for byte; returns their names.
+// Those of them that are in `from`, but not `without`, copied byte for byte; returns their names.
 StatusOr<std::vector<std::string>> CopyTokenizerFiles(const std::string& from,
-                                                      const std::string& to);
+                                                      const std::string& to,
+                                                      const std::string& without = {});
 
 struct TokenizerConfigFields {
   std::string tokenizer_class;

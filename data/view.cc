@@ -11,13 +11,8 @@
 namespace sala::data {
 namespace {
 
-// Why documents are not in a view.
-struct Removed {
-  int64_t other_split = 0, too_short = 0, too_long = 0, over_seq_len = 0;
-};
-
-std::string Describe(const Removed& removed, const ViewConfig& config, const PackRule& rule,
-                     Split split) {
+std::string Describe(const RemovedDocuments& removed, const ViewConfig& config,
+                     const PackRule& rule, Split split) {
   return std::to_string(removed.other_split) +
          (split == Split::kTraining ? " held out for validation, " : " not held out, ") +
          std::to_string(removed.too_short) + " shorter than min_tokens " +
@@ -50,7 +45,7 @@ StatusOr<std::unique_ptr<View>> View::Open(const ViewConfig& config, const DataC
   view->key_ = std::move(key);
   view->rule_ = rule;
   view->max_epochs_ = config.max_epochs.value_or(info.sft() ? 4 : 1);
-  Removed removed;
+  RemovedDocuments& removed = view->removed_;
   for (int64_t f = 0; f < store->files(); ++f) {
     SALA_ASSIGN_OR_RETURN(const TokenFile* file, store->File(f));
     std::vector<int64_t> kept;

@@ -34,6 +34,11 @@ struct ViewSample {
   std::vector<DocumentRun> runs;
 };
 
+// Documents of a dataset that are not in a view, by the first filter that removed them.
+struct RemovedDocuments {
+  int64_t other_split = 0, too_short = 0, too_long = 0, over_seq_len = 0;
+};
+
 class View {
  public:
   struct Key {  // names the random streams: v1|SEED|STAGE|VIEW|EPOCH|PURPOSE|EXTRA
@@ -53,6 +58,7 @@ class View {
   int64_t max_epochs() const { return max_epochs_; }
   int64_t documents() const { return documents_; }
   int64_t tokens() const { return tokens_; }
+  const RemovedDocuments& removed() const { return removed_; }
   const PackRule& rule() const { return rule_; }
 
   ViewSample Sample(int64_t k);
@@ -83,6 +89,7 @@ class View {
   std::shared_ptr<TokenStore> store_;
   int64_t max_epochs_ = 1;
   int64_t samples_ = 0, documents_ = 0, tokens_ = 0;
+  RemovedDocuments removed_;
   std::vector<std::vector<int64_t>> kept_;     // documents of the view, by file
   std::vector<std::vector<int64_t>> lengths_;  // their lengths
   std::vector<int64_t> shard_index_, file_samples_;

@@ -1,22 +1,28 @@
 #include "launch/command.h"
 
+#include <unistd.h>
+
 #include <array>
 #include <cstdarg>
 #include <cstdio>
 #include <string>
+
+#include "core/terminal.h"
 
 namespace sala::launch {
 
 CLI::App* AddCommand(CLI::App& parent, const std::string& name, const std::string& description,
                      const std::string& example) {
   CLI::App* command = parent.add_subcommand(name, description);
-  command->footer("Example:\n  " + example);
+  command->footer("Example:\n  " + example + "\n");
+  command->fallthrough();  // --quiet and --color may stand behind any command
   return command;
 }
 
 void PrintError(const Status& status) {
   std::fflush(stdout);  // what was printed before stands before it
-  std::fprintf(stderr, "sala: error: %s\n", MessageOf(status).c_str());
+  std::fprintf(stderr, "sala: %s %s\n", Tinted(STDERR_FILENO, Tint::kBad, "error:").c_str(),
+               MessageOf(status).c_str());
 }
 
 std::string WithCommas(int64_t value) {

@@ -16,6 +16,10 @@
 
 #include "core/status.h"
 
+namespace sala::data {
+struct IngestOptions;
+}
+
 namespace sala::launch {
 
 struct CommandLine {
@@ -38,16 +42,21 @@ CLI::App* AddCommand(CLI::App& parent, const std::string& name, const std::strin
 void AddTrainCommand(CommandLine& line);
 void AddVerifyCommand(CommandLine& line);
 void AddDataCommands(CommandLine& line);
+void AddDataPlanCommands(CommandLine& line, CLI::App& group);  // plan, trace, render
+void AddChatOptions(CLI::App* command, data::IngestOptions* options);
 void AddTokenizerCommands(CommandLine& line);
 void AddCheckpointCommands(CommandLine& line);
 void AddExportCommand(CommandLine& line);
 void AddImportCommand(CommandLine& line);
 void AddGenerateCommand(CommandLine& line);
+void AddEvalCommand(CommandLine& line);
 void AddLogitsCommand(CommandLine& line);
 void AddBenchCommands(CommandLine& line);
 void AddPlanCommand(CommandLine& line);
+void AddReportCommand(CommandLine& line);
 void AddDoctorCommand(CommandLine& line);
 void AddExplainFaultCommand(CommandLine& line);
+void AddCompletionCommand(CommandLine& line);
 
 // "sala: error: CODE: text" on stderr.
 void PrintError(const Status& status);

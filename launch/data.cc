@@ -27,7 +27,6 @@ struct IngestCommand {
   std::string separator;
   std::string max_rejects;
   bool blank_lines = false;
-  bool quiet = false;
   bool no_bos = false;
   bool no_eos = false;
 };
@@ -94,7 +93,7 @@ Status SetMaxRejects(const std::string& text, data::IngestOptions* options) {
 Status Ingest(IngestCommand command) {
   data::IngestOptions& options = command.options;
   options.sources = Sources(command);
-  options.progress = !command.quiet;
+  options.progress = true;
   SALA_ASSIGN_OR_RETURN(options.rules, Rules(command.rules));
   SALA_RETURN_IF_ERROR(SetMaxRejects(command.max_rejects, &options));
   if (command.blank_lines) options.split = data::TextSplit::kBlankLines;
@@ -102,6 +101,7 @@ Status Ingest(IngestCommand command) {
     options.split = data::TextSplit::kSeparator;
     options.separator = command.separator;
   }
+  options.tokenizer_path = command.tokenizer;
   options.add_bos = !command.no_bos;
   options.add_eos = !command.no_eos;
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
@@ -167,17 +167,7 @@ void AddIngest(CommandLine& line, CLI::App& group) {
                    "text that a worker holds, and does again after a kill")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 32))
       ->capture_default_str();
-  command->add_flag("--quiet", options->quiet, "no progress line");
-  command
-      ->add_option_function<std::string>(
-          "--chat-mask",
-          [options](const std::string& mask) {
-            options->options.chat_mask = mask == "last"  ? data::ChatMask::kLastAssistant
-                                         : mask == "all" ? data::ChatMask::kAllTokens
-                                                         : data::ChatMask::kAllAssistant;
-          },
-          "what is learned of a chat: every assistant turn, the last one, or all tokens")
-      ->check(CLI::IsMember({"assistant", "last", "all"}));
+  AddChatOptions(command, &options->options);
   command->add_flag("--no-bos", options->no_bos, "no start token before a document");
   command->add_flag("--no-eos", options->no_eos, "no end token behind a document");
   command->add_option("--shard-tokens", options->options.shard_tokens, "tokens per file")
@@ -431,6 +421,7 @@ void AddDataCommands(CommandLine& line) {
   AddMerge(line, *group);
   AddImportMegatron(line, *group);
   AddSynth(line, *group);
+  AddDataPlanCommands(line, *group);
 }
 
 }  // namespace sala::launch

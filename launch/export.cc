@@ -100,7 +100,9 @@ StatusOr<std::unique_ptr<data::Tokenizer>> FindTokenizer(
   auto loaded = data::LoadTokenizer(*path);
   if (loaded.ok()) return std::move(loaded).value();
   if (source && !command.options.tokenizer_directory.empty() &&
-      ErrorCodeOf(loaded.status()) == "TOK-MISSING")
+      (ErrorCodeOf(loaded.status()) == "TOK-MISSING" ||
+       ErrorCodeOf(loaded.status()) == "TOK-UNSUPPORTED" ||
+       ErrorCodeOf(loaded.status()) == "TOK-FORMAT"))
     return tokenizer;
   return loaded.status();
 }

@@ -3,20 +3,22 @@
 #include <cstdio>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "data/tokenizer.h"
 #include "launch/command.h"
+#include "launch/plan_text.h"
 #include "nlohmann/json.hpp"
-#include "recipes/checkpointing.h"
 #include "recipes/config.h"
+#include "recipes/halo/items.h"
 #include "recipes/plan.h"
+#include "recipes/starting_model.h"
 
 namespace sala::launch {
 namespace {
 
 using recipes::CommPlan;
-using recipes::MemoryPlan;
 using recipes::NamedPlan;
 using recipes::RankPlan;
 
@@ -24,49 +26,28 @@ struct PlanOptions {
   std::string config;
   std::vector<std::string> sets;
   std::string stage;
+  std::string run;
   std::string device;
   int ranks = 1;
+  int gpus = 0;  // 0: plan what the file says
+  std::string gpu;
   bool json = false;
 };
 
-// What a stage at the head of the run starts from: only shapes are read.
-StatusOr<model::ModelConfig> StartingConfig(const recipes::StageConfig& stage) {
-  if (stage.model) {
-    model::ModelConfig config = *stage.model;
-    if (config.vocab_size == 0) {
-      SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
-                            data::LoadTokenizer(stage.tokenizer));
-      config.vocab_size = tokenizer->vocab_size();
-    }
-    SALA_RETURN_IF_ERROR(config.Resolve());
-    return config;
-  }
-  return recipes::ModelConfigAt(stage.init_from->path);
-}
-
-const std::vector<std::pair<const char*, int64_t MemoryPlan::*>>& MemoryKinds() {
-  static const std::vector<std::pair<const char*, int64_t MemoryPlan::*>> kinds = {
-      {"parameters", &MemoryPlan::parameters},
-      {"frozen", &MemoryPlan::frozen},
-      {"slots", &MemoryPlan::slots},
-      {"gradients", &MemoryPlan::gradients},
-      {"optimizer", &MemoryPlan::optimizer},
-      {"exchange", &MemoryPlan::exchange},
-      {"activations", &MemoryPlan::activations},
-      {"work_space", &MemoryPlan::work_space}};
-  return kinds;
+// Where a new model takes its vocabulary from the tokenizer.
+recipes::VocabularySize VocabularyOf(const recipes::StageConfig& stage) {
+  return [&stage]() -> StatusOr<int64_t> {
+    SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
+                          data::LoadTokenizer(stage.tokenizer));
+    return tokenizer->vocab_size();
+  };
 }
 
 nlohmann::ordered_json ToJson(const RankPlan& rank) {
   auto comm = nlohmann::ordered_json::object();
   for (const auto& [name, count] : rank.comm)
     comm[name] = {{"calls", count.calls}, {"bytes", count.bytes}};
-  auto memory = nlohmann::ordered_json::object();
-  for (const auto& [name, kind] : MemoryKinds()) memory[name] = rank.memory.*kind;
-  memory["buffers"] = rank.memory.buffers();
-  memory["total"] = rank.memory.total();
-  memory["host"] = rank.memory.host;
-  return {{"comm", comm}, {"memory", memory}};
+  return {{"comm", comm}, {"memory", MemoryJson(rank.memory)}};
 }
 
 nlohmann::ordered_json ToJson(const NamedPlan& plan, const std::vector<RankPlan>& ranks) {
@@ -74,11 +55,7 @@ nlohmann::ordered_json ToJson(const NamedPlan& plan, const std::vector<RankPlan>
   auto all = nlohmann::ordered_json::array();
   for (const RankPlan& rank : ranks) all.push_back(ToJson(rank));
   return {{"phase", plan.phase},
-          {"mesh",
-           {{"dp", input.mesh.dp},
-            {"cp", input.mesh.cp},
-            {"tp", input.mesh.tp},
-            {"zero_stage", input.mesh.zero_stage}}},
+          {"mesh", MeshJson(input.mesh)},
           {"steps", input.batch.steps},
           {"tokens_per_step", input.batch.global_batch_tokens},
           {"parameters", recipes::TrainedParameters(input)},
@@ -92,11 +69,8 @@ void PrintTable(const std::string& stage, const NamedPlan& plan,
   const auto largest = std::max_element(
       ranks.begin(), ranks.end(),
       [](const RankPlan& a, const RankPlan& b) { return a.memory.total() < b.memory.total(); });
-  std::printf("\n%s / %s: dp %lld x cp %lld x tp %lld, ZeRO %lld, %s\n", stage.c_str(),
-              plan.phase.c_str(), static_cast<long long>(input.mesh.dp),
-              static_cast<long long>(input.mesh.cp), static_cast<long long>(input.mesh.tp),
-              static_cast<long long>(input.mesh.zero_stage),
-              input.device == DeviceKind::kCuda ? "cuda" : "cpu");
+  std::printf("\n%s / %s: %s, %s\n", stage.c_str(), plan.phase.c_str(),
+              MeshText(input.mesh).c_str(), input.device == DeviceKind::kCuda ? "cuda" : "cpu");
   std::printf("  %-26s %s\n", "steps", WithCommas(input.batch.steps).c_str());
   std::printf("  %-26s %s\n", "tokens per step",
               WithCommas(input.batch.global_batch_tokens).c_str());
@@ -105,13 +79,7 @@ void PrintTable(const std::string& stage, const NamedPlan& plan,
   std::printf("  %-26s %.3e\n", "floating-point operations", recipes::StepFlop(input));
   std::printf("  memory of rank %lld, the largest\n",
               static_cast<long long>(largest - ranks.begin()));
-  for (const auto& [name, kind] : MemoryKinds()) {
-    const int64_t bytes = largest->memory.*kind;
-    if (bytes > 0) std::printf("    %-24s %s\n", name, ByteText(bytes).c_str());
-  }
-  std::printf("    %-24s %s\n", "total", ByteText(largest->memory.total()).c_str());
-  if (largest->memory.host > 0)
-    std::printf("    %-24s %s\n", "host memory beside it", ByteText(largest->memory.host).c_str());
+  PrintMemory(largest->memory);
   CommPlan most;
   for (const RankPlan& rank : ranks) {
     for (const auto& [name, count] : rank.comm) {
@@ -129,6 +97,7 @@ void PrintTable(const std::string& stage, const NamedPlan& plan,
 
 Status Plan(const PlanOptions& options) {
   std::vector<std::string> sets = options.sets;
+  if (!options.run.empty()) sets.push_back("run.dir=" + options.run);
   if (!options.device.empty()) sets.push_back("run.device=" + options.device);
   SALA_ASSIGN_OR_RETURN(const recipes::PipelineConfig config,
                         recipes::LoadPipeline(options.config, sets));
@@ -137,7 +106,20 @@ Status Plan(const PlanOptions& options) {
     return MakeError(ExitCode::kUsage, "USAGE",
                      options.config + " has no stage '" + options.stage + "'");
   }
-  SALA_ASSIGN_OR_RETURN(model::ModelConfig model, StartingConfig(config.stages[0]));
+  SALA_ASSIGN_OR_RETURN(model::ModelConfig model,
+                        recipes::StartingConfig(config.stages[0], recipes::MissingModel::kDescribe,
+                                                VocabularyOf(config.stages[0])));
+  SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
+                        recipes::TokenizerIfThere(config.stages[0].tokenizer));
+  for (const recipes::StageConfig& stage : config.stages) {
+    if (tokenizer == nullptr) break;
+    const Status prompts = recipes::CheckRecallPrompts(stage, *tokenizer);
+    if (!prompts.ok()) return Annotate(prompts, "stage " + stage.name);
+  }
+  if (options.gpus > 0) {
+    return PlanLayouts(config, {options.gpus, options.gpu, options.stage, options.json},
+                       std::move(model));
+  }
   auto stages = nlohmann::ordered_json::array();
   for (const recipes::StageConfig& stage : config.stages) {
     auto plans = recipes::PlanStage(stage, config.run, options.ranks, &model);
@@ -183,8 +165,20 @@ void AddPlanCommand(CommandLine& line) {
                    "KEY.KEY=VALUE over the file; in a pipeline STAGE.KEY=VALUE")
       ->allow_extra_args(false);  // one value each, so that the file may follow
   command->add_option("--stage", options->stage, "this stage only");
+  command->add_option("--run", options->run, "run directory (run.dir); nothing is written there");
   command->add_option("--device", options->device, "cpu or cuda (run.device)");
-  command->add_flag("--json", options->json, "every rank, as one JSON object");
+  CLI::Option* gpu = command->add_option(
+      "--gpu", options->gpu, "of --gpus: h200, h100, a100, ...; a wrong name lists them all");
+  CLI::Option* gpus =
+      command
+          ->add_option("--gpus", options->gpus,
+                       "propose layouts for so many GPUs instead, by a model of their speed")
+          ->check(CLI::Range(1, 1 << 16))
+          ->needs(gpu)
+          ->excludes("--ranks")
+          ->excludes("--device");
+  gpu->needs(gpus);
+  command->add_flag("--json", options->json, "everything, every rank, as one JSON object");
   line.OnUse(command, [options] { return Plan(*options); });
 }
 

@@ -8,6 +8,7 @@
 
 #include "core/device.h"
 #include "core/file.h"
+#include "core/terminal.h"
 #include "kernels/common/instruction_set.h"
 #include "launch/build_info.h"
 #include "launch/command.h"
@@ -46,6 +47,21 @@ int UsageError(sala::launch::CommandLine& line, const std::string& text) {
   return static_cast<int>(sala::ExitCode::kUsage);
 }
 
+void AddTerminalOptions(CLI::App& app) {
+  app.add_flag_callback(
+      "--quiet", [] { sala::SetQuiet(true); },
+      "no progress display, and only warnings and errors on the terminal");
+  app.add_option_function<std::string>(
+         "--color",
+         [](const std::string& when) {
+           sala::SetColourMode(when == "always"  ? sala::ColourMode::kAlways
+                               : when == "never" ? sala::ColourMode::kNever
+                                                 : sala::ColourMode::kAuto);
+         },
+         "auto (on terminals, unless NO_COLOR is set), always or never")
+      ->check(CLI::IsMember({"auto", "always", "never"}));
+}
+
 int Run(int argc, char** argv) {
   using sala::launch::CommandLine;
   CommandLine line;
@@ -55,11 +71,12 @@ int Run(int argc, char** argv) {
                                              sala::launch::Commit() + ", " +
                                              sala::launch::BuildType() + ")");
   line.app.require_subcommand(1);
+  AddTerminalOptions(line.app);
   line.app.footer(
       "Environment: SALA_CPU=portable, avx2 or avx512 names the instruction set of the CPU "
       "kernels;\n"
       "SALA_CUDA_MODULE names another CUDA module than the one beside the program.\n"
-      "Each subcommand has --help with an example. Exit codes and error codes: docs/errors.md");
+      "Each subcommand has --help with an example. Exit codes and error codes: docs/errors.md\n");
   sala::launch::AddTrainCommand(line);
   sala::launch::AddVerifyCommand(line);
   sala::launch::AddDataCommands(line);
@@ -68,11 +85,14 @@ int Run(int argc, char** argv) {
   sala::launch::AddImportCommand(line);
   sala::launch::AddExportCommand(line);
   sala::launch::AddGenerateCommand(line);
+  sala::launch::AddEvalCommand(line);
   sala::launch::AddLogitsCommand(line);
   sala::launch::AddBenchCommands(line);
   sala::launch::AddPlanCommand(line);
+  sala::launch::AddReportCommand(line);
   sala::launch::AddDoctorCommand(line);
   sala::launch::AddExplainFaultCommand(line);
+  sala::launch::AddCompletionCommand(line);
   try {
     line.app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -3,13 +3,17 @@
 #include <iostream>
 #include <iterator>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "core/file.h"
 #include "data/ingest.h"
 #include "data/tokenizer.h"
 #include "launch/command.h"
+#include "launch/tokenizer_check.h"
 
 namespace sala::launch {
 namespace {
@@ -28,9 +32,29 @@ Status Train(data::TrainTokenizerOptions options) {
   return OkStatus();
 }
 
-Status Info(const std::string& path) {
+struct UseOptions {
+  std::string tokenizer;
+  std::string text;
+  bool has_text = false;  // --text was given: standard input is left alone
+  bool special = false;
+  bool json = false;
+};
+
+Status Info(const UseOptions& options) {
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
-                        data::LoadTokenizer(path));
+                        data::LoadTokenizer(options.tokenizer));
+  if (options.json) {
+    const nlohmann::json info = {{"name", tokenizer->name()},
+                                 {"vocab_size", tokenizer->vocab_size()},
+                                 {"fingerprint", tokenizer->fingerprint()},
+                                 {"bos_id", tokenizer->bos_id()},
+                                 {"eos_id", tokenizer->eos_id()},
+                                 {"pad_id", tokenizer->pad_id()},
+                                 {"unk_id", tokenizer->unk_id()},
+                                 {"added_tokens", tokenizer->added_tokens()}};
+    std::printf("%s\n", info.dump(2).c_str());
+    return OkStatus();
+  }
   std::printf("name         %s\n", tokenizer->name().c_str());
   std::printf("vocabulary   %s\n", WithCommas(tokenizer->vocab_size()).c_str());
   std::printf("fingerprint  %s\n", tokenizer->fingerprint().c_str());
@@ -41,27 +65,38 @@ Status Info(const std::string& path) {
   return OkStatus();
 }
 
-Status Encode(const std::string& path) {
+Status Encode(const UseOptions& options) {
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
-                        data::LoadTokenizer(path));
-  const std::vector<int32_t> ids = tokenizer->Encode(ReadStandardInput());
+                        data::LoadTokenizer(options.tokenizer));
+  std::vector<int32_t> ids =
+      tokenizer->Encode(options.has_text ? options.text : ReadStandardInput());
+  if (options.special) tokenizer->AddSpecial(&ids);
+  if (options.json) {
+    std::printf("%s\n", nlohmann::json(ids).dump().c_str());
+    return OkStatus();
+  }
   for (size_t i = 0; i < ids.size(); ++i) std::printf("%s%d", i == 0 ? "" : " ", ids[i]);
   std::printf("\n");
   return OkStatus();
 }
 
-Status Decode(const std::string& path) {
+Status Decode(const UseOptions& options) {
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
-                        data::LoadTokenizer(path));
-  std::istringstream words(ReadStandardInput());
+                        data::LoadTokenizer(options.tokenizer));
+  const std::string place = options.has_text ? "--text" : "standard input";
+  std::string given = options.has_text ? options.text : ReadStandardInput();
+  // A JSON list, as encode --json writes it, is read as well.
+  for (char& c : given) {
+    if (c == '[' || c == ']' || c == ',') c = ' ';
+  }
+  std::istringstream words(given);
   std::vector<int32_t> ids;
   for (std::string word; words >> word;) {
     char* end = nullptr;
     const long long id = std::strtoll(word.c_str(), &end, 10);
     if (*end != '\0' || id < 0 || id >= tokenizer->vocab_size()) {
       return MakeError(ExitCode::kData, "TOK-RANGE",
-                       "standard input: '" + Printable(word) +
-                           "' is not a token id; expected 0 to " +
+                       place + ": '" + Printable(word) + "' is not a token id; expected 0 to " +
                            std::to_string(tokenizer->vocab_size() - 1));
     }
     ids.push_back(static_cast<int32_t>(id));
@@ -74,8 +109,9 @@ Status Decode(const std::string& path) {
 }  // namespace
 
 void AddTokenizerCommands(CommandLine& line) {
-  CLI::App* group = AddCommand(line.app, "tokenizer", "tokenizers: train, info, encode, decode",
-                               "sala tokenizer info bytes");
+  CLI::App* group =
+      AddCommand(line.app, "tokenizer", "tokenizers: train, info, encode, decode, verify, stats",
+                 "sala tokenizer info bytes");
   group->require_subcommand(1);
 
   auto options = std::make_shared<data::TrainTokenizerOptions>();
@@ -98,18 +134,31 @@ void AddTokenizerCommands(CommandLine& line) {
   line.OnUse(train, [options] { return Train(*options); });
 
   const auto add = [&](const char* name, const char* description, const char* example,
-                       Status (*run)(const std::string&)) {
-    auto path = std::make_shared<std::string>();
+                       Status (*run)(const UseOptions&)) {
+    auto use = std::make_shared<UseOptions>();
     CLI::App* command = AddCommand(*group, name, description, example);
-    command->add_option("tokenizer", *path, "directory, tokenizer.model or the word bytes")
-        ->required();
-    line.OnUse(command, [path, run] { return run(*path); });
+    command->add_option("tokenizer", use->tokenizer, kTokenizerHelp)->required();
+    line.OnUse(command, [use, run] { return run(*use); });
+    return std::pair(command, use);
   };
-  add("info", "what a tokenizer is", "sala tokenizer info tokenizer", &Info);
-  add("encode", "text on standard input to ids", "printf 'two words' | sala tokenizer encode bytes",
-      &Encode);
-  add("decode", "ids on standard input to text", "echo 104 105 | sala tokenizer decode bytes",
-      &Decode);
+  const auto add_text = [](CLI::App* command, const std::shared_ptr<UseOptions>& use) {
+    CLI::Option* text = command->add_option("--text", use->text, "in place of standard input");
+    command->parse_complete_callback([use, text] { use->has_text = text->count() > 0; });
+  };
+  const auto [info, info_use] =
+      add("info", "what a tokenizer is", "sala tokenizer info tokenizer", &Info);
+  info->add_flag("--json", info_use->json, "for scripts");
+  const auto [encode, encode_use] =
+      add("encode", "text on standard input to ids",
+          "printf 'two words' | sala tokenizer encode bytes", &Encode);
+  add_text(encode, encode_use);
+  encode->add_flag("--special", encode_use->special,
+                   "with what its makers put around a text: bos, or as the post-processor says");
+  encode->add_flag("--json", encode_use->json, "a JSON list");
+  const auto [decode, decode_use] = add("decode", "ids on standard input to text",
+                                        "echo 104 105 | sala tokenizer decode bytes", &Decode);
+  add_text(decode, decode_use);
+  AddTokenizerChecks(*group, line);
 }
 
 }  // namespace sala::launch

@@ -20,8 +20,8 @@
 #include "launch/command.h"
 #include "nlohmann/json.hpp"
 #include "parallel/mpi_communicator.h"
-#include "recipes/checkpointing.h"
 #include "recipes/config.h"
+#include "recipes/starting_model.h"
 #include "recipes/verify.h"
 #include "recipes/verify_data.h"
 #include "recipes/verify_scale.h"
@@ -39,6 +39,7 @@ struct VerifyOptions {
   std::vector<std::string> only;
   std::string keep;
   std::string json;
+  std::string run;
   std::string device;
   int ranks = 2;
 };
@@ -159,7 +160,7 @@ StatusOr<recipes::TrainRun> StartTrain(const std::string& program, const std::st
 // What the first stage starts from: only shapes are read. Vocabulary 0: the tokenizer's.
 StatusOr<model::ModelConfig> StartingConfig(const recipes::StageConfig& stage) {
   if (stage.model) return *stage.model;
-  return recipes::ModelConfigAt(stage.init_from->path);
+  return recipes::StartingConfig(stage, recipes::MissingModel::kDescribe, nullptr);
 }
 
 Status CheckNames(const std::vector<std::string>& only) {
@@ -255,6 +256,7 @@ Status RunChecks(const VerifyOptions& options) {
                      "sala verify starts mpirun itself; start it without one");
   }
   std::vector<std::string> sets = options.sets;
+  if (!options.run.empty()) sets.push_back("run.dir=" + options.run);
   if (!options.device.empty()) sets.push_back("run.device=" + options.device);
   SALA_ASSIGN_OR_RETURN(const recipes::PipelineConfig config,
                         recipes::LoadPipeline(options.config, sets));
@@ -334,6 +336,8 @@ void AddVerifyCommand(CommandLine& line) {
   command->add_option("--ranks", options->ranks, "1 starts nothing under mpirun")
       ->check(CLI::IsMember({1, 2}))
       ->capture_default_str();
+  command->add_option("--run", options->run,
+                      "run directory, whose checkpoints are checked too (run.dir)");
   command->add_option("--device", options->device, "cpu or cuda (run.device)");
   command->add_option("--json", options->json, "file for the table, with all failures");
   command->add_option("--keep", options->keep, "new directory for configurations, runs and logs");

@@ -1,6 +1,9 @@
 #include "model/loss.h"
 
+#include <optional>
+
 #include "core/check.h"
+#include "core/trace.h"
 #include "kernels/tensor_ops/tensor_ops.h"
 
 namespace sala::model {
@@ -76,6 +79,7 @@ kernels::CrossEntropyResult CrossEntropyStep(const Context& ctx, Arena& arena, c
   const ArenaScope scope(arena);
   const ForwardState state = model.Forward(ctx, arena, batch, options);
   const TokenShare& share = state.tables.share;
+  std::optional<PartScope> part(std::in_place, StepPart::kLoss);
   const HiddenGradient dhidden(ctx, arena, model, share);
   EnterHead(model);
   gradients.Enter(HeadUnit(model));
@@ -84,6 +88,7 @@ kernels::CrossEntropyResult CrossEntropyStep(const Context& ctx, Arena& arena, c
       state.tables.labels, Options(ctx, model, grad_scale), {}, dhidden.terms, gradients.head);
   LeaveHead(model, gradients);
   dhidden.Sum(ctx, arena, model, share);
+  part.reset();
   model.Backward(ctx, arena, batch, options, state, dhidden.part, gradients);
   return Counted(model, result);
 }
@@ -139,6 +144,7 @@ DistillationResult DistillationStep(const Context& ctx, Arena& arena, const Mode
   const Tensor teacher_hidden = teacher.ForwardOnly(ctx, arena, batch, options.teacher);
   const ForwardState state = student.Forward(ctx, arena, batch, options.student);
   const TokenShare& share = state.tables.share;
+  std::optional<PartScope> part(std::in_place, StepPart::kLoss);
   const Tensor hidden = spread.Gather(ctx, arena, share, state.hidden);
   const HiddenGradient dhidden(ctx, arena, student, share);
   EnterHead(teacher);
@@ -158,6 +164,7 @@ DistillationResult DistillationStep(const Context& ctx, Arena& arena, const Mode
   }
   LeaveHead(student, gradients);
   dhidden.Sum(ctx, arena, student, share);
+  part.reset();
   student.Backward(ctx, arena, batch, options.student, state, dhidden.part, gradients);
   return Counted(student, result);
 }

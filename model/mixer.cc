@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/trace.h"
 #include "kernels/attention/attention.h"
 #include "kernels/gemm/gemm.h"
 #include "kernels/lightning/lightning.h"
@@ -251,6 +252,7 @@ MixerState MixerForward(const Context& ctx, Arena& arena, const ModelConfig& con
                         const Spread& spread, MixerType type, const MixerTensors& weights,
                         const BatchTables& tables, const RunOptions& options, const ConstTensor& x,
                         const MixerOutput& output, LayerCache* cache) {
+  const TraceScope trace(type == MixerType::kSoftmax ? "softmax mixer" : "linear mixer");
   const Geometry g(config, spread, type, tables);
   MixerState s = ProjectInputs(ctx, arena, g, weights, options, tables.positions, x);
   if (g.softmax) {
@@ -275,6 +277,8 @@ void MixerBackward(const Context& ctx, Arena& arena, const ModelConfig& config,
                    const Spread& spread, MixerType type, const MixerTensors& weights,
                    const BatchTables& tables, const MixerState& s, float alpha,
                    const ConstTensor& dy, const Tensor& dx, const MixerTensors& gradients) {
+  const TraceScope trace(type == MixerType::kSoftmax ? "softmax mixer backward"
+                                                     : "linear mixer backward");
   const Geometry g(config, spread, type, tables);
   const ArenaScope scope(arena);
   const auto like = [&](const Tensor& x) { return arena.New(x.dtype(), {x.dim(0), x.dim(1)}); };

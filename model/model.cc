@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/trace.h"
 #include "kernels/embedding/embedding.h"
 #include "kernels/gemm/gemm.h"
 #include "kernels/qk_norm_rope/qk_norm_rope.h"
@@ -209,6 +210,7 @@ Tensor Model::Embed(const Context& ctx, Arena& arena, const BatchTables& tables)
 void Model::LayerForward(const Context& ctx, Arena& arena, const BatchTables& tables,
                          const RunOptions& options, int64_t layer, LayerState& s,
                          const Tensor& out) const {
+  const TraceScope trace("layer", layer);
   tensors_.Enter(UnitOfLayer(layer));
   const LayerTensors& w = tensors_.layers[static_cast<size_t>(layer)];
   const auto eps = static_cast<float>(config_.rms_norm_eps);
@@ -224,6 +226,7 @@ void Model::LayerForward(const Context& ctx, Arena& arena, const BatchTables& ta
                          options, spread_.Gather(ctx, arena, tables.share, s.n1),
                          {.y = s.mid, .alpha = r, .write = Write::kAccumulate});
 
+  const TraceScope mlp("mlp");
   s.n2 = NewLike(arena, s.x);
   s.rstd2 = arena.New(DType::kF32, {part});
   kernels::RmsNormForward(ctx, s.mid, w.post_norm, eps, s.n2, s.rstd2);
@@ -237,6 +240,7 @@ void Model::LayerForward(const Context& ctx, Arena& arena, const BatchTables& ta
 void Model::LayerBackward(const Context& ctx, Arena& arena, const BatchTables& tables,
                           int64_t layer, const LayerState& s, const LayerTensors& gradients,
                           const Tensor& dx) const {
+  const TraceScope trace("layer backward", layer);
   const LayerTensors& w = tensors_.layers[static_cast<size_t>(layer)];
   const auto r = static_cast<float>(config_.residual_scale());
   const ArenaScope scope(arena);
@@ -250,6 +254,7 @@ void Model::LayerBackward(const Context& ctx, Arena& arena, const BatchTables& t
   };
 
   {
+    const TraceScope mlp("mlp backward");
     const ArenaScope mlp_scope(arena);
     const Tensor dy = spread_.Gather(ctx, arena, tables.share, dx);
     const Tensor dh = NewLike(arena, s.h);
@@ -276,6 +281,7 @@ void Model::LayerBackward(const Context& ctx, Arena& arena, const BatchTables& t
 
 ForwardState Model::Forward(const Context& ctx, Arena& arena, const Batch& batch,
                             const RunOptions& options) const {
+  const PartScope part(StepPart::kForward);
   ForwardState state;
   state.tables = MakeBatchTables(ctx, arena, config_, spread_, batch, options);
   Tensor x = Embed(ctx, arena, state.tables);
@@ -306,6 +312,7 @@ ForwardState Model::Forward(const Context& ctx, Arena& arena, const Batch& batch
 void Model::Backward(const Context& ctx, Arena& arena, const Batch& batch,
                      const RunOptions& options, const ForwardState& state,
                      const ConstTensor& dhidden, const ModelTensors& gradients) const {
+  const PartScope part(StepPart::kBackward);
   const ArenaScope scope(arena);
   const int64_t layers = config_.num_hidden_layers;
   const Tensor dx = NewLike(arena, dhidden);
@@ -350,6 +357,7 @@ Tensor Model::ForwardOnly(const Context& ctx, Arena& arena, const Batch& batch,
                           const RunOptions& options, int64_t first_layer, Tensor x,
                           const LayerHook& hook,
                           const std::function<void(int64_t, const ConstTensor&)>& on_input) const {
+  const PartScope step_part(StepPart::kForward);
   const int64_t part = spread_.Share(batch.size()).part();
   const Tensor hidden = arena.New(ctx.activation(), {part, config_.hidden_size});
   const ArenaScope scope(arena);

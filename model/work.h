@@ -7,11 +7,10 @@
 //                      backward 2.5 times that (five products for two)
 //   sparse attention   the same over the pairs that the selection leaves
 //   selection          2 N D for each compressed key, fine and coarse, that a query may see;
-//   forward
-//                      only
+//                      forward only
 //   Lightning          4 N D^2 per token (state update and read-out of the recurrence); backward
-//   twice a whole step       3 (products + Lightning + attention) + selection: backward counts
-//   twice the
+//                      twice
+//   a whole step       3 (products + Lightning + attention) + selection: backward counts twice the
 //                      forward pass throughout, recomputation not at all
 //   memory-bound       every input read once, every output written once
 #pragma once
@@ -29,6 +28,14 @@ double SparsePairs(const kernels::SparseAttentionConfig& config, int64_t n);
 double SelectionKeys(const kernels::SparseAttentionConfig& config, int64_t n);
 
 // Elements of all weight matrices that a token is multiplied with, the head included.
+struct ProductWeights {
+  double softmax = 0;  // projections of softmax layers, gates included
+  double linear = 0;   // of linear layers
+  double mlp = 0;
+  double head = 0;
+  double all() const { return softmax + linear + mlp + head; }
+};
+ProductWeights ProductWeightsOf(const ModelConfig& config);
 double ProductParameters(const ModelConfig& config);
 
 // Floating-point operations of the forward pass over one document of n tokens.

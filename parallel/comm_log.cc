@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/clock.h"
+#include "core/trace.h"
 #include "nlohmann/json.hpp"
 
 namespace sala::parallel {
@@ -103,7 +104,9 @@ class RecordedCommunicator : public Communicator {
    public:
     Call(const RecordedCommunicator& comm, CommKind kind, int64_t bytes)
         : log_(comm.log_), bytes_(bytes), start_(ClockSeconds()) {
-      if (recording_depth++ == 0) sequence_ = log_.Begin(comm.index_, kind, bytes);
+      if (recording_depth++ > 0) return;
+      sequence_ = log_.Begin(comm.index_, kind, bytes);
+      if (Tracing()) trace_.Begin(comm.group() + "." + std::string(NameOf(kind)), -1, bytes);
     }
     Call(const Call&) = delete;
     Call& operator=(const Call&) = delete;
@@ -119,6 +122,7 @@ class RecordedCommunicator : public Communicator {
     int64_t sequence_ = 0;
     int64_t bytes_;
     double start_;
+    TraceScope trace_;
   };
 
   template <typename T>

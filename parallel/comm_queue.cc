@@ -9,6 +9,7 @@
 #include "core/clock.h"
 #include "core/device.h"
 #include "core/log.h"
+#include "core/trace.h"
 
 namespace sala::parallel {
 namespace {
@@ -78,6 +79,7 @@ CommQueue::Ticket CommQueue::Submit(std::function<Status()> operation) {
 }
 
 Status CommQueue::Wait(Ticket ticket) {
+  const TraceScope trace("wait for an exchange");
   const double started = ClockSeconds();
   if (side_ != nullptr) {
     status_ = WaitForSide(ticket);

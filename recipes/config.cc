@@ -96,6 +96,30 @@ void CheckWarmup(ConfigBinder& b, const ScheduleConfig& schedule, const BatchCon
               std::to_string(batch.steps) + " steps; lower it");
 }
 
+constexpr double kMaxSteps = 1e9;
+
+// A stage's length is given in steps or in tokens.
+void BindTokens(ConfigBinder& b, BatchConfig* batch) {
+  b.Field("tokens", &batch->tokens, {.min = 1, .max = 1e15});
+  const bool in_tokens = b.Present("tokens");
+  if (b.Present("steps") && in_tokens) {
+    b.Error("tokens", "CFG-CONFLICT",
+            "steps and tokens both say how long the stage is; keep one of them");
+  } else if (!b.Present("steps") && !in_tokens) {
+    b.Error("steps", "CFG-MISSING",
+            "expected steps (updates), or tokens (a budget that becomes steps)");
+  }
+  if (!in_tokens || batch->global_batch_tokens <= 0 || batch->tokens <= 0) return;
+  const int64_t global = batch->global_batch_tokens;
+  const int64_t steps = std::max<int64_t>(1, (batch->tokens + global / 2) / global);
+  if (static_cast<double>(steps) > kMaxSteps) {
+    b.Error("tokens", "CFG-RANGE",
+            "makes " + std::to_string(steps) + " steps of " + std::to_string(global) +
+                " tokens, expected at most 1e9; lower it");
+  }
+  batch->steps = steps;
+}
+
 // Overrides of a pipeline by whom they are for: "" the pipeline, otherwise a stage's stem.
 StatusOr<std::vector<std::string>> OverridesFor(const std::string& stem,
                                                 const std::vector<std::string>& sets) {
@@ -132,6 +156,29 @@ Status CheckOverrideHeads(const std::vector<std::string>& stems,
   return OkStatus();
 }
 
+// Gates that compare with another stage need that stage's numbers.
+Status CheckGates(const StageConfig& stage, const std::vector<StageConfig>& earlier) {
+  if (!stage.eval) return OkStatus();
+  for (const EvalGate& gate : stage.eval->gate) {
+    if (gate.max_drop_from.empty() || gate.max_drop_from == "before") continue;
+    const auto from = std::find_if(earlier.begin(), earlier.end(), [&gate](const StageConfig& s) {
+      return s.name == gate.max_drop_from;
+    });
+    const auto measures = [&gate](const EvalConfig& eval) {
+      const auto& lengths = eval.lengths_tokens;
+      return eval.after() &&
+             std::find(eval.tasks.begin(), eval.tasks.end(), gate.task) != eval.tasks.end() &&
+             std::find(lengths.begin(), lengths.end(), gate.length) != lengths.end();
+    };
+    if (from != earlier.end() && from->eval && measures(*from->eval)) continue;
+    return ConfigError("CFG-CONFLICT", "stage " + stage.name + ": eval.gate: max_drop_from '" +
+                                           Printable(gate.max_drop_from) + "' is no stage before " +
+                                           "this one that measures " + gate.task + " at length " +
+                                           std::to_string(gate.length) + " after it");
+  }
+  return OkStatus();
+}
+
 Status CheckStage(const StageConfig& stage, bool first) {
   const std::string where = "stage " + stage.name + ": ";
   if (stage.tokenizer.empty()) {
@@ -145,6 +192,13 @@ Status CheckStage(const StageConfig& stage, bool first) {
         where +
             "the first stage needs `model` (random weights) or `init_from` (a checkpoint or an "
             "exported folder)");
+  }
+  if (stage.eval && stage.eval->before() && first && !stage.init_from) {
+    return ConfigError(
+        "CFG-CONFLICT",
+        where +
+            "eval.when names before, but the first stage starts from random weights; "
+            "leave before out");
   }
   if (stage.init_from && stage.model) {
     return ConfigError(
@@ -207,7 +261,8 @@ void BatchConfig::Bind(ConfigBinder& b) {
   b.Field("seq_len_tokens", &seq_len_tokens, {.required = true, .min = 1, .max = 1 << 26});
   b.Field("global_batch_tokens", &global_batch_tokens, {.required = true, .min = 1, .max = 1e12});
   b.Field("micro_batch_sequences", &micro_batch_sequences, {.min = 1, .max = 1 << 20});
-  b.Field("steps", &steps, {.required = true, .min = 1, .max = 1e9});
+  b.Field("steps", &steps, {.min = 1, .max = kMaxSteps});
+  if (b.reading()) BindTokens(b, this);
   b.Field("rank_independent_sums", &rank_independent_sums);
   if (b.reading() && seq_len_tokens * micro_batch_sequences > std::numeric_limits<int32_t>::max()) {
     b.Error("micro_batch_sequences", "CFG-RANGE",
@@ -277,6 +332,10 @@ void HaloConfig::Bind(ConfigBinder& b) {
          {{"distil", HaloMoment::kDistil}, {"next_stage", HaloMoment::kNextStage}});
   b.Enum("softmax_gate_init", &softmax_gate_init,
          {{"small_normal", GateInit::kSmallNormal}, {"identity", GateInit::kIdentity}});
+  b.Enum("softmax_qk_norm", &softmax_qk_norm,
+         {{"fold", QkNormForm::kFold}, {"keep", QkNormForm::kKeep}});
+  b.Enum("qk_norm_fold_at", &qk_norm_fold_at,
+         {{"distil", HaloMoment::kDistil}, {"next_stage", HaloMoment::kNextStage}});
   b.Field("temperature", &temperature, {.min = 1e-3});
   b.Field("ce_weight", &ce_weight, {.min = 0});
   b.Section("finetune", &finetune);
@@ -291,6 +350,7 @@ void HaloConfig::Bind(ConfigBinder& b) {
 void InitConfig::Bind(ConfigBinder& b) {
   b.Field("path", &path, {.required = true});
   b.Field("carry_optimizer", &carry_optimizer);
+  b.Section("model", &model);
 }
 
 void StageConfig::Bind(ConfigBinder& b) {
@@ -310,6 +370,7 @@ void StageConfig::Bind(ConfigBinder& b) {
   b.Section("validation", &validation);
   b.Section("checkpoint", &checkpoint);
   b.Section("parallel", &parallel);
+  b.Section("eval", &eval);
   if (kind == StageKind::kHalo) {
     b.Section("halo", &halo, {.required = true});
     return;
@@ -322,6 +383,16 @@ void StageConfig::Bind(ConfigBinder& b) {
   CheckWarmup(b, schedule, batch);
 }
 
+bool TraceConfig::Records(int64_t step, int rank) const {
+  return std::find(steps.begin(), steps.end(), step) != steps.end() &&
+         std::find(ranks.begin(), ranks.end(), rank) != ranks.end();
+}
+
+void TraceConfig::Bind(ConfigBinder& b) {
+  b.Field("steps", &steps, {.min = 1});
+  b.Field("ranks", &ranks, {.min = 0});
+}
+
 void RunConfig::Bind(ConfigBinder& b) {
   b.Field("dir", &dir, {.required = true});
   b.Field("resume", &resume);
@@ -330,6 +401,9 @@ void RunConfig::Bind(ConfigBinder& b) {
   b.Field("deterministic", &deterministic);
   b.Field("threads", &threads, {.min = 1, .max = 1024});
   b.Field("log_every_steps", &log_every_steps, {.min = 1});
+  b.Field("tensorboard", &tensorboard);
+  b.Field("prometheus", &prometheus);
+  b.Section("trace", &trace);
   b.Section("watchdog", &watchdog);
 }
 
@@ -346,6 +420,7 @@ StatusOr<PipelineConfig> LoadPipeline(const std::string& path,
     SALA_ASSIGN_OR_RETURN(const ConfigDocument document, ConfigDocument::Load(path, sets));
     SALA_RETURN_IF_ERROR(BindConfig(document, &file));
     SALA_RETURN_IF_ERROR(CheckStage(file.stage, true));
+    SALA_RETURN_IF_ERROR(CheckGates(file.stage, {}));
     pipeline.name = file.stage.name;
     pipeline.single_stage = true;
     pipeline.run = file.run;
@@ -387,6 +462,7 @@ StatusOr<PipelineConfig> LoadPipeline(const std::string& path,
                                              file.tokenizer + "; one run has one tokenizer");
     }
     SALA_RETURN_IF_ERROR(CheckStage(stage, i == 0));
+    SALA_RETURN_IF_ERROR(CheckGates(stage, pipeline.stages));
     if (stage.carry_optimizer && i > 0 && pipeline.stages.back().kind == StageKind::kHalo) {
       return ConfigError("CFG-CONFLICT",
                          "stage " + stage.name +
@@ -435,6 +511,7 @@ Status CheckResumable(const StageConfig& now, const std::string& saved_yaml,
     stage.parallel = {};
     stage.checkpoint = {};
     stage.validation = {};
+    stage.eval.reset();
     stage.recompute = true;
     stage.batch.micro_batch_sequences = 1;
     if (stage.halo) {

@@ -13,6 +13,7 @@
 #include "model/config.h"
 #include "parallel/mesh.h"
 #include "parallel/watchdog.h"
+#include "recipes/eval_config.h"
 
 namespace sala::recipes {
 
@@ -50,6 +51,9 @@ struct BatchConfig {
   int64_t global_batch_tokens = 0;    // a multiple of seq_len_tokens; not necessarily of the ranks
   int64_t micro_batch_sequences = 1;  // sequences per forward pass of a rank
   int64_t steps = 0;
+  // The budget that `steps` were made of, to the nearest step; 0: steps were given. Only steps are
+  // written again.
+  int64_t tokens = 0;
   // Gradients, losses and norms are added in an order that does not know the number of ranks: 1, 2,
   // 4, ... ranks give the same bits.
   bool rank_independent_sums = false;
@@ -78,6 +82,7 @@ struct CheckpointConfig {
 
 enum class HaloTrainable : uint8_t { kLinearMixers, kMixers, kAll };
 enum class HaloMoment : uint8_t { kDistil, kNextStage };
+enum class QkNormForm : uint8_t { kFold, kKeep };
 enum class GateInit : uint8_t { kSmallNormal, kIdentity };
 enum class Selector : uint8_t {
   kHalo,
@@ -126,6 +131,8 @@ struct HaloConfig {
   HaloMoment nope_at = HaloMoment::kNextStage;
   HaloMoment softmax_gate_at = HaloMoment::kNextStage;
   GateInit softmax_gate_init = GateInit::kSmallNormal;
+  QkNormForm softmax_qk_norm = QkNormForm::kFold;  // of softmax layers, where the teacher has it
+  HaloMoment qk_norm_fold_at = HaloMoment::kNextStage;
   double temperature = 1.0;
   double ce_weight = 0.0;
   std::optional<HaloPhaseConfig> finetune;
@@ -140,6 +147,9 @@ enum class StageKind : uint8_t { kPretrain, kHalo, kSft };
 struct InitConfig {
   std::string path;              // a checkpoint directory, or an exported model folder
   bool carry_optimizer = false;  // go on with the moments of that checkpoint
+  // What the model there must be: another one is refused, and while it is not there yet plans are
+  // made of this (recipes/starting_model.h).
+  std::optional<model::ModelConfig> model = {};
 
   void Bind(ConfigBinder& b);
 };
@@ -163,7 +173,17 @@ struct StageConfig {
   CheckpointConfig checkpoint;
   parallel::MeshConfig parallel;
   std::optional<HaloConfig> halo;
+  std::optional<EvalConfig> eval;
 
+  void Bind(ConfigBinder& b);
+};
+
+// Global steps whose every layer and exchange is recorded in RUN/traces, and the ranks that do so.
+struct TraceConfig {
+  std::vector<int64_t> steps;  // empty: nothing is recorded
+  std::vector<int64_t> ranks = {0};
+
+  bool Records(int64_t step, int rank) const;
   void Bind(ConfigBinder& b);
 };
 
@@ -176,8 +196,14 @@ struct RunConfig {
   bool deterministic = true;  // cuda: algorithms chosen by rule, sums over ranks in order
   int64_t threads = 1;        // compute threads per rank
   int64_t log_every_steps = 1;
+  bool tensorboard = true;  // RUN/tb
+  bool prometheus = true;   // RUN/metrics.prom
+  TraceConfig trace;
   parallel::WatchdogConfig watchdog;
-  bool break_lock = false;  // --break-lock; not a key of the file
+  bool break_lock = false;    // --break-lock; not a key of the file
+  bool ignore_gates = false;  // --ignore-gates; likewise
+  // What the program says of itself, for RUN/environment.json; not keys of the file.
+  std::vector<std::pair<std::string, std::string>> environment;
 
   void Bind(ConfigBinder& b);
 };
@@ -203,8 +229,8 @@ std::vector<std::pair<std::string, std::string>> EmitPipeline(const PipelineConf
 std::string EmitStage(const StageConfig& config);
 
 // CFG-RESUME (78) when a stage that is resumed differs from the saved one in anything but what may
-// change between starts: parallel, checkpoint and validation sections, micro_batch_sequences,
-// recompute.
+// change between starts: parallel, checkpoint, validation and eval sections,
+// micro_batch_sequences, recompute.
 Status CheckResumable(const StageConfig& now, const std::string& saved_yaml,
                       const std::string& checkpoint);
 

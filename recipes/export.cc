@@ -447,7 +447,7 @@ StatusOr<std::string> TokenizerPathFor(const std::string& model_path, const std:
   const std::string path = WithoutTrailingSlashes(model_path);
   const std::string in_run = path + "/../../tokenizer";
   if (PathExists(path + "/manifest.json") && IsDirectory(in_run)) return in_run;
-  for (const char* file : {"tokenizer.model", "byte_tokenizer.json"}) {
+  for (const char* file : {"tokenizer.json", "tokenizer.model", "byte_tokenizer.json"}) {
     if (PathExists(path + "/" + file)) return path;
   }
   if (!PathExists(path + "/manifest.json") && !PathExists(path + "/config.json")) {

@@ -141,11 +141,22 @@ class FieldReader {
     if (!list.is_array()) WrongType(key, "a list of strings");
   }
 
-  // An id, or the first of a list of ids.
-  void ReadId(const char* key, int64_t* value, std::optional<int64_t> fallback) {
+  // An id, or the first of a list of ids, all below `vocab_size` (0: any).
+  void ReadId(const char* key, int64_t* value, std::optional<int64_t> fallback,
+              int64_t vocab_size) {
     if (!Present(key, fallback.has_value())) {
       if (fallback) *value = *fallback;
       return;
+    }
+    const nlohmann::json ids =
+        json_[key].is_array() ? json_[key] : nlohmann::json::array({json_[key]});
+    for (const nlohmann::json& one : ids) {
+      if (vocab_size > 0 && one.is_number_integer() && one.get<int64_t>() >= vocab_size) {
+        return Fail("IMP-FIELD", std::string("field ") + key + " is " +
+                                     Printable(json_[key].dump()) +
+                                     ", expected ids below vocab_size " +
+                                     std::to_string(vocab_size) + "; correct the file");
+      }
     }
     const nlohmann::json& id =
         json_[key].is_array() && !json_[key].empty() ? json_[key][0] : json_[key];
@@ -327,11 +338,12 @@ void ReadScales(FieldReader& in, const std::string& type, model::ModelConfig* c)
 void ReadTokenIds(FieldReader& in, const std::string& type, model::ModelConfig* c) {
   std::optional<int64_t> fallback;
   if (type != kSala) fallback = 2;
-  in.ReadId("eos_token_id", &c->eos_token_id, fallback);
+  in.ReadId("eos_token_id", &c->eos_token_id, fallback, c->vocab_size);
   // Some vocabularies have no start or padding token; nothing the model computes depends on them.
   in.ReadId("bos_token_id", &c->bos_token_id,
-            type == kSala ? std::nullopt : std::optional<int64_t>(c->eos_token_id));
-  in.ReadId("pad_token_id", &c->pad_token_id, c->eos_token_id);
+            type == kSala ? std::nullopt : std::optional<int64_t>(c->eos_token_id), c->vocab_size);
+  // Older files name a padding token behind the vocabulary; padding reaches no model here.
+  in.ReadId("pad_token_id", &c->pad_token_id, c->eos_token_id, /*vocab_size=*/0);
 }
 
 void ReadSparse(FieldReader& in, model::ModelConfig* c, const std::string& path) {
@@ -410,8 +422,8 @@ StatusOr<nlohmann::json> HfConfig(const model::ModelConfig& config,
   if (config.attn_qk_norm && type != kQwen3) {
     return MakeError(ExitCode::kData, "EXP-QKNORM",
                      "attn_qk_norm is true: the exported format (" + type +
-                         ") has no query/key norm in softmax layers; train with "
-                         "attn_qk_norm: false, or start from a llama or minicpm teacher");
+                         ") has no query/key norm in softmax layers; convert with "
+                         "halo.softmax_qk_norm: fold, or train with attn_qk_norm: false");
   }
   const char* dtype = NamesOf(options.dtype).config;
   nlohmann::json out = {

@@ -21,6 +21,9 @@ namespace {
 // Tensors go to disk in groups of at most this many elements, each a file of its own.
 constexpr int64_t kGroupElements = int64_t{1} << 28;
 
+// In the run directory, until all of the tokenizer's files are there.
+constexpr char kUnfinishedTokenizer[] = "/tokenizer.tmp-import";
+
 // What a checkpoint's config.yaml says in place of a stage.
 struct ImportRecord {
   std::string kind = "import";
@@ -134,11 +137,36 @@ ImportReport ReportOf(const ModelFolder& folder, const Kinds& kinds) {
   return report;
 }
 
-Status CheckPlace(const std::string& run) {
-  // An import that was interrupted left no more than a save that was not finished; in a run that
-  // goes on it may still be written.
-  if (!PathExists(run + "/RUN.lock") && ListCheckpoints(run + "/checkpoints").empty())
-    SALA_RETURN_IF_ERROR(RemoveLeftovers(run + "/checkpoints"));
+// Whether every file of the tokenizer directory of a run is the folder's.
+bool IsTokenizerOf(const std::string& folder, const std::string& directory) {
+  const auto names = ListDirectory(directory);
+  return names.ok() && std::all_of(names->begin(), names->end(), [&](const std::string& name) {
+           const auto copy = ReadFile(directory + "/" + name);
+           const auto original = ReadFile(folder + "/" + name);
+           return copy.ok() && original.ok() && *copy == *original;
+         });
+}
+
+// What an interrupted import of this folder leaves: a save that was not finished, the tokenizer
+// with it. In a run that goes on the save may still be written, and is left alone.
+Status RemoveInterrupted(const std::string& folder, const std::string& run) {
+  if (PathExists(run + "/RUN.lock") || !ListCheckpoints(run + "/checkpoints").empty())
+    return OkStatus();
+  SALA_RETURN_IF_ERROR(RemoveLeftovers(run + "/checkpoints"));
+  SALA_RETURN_IF_ERROR(RemoveTree(run + kUnfinishedTokenizer));
+  if (PathExists(run + "/checkpoints") && IsTokenizerOf(folder, run + "/tokenizer"))
+    SALA_RETURN_IF_ERROR(RemoveTree(run + "/tokenizer"));
+  return OkStatus();
+}
+
+Status CheckPlace(const std::string& folder, const std::string& run) {
+  if (IsHfFolder(run)) {
+    return MakeError(ExitCode::kIo, "IMP-EXISTS",
+                     run +
+                         ": is a model folder (config.json), not a run directory; name one that "
+                         "is new");
+  }
+  SALA_RETURN_IF_ERROR(RemoveInterrupted(folder, run));
   for (const char* name : {"/checkpoints", "/tokenizer"}) {
     const std::string path = run + name;
     if (!PathExists(path)) continue;
@@ -219,14 +247,19 @@ StatusOr<std::string> WriteCheckpoint(const ModelFolder& folder, const std::stri
     ImportRecord config;
     config.from = folder.directory();
     config.sparse_attention = report->config.has_lightning();
-    SALA_RETURN_IF_ERROR(data::CopyTokenizerFiles(folder.directory(), run + "/tokenizer").status());
+    SALA_ASSIGN_OR_RETURN(const std::vector<std::string> tokenizer,
+                          data::CopyTokenizerFiles(folder.directory(), run + kUnfinishedTokenizer));
+    if (!tokenizer.empty())
+      SALA_RETURN_IF_ERROR(RenamePath(run + kUnfinishedTokenizer, run + "/tokenizer"));
     return commit.Finish(info, written, EmitConfig(config),
                          {{"model.yaml", model_yaml}, {SourceRecord::kFileName, record.ToText()}});
   };
   StatusOr<std::string> directory = write();
   if (!directory.ok()) {
     commit.Abandon();
-    RemoveTree(run + "/tokenizer").IgnoreError();  // which CheckPlace found empty or absent
+    // Which CheckPlace found empty or absent.
+    for (const char* name : {kUnfinishedTokenizer, "/tokenizer"})
+      RemoveTree(run + name).IgnoreError();
   }
   return directory;
 }
@@ -240,7 +273,7 @@ StatusOr<ImportReport> CheckFolder(const std::string& directory,
 }
 
 StatusOr<ImportReport> ImportFolder(const ImportOptions& options) {
-  SALA_RETURN_IF_ERROR(CheckPlace(options.run));
+  SALA_RETURN_IF_ERROR(CheckPlace(options.directory, options.run));
   SALA_ASSIGN_OR_RETURN(const ModelFolder folder,
                         ModelFolder::Open(options.directory, options.folder));
   SALA_RETURN_IF_ERROR(folder.CheckValues());

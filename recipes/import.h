@@ -51,7 +51,9 @@ StatusOr<ImportReport> CheckFolder(const std::string& directory, const ModelFold
 
 // Everything; the checkpoint it wrote has passed its deep verification. Errors (65): IMP-NUMBERS (a
 // weight is not finite, or too large for float32), IMP-EMPTY, IMP-EXTRA and those of
-// ModelFolder::Open; IMP-EXISTS (74): the run directory holds checkpoints or a tokenizer; CKPT-*.
+// ModelFolder::Open; IMP-EXISTS (74): the run directory holds checkpoints or a tokenizer, or is
+// itself a model folder; CKPT-*. What an interrupted import of the same folder left is no
+// hindrance.
 StatusOr<ImportReport> ImportFolder(const ImportOptions& options);
 
 }  // namespace sala::recipes

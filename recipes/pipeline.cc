@@ -8,8 +8,10 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "kernels/common/instruction_set.h"
+#include "recipes/eval_stage.h"
 #include "recipes/source_record.h"
 #include "recipes/stage.h"
+#include "recipes/starting_model.h"
 #include "recipes/step_loop.h"
 
 namespace sala::recipes {
@@ -192,12 +194,10 @@ StatusOr<std::optional<model::ModelConfig>> StartingShapes(Session& session,
     return ModelConfigAt(result);
   }
   const StageConfig& stage = session.config().stages[0];
-  if (stage.init_from) return ModelConfigAt(stage.init_from->path);
-  if (!stage.model) return std::nullopt;  // the stage says what is wrong
-  model::ModelConfig config = *stage.model;
-  if (config.vocab_size == 0) config.vocab_size = session.tokenizer().vocab_size();
-  SALA_RETURN_IF_ERROR(config.Resolve());
-  return config;
+  if (!stage.init_from && !stage.model) return std::nullopt;  // the stage says what is wrong
+  return StartingConfig(stage, MissingModel::kRefuse, [&session]() -> StatusOr<int64_t> {
+    return session.tokenizer().vocab_size();
+  });
 }
 
 Status CheckInputs(Session& session, const Continuation& next) {
@@ -211,11 +211,30 @@ Status CheckInputs(Session& session, const Continuation& next) {
             shapes ? shapes->TensorParallelProblem(stage.parallel.tp) : std::string();
         !problem.empty())
       return MakeError(ExitCode::kConfig, "CFG-MESH", "stage " + stage.name + ": " + problem);
-    const Status status = stage.kind == StageKind::kHalo ? CheckHaloInputs(session, stage)
-                                                         : CheckPretrainInputs(session, stage);
+    const Status status = CheckStageInputs(stage, session.tokenizer(), session.config().run.device,
+                                           session.world().size());
     if (!status.ok()) return Annotate(status, "stage " + stage.name);
+    SALA_RETURN_IF_ERROR(Annotate(CheckEvalInputs(session, stage), "stage " + stage.name));
   }
   return OkStatus();
+}
+
+Status EvaluateBefore(Session& session, int64_t index) {
+  const StageConfig& stage = session.config().stages[static_cast<size_t>(index)];
+  if (!stage.eval || !stage.eval->before()) return OkStatus();
+  std::string path = stage.init_from ? stage.init_from->path : "";
+  if (index > 0) {
+    SALA_ASSIGN_OR_RETURN(path, StageResult(session, index - 1));
+  }
+  return EvaluateStage(session, stage, EvalMoment::kBefore, path);
+}
+
+Status EvaluateAfter(Session& session, int64_t index) {
+  const StageConfig& stage = session.config().stages[static_cast<size_t>(index)];
+  if (!stage.eval || !stage.eval->after()) return OkStatus();
+  SALA_ASSIGN_OR_RETURN(const std::string path, StageResult(session, index));
+  SALA_RETURN_IF_ERROR(EvaluateStage(session, stage, EvalMoment::kAfter, path));
+  return CheckStageGates(session, stage);
 }
 
 // What checkpoints of the stage say about the folder that its weights came from.
@@ -262,6 +281,15 @@ StatusOr<StageSummary> RunStage(Session& session, int64_t index,
                                         : RunPretrainStage(session, input);
 }
 
+// A stage with its evaluations.
+Status RunAndEvaluate(Session& session, int64_t index, const std::string& resume,
+                      Summaries* summaries) {
+  SALA_RETURN_IF_ERROR(EvaluateBefore(session, index));
+  SALA_ASSIGN_OR_RETURN(const StageSummary row, RunStage(session, index, resume));
+  summaries->Add(row);
+  return EvaluateAfter(session, index);
+}
+
 }  // namespace
 
 Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config) {
@@ -282,15 +310,21 @@ Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config) 
                    << config.run.threads << " thread(s) each, "
                    << kernels::NameOf(kernels::CurrentInstructionSet());
   }
+  const auto note_end = [&](const Status& status, int64_t stage) {
+    const bool stopped = ExitCodeOf(status) == ExitCode::kRequeue;
+    session->WriteStatus(stopped ? "stopping" : "failed",
+                         config.stages[static_cast<size_t>(stage)].name, session->global_step);
+    return status;
+  };
+  // The run may have ended between the last save of a stage and its evaluation, or at a gate.
+  if (next->stage > 0 && next->resume.empty()) {
+    const Status status = EvaluateAfter(*session, next->stage - 1);
+    if (!status.ok()) return note_end(status, next->stage - 1);
+  }
   for (int64_t i = next->stage; i < static_cast<int64_t>(config.stages.size()); ++i) {
-    auto row = RunStage(*session, i, i == next->stage ? next->resume : "");
-    if (!row.ok()) {
-      const bool stopped = ExitCodeOf(row.status()) == ExitCode::kRequeue;
-      session->WriteStatus(stopped ? "stopping" : "failed",
-                           config.stages[static_cast<size_t>(i)].name, session->global_step);
-      return row.status();
-    }
-    summaries.Add(*row);
+    const Status status =
+        RunAndEvaluate(*session, i, i == next->stage ? next->resume : "", &summaries);
+    if (!status.ok()) return note_end(status, i);
     auto request = static_cast<int64_t>(PendingRequest());
     SALA_RETURN_IF_ERROR(world.AllReduce(std::span<int64_t>(&request, 1), parallel::Reduce::kMax));
     if (request == static_cast<int64_t>(Request::kStop) &&

@@ -5,7 +5,6 @@
 
 #include "model/parameters.h"
 #include "model/units.h"
-#include "model/work.h"
 #include "parallel/ordered_sum.h"
 #include "parallel/partition.h"
 #include "recipes/gradient_reducer.h"
@@ -292,30 +291,43 @@ int64_t TrainedParameters(const PlanInput& input) {
   return n;
 }
 
-double StepFlop(const PlanInput& input) {
+WorkPlan WorkOf(const PlanInput& input) {
   const auto samples = static_cast<double>(input.batch.global_batch_sequences());
-  const int64_t n = input.batch.seq_len_tokens;
+  const auto n = static_cast<double>(input.batch.seq_len_tokens);
   const auto work = [&](const model::ModelConfig& config) {
-    return model::ForwardWorkOf(config, input.sparse_attention, n);
+    return model::ForwardWorkOf(config, input.sparse_attention, input.batch.seq_len_tokens);
   };
-  switch (input.phase) {
-    case PlanPhase::kAlign: {
-      // The teacher forwards, and the mixers alone both ways, which have no gradient of their
-      // input.
-      const model::ForwardWork mixers = work(AllLinear(input.model));
-      double weights = 0;
-      for (const ParameterSpec& spec : AllMixerSpecs(input.model)) {
-        if (spec.kind == model::ParameterKind::kMatrix) weights += static_cast<double>(spec.numel);
-      }
-      return samples * (work(input.model).forward() + 3 * mixers.lightning +
-                        4 * weights * static_cast<double>(n));
+  const auto times = [](const model::ForwardWork& forward, double all, double selection) {
+    return model::ForwardWork{.products = all * forward.products,
+                              .attention = all * forward.attention,
+                              .selection = selection * forward.selection,
+                              .lightning = all * forward.lightning};
+  };
+  WorkPlan plan;
+  plan.forward = work(input.model);
+  if (input.phase == PlanPhase::kAlign) {
+    // The teacher forwards, and the mixers alone both ways, which have no gradient of their input.
+    double weights = 0;
+    for (const ParameterSpec& spec : AllMixerSpecs(input.model)) {
+      if (spec.kind == model::ParameterKind::kMatrix) weights += static_cast<double>(spec.numel);
     }
-    case PlanPhase::kDistil:
-      return samples * (work(input.model).step() + work(input.teacher).forward());
-    default:
-      return samples * work(input.model).step();
+    plan.step = times(plan.forward, samples, samples);
+    plan.step.products += samples * 4 * weights * n;
+    plan.step.lightning += samples * 3 * work(AllLinear(input.model)).lightning;
+    return plan;
   }
+  plan.step = times(plan.forward, 3 * samples, samples);
+  if (input.phase == PlanPhase::kDistil) {
+    const model::ForwardWork teacher = work(input.teacher);
+    plan.step.products += samples * teacher.products;
+    plan.step.attention += samples * teacher.attention;
+    plan.step.selection += samples * teacher.selection;
+    plan.step.lightning += samples * teacher.lightning;
+  }
+  return plan;
 }
+
+double StepFlop(const PlanInput& input) { return WorkOf(input).step.forward(); }
 
 Status CheckPlan(const PlanInput& input) {
   SALA_RETURN_IF_ERROR(CheckShares(input.batch, input.mesh));
@@ -361,6 +373,8 @@ StatusOr<std::vector<NamedPlan>> PlanStage(const StageConfig& stage, const RunCo
   distil.model = Hybrid(*model, halo);
   if (stage.halo->nope_at == HaloMoment::kDistil) distil.model.attn_use_rope = false;
   if (stage.halo->softmax_gate_at == HaloMoment::kDistil) distil.model.attn_use_output_gate = true;
+  const bool fold = stage.halo->softmax_qk_norm == QkNormForm::kFold;
+  if (fold && stage.halo->qk_norm_fold_at == HaloMoment::kDistil) distil.model.attn_qk_norm = false;
   distil.batch = stage.halo->distil.batch;
   distil.trainable = stage.halo->trainable;
   distil.cross_entropy = stage.halo->ce_weight > 0;
@@ -369,6 +383,7 @@ StatusOr<std::vector<NamedPlan>> PlanStage(const StageConfig& stage, const RunCo
   finetune.phase = PlanPhase::kFinetune;
   finetune.model.attn_use_rope = false;
   finetune.model.attn_use_output_gate = true;
+  if (fold) finetune.model.attn_qk_norm = false;
   *model = finetune.model;
   if (!stage.halo->finetune) return plans;
   finetune.batch = stage.halo->finetune->batch;

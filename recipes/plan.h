@@ -16,6 +16,7 @@
 #include "core/device.h"
 #include "core/status.h"
 #include "model/config.h"
+#include "model/work.h"
 #include "recipes/config.h"
 
 namespace sala::recipes {
@@ -86,6 +87,13 @@ RankPlan PlanRank(const PlanInput& input, int64_t rank, const MicroBatches& micr
 // samples, all ranks together.
 int64_t TrainedParameters(const PlanInput& input);
 double StepFlop(const PlanInput& input);
+// The same by kind, as the forward pass of one sample of what is trained has them (HALO's
+// alignment: of the teacher), and of a step.
+struct WorkPlan {
+  model::ForwardWork forward;  // one sample
+  model::ForwardWork step;     // forward and backward, all samples
+};
+WorkPlan WorkOf(const PlanInput& input);
 
 // What a run refuses before its first step, with its error: CFG-MESH, CFG-MODEL (78).
 Status CheckPlan(const PlanInput& input);

@@ -7,7 +7,10 @@
 #include "core/elementary.h"
 #include "core/log.h"
 #include "model/loss.h"
+#include "model/work.h"
 #include "parallel/ordered_sum.h"
+#include "recipes/chat_check.h"
+#include "recipes/gates.h"
 #include "recipes/stage.h"
 #include "recipes/step_loop.h"
 
@@ -27,6 +30,12 @@ class PretrainTask : public StepTask {
   const model::ModelConfig& config() const override { return loaded_.config; }
   model::ComputeParameters& parameters() override { return parameters_; }
   const LoadedModel& loaded() const { return loaded_; }
+  double WorkOf(int64_t document_tokens) const override {
+    return model::ForwardWorkOf(config(), options_.sparse_attention, document_tokens).step();
+  }
+  Status WriteGates(Session& session, const std::string& stage) const {
+    return recipes::WriteGates(session, stage, model_, validation_, options_);
+  }
 
   Status MicroBatch(const Context& ctx, Arena& arena, const model::Batch& batch,
                     const StepCounts& counts, model::ParameterStore& gradients,
@@ -119,15 +128,17 @@ Status CheckModel(Session& session, const LoadedModel& loaded) {
                          session.tokenizer().fingerprint().substr(0, 12) +
                          "...; use the tokenizer folder of that model");
   }
-  const int64_t tokens = session.tokenizer().vocab_size();
-  if (tokens > loaded.config.vocab_size) {
-    return MakeError(ExitCode::kData, "TOK-VOCAB",
-                     "tokenizer " + session.tokenizer().name() + " has " + std::to_string(tokens) +
-                         " tokens, the model has " + std::to_string(loaded.config.vocab_size) +
-                         " (model.vocab_size); use the model's own tokenizer or set vocab_size to "
-                         "0 for a new model");
-  }
-  return OkStatus();
+  return CheckVocabulary(session.tokenizer(), loaded.config);
+}
+
+Status CheckVocabulary(const data::Tokenizer& tokenizer, const model::ModelConfig& model) {
+  const int64_t tokens = tokenizer.vocab_size();
+  if (tokens <= model.vocab_size) return OkStatus();
+  return MakeError(ExitCode::kData, "TOK-VOCAB",
+                   "tokenizer " + tokenizer.name() + " has " + std::to_string(tokens) +
+                       " tokens, the model has " + std::to_string(model.vocab_size) +
+                       " (model.vocab_size); use the model's own tokenizer or set vocab_size to "
+                       "0 for a new model");
 }
 
 StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Model& model,
@@ -151,16 +162,18 @@ StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Mod
   return result;
 }
 
-Status CheckPretrainInputs(Session& session, const StageConfig& stage) {
+Status CheckPretrainInputs(const StageConfig& stage, const data::Tokenizer& tokenizer, int ranks) {
   SALA_ASSIGN_OR_RETURN(const parallel::MeshConfig mesh,
-                        parallel::ResolveMesh(session.world().size(), stage.parallel));
+                        parallel::ResolveMesh(ranks, stage.parallel));
   SALA_RETURN_IF_ERROR(CheckShares(stage.batch, mesh));
-  SALA_ASSIGN_OR_RETURN(const auto stream,
-                        data::SampleStream::Open(stage.data, stage.name, stage.batch.seq_len_tokens,
-                                                 session.tokenizer()));
+  SALA_ASSIGN_OR_RETURN(
+      const auto stream,
+      data::SampleStream::Open(stage.data, stage.name, stage.batch.seq_len_tokens, tokenizer));
   SALA_RETURN_IF_ERROR(
       stream->CheckEpochs(stage.batch.steps * stage.batch.global_batch_sequences()));
-  return stage.kind == StageKind::kSft ? RequireChatData(*stream) : OkStatus();
+  if (stage.kind != StageKind::kSft) return OkStatus();
+  SALA_RETURN_IF_ERROR(RequireChatData(*stream));
+  return CheckLearned(*stream, stage.name, /*warns=*/false);
 }
 
 StageSummary SummaryRow(const std::string& stage, const StepLoopSummary& done) {
@@ -216,11 +229,18 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
                    << stage.batch.global_batch_sequences() << " x " << stage.batch.seq_len_tokens
                    << " tokens" << (stage.sparse_attention ? ", sparse attention on" : "");
   }
+  if (stage.kind == StageKind::kSft) {
+    Status chats = CheckLearned(*stream, stage.name, session.is_root());
+    if (chats.ok() && session.is_root())
+      chats = LogFirstChat(*stream, stage.name, session.tokenizer());
+    SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), chats));
+  }
 
   PretrainTask task(session.ctx(), session.mesh(), std::move(loaded).value(), stage, **held_out);
   SALA_ASSIGN_OR_RETURN(
       const StepLoopSummary done,
       RunStepLoop(session, loop, task, *stream, input.resume, carry ? &*carry : nullptr));
+  SALA_RETURN_IF_ERROR(task.WriteGates(session, stage.name));
   return SummaryRow(stage.name, done);
 }
 

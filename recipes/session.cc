@@ -14,6 +14,8 @@
 #include "core/cuda_module.h"
 #include "core/file.h"
 #include "core/log.h"
+#include "core/trace.h"
+#include "kernels/common/instruction_set.h"
 #include "parallel/comm_log.h"
 #include "parallel/device_communicator.h"
 #include "parallel/mpi_communicator.h"
@@ -127,6 +129,8 @@ Status Session::PrepareDirectory() {
   SALA_ASSIGN_OR_RETURN(train_metrics_, MetricsFile::Open(path("metrics/train.jsonl")));
   SALA_ASSIGN_OR_RETURN(valid_metrics_, MetricsFile::Open(path("metrics/valid.jsonl")));
   SALA_ASSIGN_OR_RETURN(rank_metrics_, MetricsFile::Open(path("metrics/ranks.jsonl")));
+  SALA_ASSIGN_OR_RETURN(gate_metrics_, MetricsFile::Open(path("metrics/gates.jsonl")));
+  dashboards_ = Dashboards(config_.run, config_.name, parallel::HostName());
   if (world_.size() > 1) {
     SALA_ASSIGN_OR_RETURN(straggler_metrics_, MetricsFile::Open(path("metrics/stragglers.jsonl")));
   }
@@ -135,6 +139,14 @@ Status Session::PrepareDirectory() {
 
 StatusOr<std::unique_ptr<Session>> Session::Open(parallel::Communicator& world,
                                                  const PipelineConfig& config) {
+  const std::vector<int64_t>& traced = config.run.trace.ranks;
+  if (const auto beyond = std::find_if(traced.begin(), traced.end(),
+                                       [&world](int64_t rank) { return rank >= world.size(); });
+      !config.run.trace.steps.empty() && beyond != traced.end()) {
+    return MakeError(ExitCode::kConfig, "CFG-CONFLICT",
+                     "run.trace.ranks names rank " + std::to_string(*beyond) + ", the run has " +
+                         std::to_string(world.size()) + " rank(s), from 0; correct it");
+  }
   std::unique_ptr<Session> session(new Session(world, config));
   SALA_ASSIGN_OR_RETURN(session->watchdog_,
                         parallel::Watchdog::Start(config.run.watchdog, parallel::ProcessCommLog(),
@@ -162,7 +174,22 @@ Status Session::WriteConfig() {
   if (!is_root()) return OkStatus();
   for (const auto& [name, text] : EmitPipeline(config_))
     SALA_RETURN_IF_ERROR(WriteFileAtomically(path(name), text));
+  SALA_RETURN_IF_ERROR(WriteEnvironment());
   return PathExists(path("tokenizer")) ? OkStatus() : tokenizer_->SaveTo(path("tokenizer"));
+}
+
+Status Session::WriteEnvironment() const {
+  nlohmann::ordered_json environment;
+  for (const auto& [name, text] : config_.run.environment) environment[name] = text;
+  environment["hosts"] = watchdog_->hosts();  // by rank
+  environment["ranks"] = world_.size();
+  environment["threads_per_rank"] = config_.run.threads;
+  environment["instruction_set"] = kernels::NameOf(kernels::CurrentInstructionSet());
+  environment["device"] = device_ == nullptr ? "cpu" : device_->info().name;
+  environment["time"] = static_cast<int64_t>(std::time(nullptr));
+  return WriteFileAtomically(
+      path("environment.json"),
+      environment.dump(1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n");
 }
 
 Status Session::UseMesh(const parallel::MeshConfig& config) {
@@ -202,11 +229,15 @@ void Session::WarnOnce(const Status& status) {
 }
 
 void Session::WriteMetrics(const nlohmann::ordered_json& line) {
-  if (is_root()) WarnOnce(train_metrics_.Write(line));
+  if (!is_root()) return;
+  WarnOnce(train_metrics_.Write(line));
+  WarnOnce(dashboards_.Train(line));
 }
 
 void Session::WriteValidation(const nlohmann::ordered_json& line) {
-  if (is_root()) WarnOnce(valid_metrics_.Write(line));
+  if (!is_root()) return;
+  WarnOnce(valid_metrics_.Write(line));
+  WarnOnce(dashboards_.Validation(line));
 }
 
 void Session::WriteStragglers(const nlohmann::ordered_json& line) {
@@ -217,12 +248,50 @@ void Session::WriteRanks(const nlohmann::ordered_json& line) {
   if (is_root()) WarnOnce(rank_metrics_.Write(line));
 }
 
+void Session::WriteGates(const nlohmann::ordered_json& line) {
+  if (is_root()) WarnOnce(gate_metrics_.Write(line));
+}
+
 void Session::WriteSummary(const nlohmann::ordered_json& rows) {
-  if (is_root()) WarnOnce(WriteFileAtomically(path("summary.json"), rows.dump(1) + "\n"));
+  if (!is_root()) return;
+  WarnOnce(WriteFileAtomically(path("summary.json"), rows.dump(1) + "\n"));
+  WarnOnce(dashboards_.Evaluations());
+}
+
+void Session::BeginSteps(bool resumed) {
+  if (!is_root() || steps_begun_) return;
+  steps_begun_ = true;
+  WarnOnce(train_metrics_.Write({{"event", resumed ? "resume" : "start"}, {"step", global_step}}));
+  WarnOnce(dashboards_.Start(global_step + 1));
+}
+
+double Session::TakeSaveSeconds() {
+  const double before = save_seconds_;
+  save_seconds_ = PartSecondsOfThisThread()[static_cast<size_t>(StepPart::kSave)];
+  return save_seconds_ - before;
+}
+
+void Session::BeginTrace(int64_t step) {
+  if (!config_.run.trace.Records(step, world_.rank())) return;
+  traced_step_ = step;
+  StartTrace();
+}
+
+void Session::EndTrace() {
+  if (traced_step_ == 0) return;
+  const std::string text = TraceJson(sala::EndTrace(), world_.rank(), parallel::HostName());
+  char name[64];
+  std::snprintf(name, sizeof(name), "traces/step-%06lld-rank-%04d.json",
+                static_cast<long long>(traced_step_), world_.rank());
+  traced_step_ = 0;
+  Status status = MakeDirectories(path("traces"));
+  if (status.ok()) status = WriteFileAtomically(path(name), text);
+  WarnOnce(status);
 }
 
 void Session::WriteStatus(const std::string& state, const std::string& stage, int64_t step) {
   if (!is_root()) return;
+  WarnOnce(dashboards_.State(state, stage, step));
   const double now = ClockSeconds();
   // The file is synced to disk: once a second is often enough for a liveness probe.
   if (state == last_status_state_ && now - last_status_seconds_ < 1) return;

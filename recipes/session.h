@@ -16,6 +16,7 @@
 #include "parallel/mesh.h"
 #include "parallel/watchdog.h"
 #include "recipes/config.h"
+#include "recipes/dashboards.h"
 
 namespace sala::recipes {
 
@@ -63,9 +64,20 @@ class Session {
   void WriteValidation(const nlohmann::ordered_json& line);  // metrics/valid.jsonl
   void WriteStragglers(const nlohmann::ordered_json& line);  // metrics/stragglers.jsonl
   void WriteRanks(const nlohmann::ordered_json& line);       // metrics/ranks.jsonl
+  void WriteGates(const nlohmann::ordered_json& line);       // metrics/gates.jsonl
   void WriteStatus(const std::string& state, const std::string& stage,
-                   int64_t step);                         // status.json
-  void WriteSummary(const nlohmann::ordered_json& rows);  // summary.json
+                   int64_t step);                         // status.json, metrics.prom
+  void WriteSummary(const nlohmann::ordered_json& rows);  // summary.json, and evaluations to tb/
+  // Before the first step of a step loop: where this start of the run goes on, in
+  // metrics/train.jsonl and tb/.
+  void BeginSteps(bool resumed);
+  // Seconds of this rank in saves since the last call: those of an earlier phase too.
+  double TakeSaveSeconds();
+
+  // On every rank, around a step and its save: records it where run.trace asks for it, and writes
+  // traces/step-SSSSSS-rank-RRRR.json.
+  void BeginTrace(int64_t step);
+  void EndTrace();
 
   // Steps done over the whole pipeline; checkpoints are named after it.
   int64_t global_step = 0;
@@ -79,8 +91,12 @@ class Session {
   Status OpenDevice();
   void LogDevice() const;
   Status PrepareDirectory();  // rank 0
+  Status WriteEnvironment() const;
   void WarnOnce(const Status& status);
   bool warned_ = false;
+  bool steps_begun_ = false;
+  int64_t traced_step_ = 0;  // 0: none
+  double save_seconds_ = 0;  // that were taken
   double last_status_seconds_ = 0;
   std::string last_status_state_;
 
@@ -94,7 +110,8 @@ class Session {
   std::unique_ptr<parallel::Mesh> mesh_;
   std::optional<RunLock> lock_;  // rank 0
   std::unique_ptr<data::Tokenizer> tokenizer_;
-  MetricsFile train_metrics_, valid_metrics_, straggler_metrics_, rank_metrics_;
+  MetricsFile train_metrics_, valid_metrics_, straggler_metrics_, rank_metrics_, gate_metrics_;
+  Dashboards dashboards_;
   std::unique_ptr<parallel::Watchdog> watchdog_;
 };
 

@@ -42,6 +42,7 @@ StatusOr<StageSummary> RunHaloStage(Session& session, const StageInput& input);
 // TOK-VOCAB, TOK-MISMATCH (65): the tokenizer must be the one the weights were trained with, and
 // every id must have a row in the embedding.
 Status CheckModel(Session& session, const LoadedModel& loaded);
+Status CheckVocabulary(const data::Tokenizer& tokenizer, const model::ModelConfig& model);
 
 // The row of a phase that is the whole stage: held-out losses where they were measured, training
 // losses otherwise.
@@ -62,8 +63,15 @@ StatusOr<ValidationResult> EvaluateValidation(Session& session, const model::Mod
 // stage. Reads little and trains nothing, so that a mistake in the last stage does not show after
 // hours. Every rank checks the same. What is opened is let go of and opened again by the stage: to
 // keep it would hold the document lists of all stages in memory for the whole run.
-Status CheckPretrainInputs(Session& session, const StageConfig& stage);
-Status CheckHaloInputs(Session& session, const StageConfig& stage);
+Status CheckPretrainInputs(const StageConfig& stage, const data::Tokenizer& tokenizer, int ranks);
+Status CheckHaloInputs(const StageConfig& stage, const data::Tokenizer& tokenizer,
+                       DeviceKind device, int ranks);
+// The one of the two that the stage's kind asks for.
+inline Status CheckStageInputs(const StageConfig& stage, const data::Tokenizer& tokenizer,
+                               DeviceKind device, int ranks) {
+  return stage.kind == StageKind::kHalo ? CheckHaloInputs(stage, tokenizer, device, ranks)
+                                        : CheckPretrainInputs(stage, tokenizer, ranks);
+}
 
 // Runs the whole pipeline (or the single stage) with resume, prints the table.
 Status RunPipeline(parallel::Communicator& world, const PipelineConfig& config);

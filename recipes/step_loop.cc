@@ -15,6 +15,7 @@
 #include "core/log.h"
 #include "core/memory.h"
 #include "core/progress.h"
+#include "core/trace.h"
 #include "kernels/tensor_ops/tensor_ops.h"
 #include "parallel/comm_log.h"
 #include "parallel/ordered_sum.h"
@@ -105,6 +106,13 @@ struct StepData {
   Request request = Request::kNone;
 };
 
+// Where the time of a step went on this rank.
+struct StepTimes {
+  double started = 0;  // ClockSeconds()
+  double comm_seconds = 0;
+  PartSeconds parts{};
+};
+
 // The positions of the global batch that a rank takes: each ranks-th one, or, so that the shares
 // are subtrees of the sum over micro-batches, as many whole micro-batches in a row as the others.
 std::vector<int64_t> ShareOf(const BatchConfig& batch, int64_t rank, int64_t ranks) {
@@ -116,6 +124,20 @@ std::vector<int64_t> ShareOf(const BatchConfig& batch, int64_t rank, int64_t ran
   }
   return share;
 }
+
+// The next step of the run and what follows it, where run.trace asks for it.
+class StepTrace {
+ public:
+  explicit StepTrace(Session& session) : session_(session) {
+    session.BeginTrace(session.global_step + 1);
+  }
+  StepTrace(const StepTrace&) = delete;
+  StepTrace& operator=(const StepTrace&) = delete;
+  ~StepTrace() { session_.EndTrace(); }
+
+ private:
+  Session& session_;
+};
 
 class StepLoop {
  public:
@@ -150,7 +172,9 @@ class StepLoop {
                          model::ParameterStore& gradients, std::span<double> sums);
   // Collective where the step is logged.
   Status Report(const StepData& data, const Values& values, const UpdateResult& update, double lr,
-                double started, double comm_seconds);
+                const StepTimes& times);
+  void AddTimes(const StepTimes& times, nlohmann::ordered_json* line);
+  void AddBatch(const StepData& data, double step_seconds, nlohmann::ordered_json* line) const;
   StatusOr<double> Validate();
   Status NonFinite(const std::string& why) const;
   Status Save(bool final_step);
@@ -177,6 +201,8 @@ class StepLoop {
   nlohmann::ordered_json comm_ = nlohmann::ordered_json::object();  // of the last logged step
   size_t planned_arena_ = 0;                                        // bytes, on a GPU
   size_t planned_scratch_ = 0;
+  int64_t step_at_start_ = 0;  // of this start of the run
+  double seconds_at_start_ = 0;
   Request request_ = Request::kNone;
 };
 
@@ -201,13 +227,13 @@ Status StepLoop::Start(const Checkpoint* resume, const Checkpoint* carry) {
     SALA_RETURN_IF_ERROR(LoadParameters(*resume, task_.params()));
     optimizer_.TakeParameters(session_.ctx());
     SALA_RETURN_IF_ERROR(optimizer_.Load(session_.ctx(), *resume));
-    session_.WriteMetrics({{"event", "resume"}, {"step", session_.global_step}});
     SALA_LOG(Info) << config_.position.stage << "/" << config_.position.phase
                    << ": resumed after step " << progress_.step << " from " << resume->directory();
   } else if (carry != nullptr) {
     optimizer_.set_updates(carry->info().trainer.value("updates", int64_t{0}));
     SALA_RETURN_IF_ERROR(optimizer_.Load(session_.ctx(), *carry));
   }
+  session_.BeginSteps(resume != nullptr);
   if (session_.is_root()) {
     SALA_LOG(Info) << config_.position.stage << "/" << config_.position.phase << ": "
                    << DescribeSchedule(config_.schedule, config_.batch.steps);
@@ -315,6 +341,7 @@ Status StepLoop::ReportRanks() {
 }
 
 StatusOr<StepData> StepLoop::LoadStep() {
+  const PartScope part(StepPart::kData);
   parallel::Communicator& group = session_.mesh().dp_group();
   const int64_t batch = config_.batch.global_batch_sequences();
   StepData step;
@@ -348,6 +375,7 @@ StatusOr<StepData> StepLoop::LoadStep() {
 
 Status StepLoop::AddMicroBatch(const StepData& data, int64_t index,
                                model::ParameterStore& gradients, std::span<double> sums) {
+  const TraceScope trace("micro-batch", index);
   const int64_t per_batch = config_.batch.micro_batch_sequences;
   const auto samples = static_cast<int64_t>(data.mine.size());
   const auto begin = data.mine.begin() + std::min(samples, index * per_batch);
@@ -414,6 +442,7 @@ Status StepLoop::Step() {
                                   session_.global_step);
   const double started = ClockSeconds();
   const double comm_before = CommSeconds();
+  const PartSeconds parts_before = PartSecondsOfThisThread();
   SALA_ASSIGN_OR_RETURN(const StepData data, LoadStep());
   request_ = data.request;
   double loss = 0;
@@ -421,8 +450,10 @@ Status StepLoop::Step() {
   SALA_RETURN_IF_ERROR(reducer_.Finish());
   summed_comm_ = parallel::ProcessCommLog().Totals();
   const double lr = LearningRate(config_.schedule, progress_.step, config_.batch.steps);
+  std::optional<PartScope> part(std::in_place, StepPart::kOptimizer);
   SALA_ASSIGN_OR_RETURN(const UpdateResult update,
                         optimizer_.Update(session_.ctx(), lr, std::isfinite(loss)));
+  part.reset();
 
   ++progress_.step;
   ++session_.global_step;
@@ -444,7 +475,9 @@ Status StepLoop::Step() {
   progress_.seconds += ClockSeconds() - started;
   const double comm_seconds = CommSeconds() - comm_before;
   stragglers_.Add(ClockSeconds() - started, comm_seconds);
-  SALA_RETURN_IF_ERROR(Report(data, values, update, lr, started, comm_seconds));
+  PartSeconds parts = PartSecondsOfThisThread();
+  for (size_t p = 0; p < kStepParts; ++p) parts[p] -= parts_before[p];
+  SALA_RETURN_IF_ERROR(Report(data, values, update, lr, {started, comm_seconds, parts}));
   if (progress_.bad_in_a_row > config_.optimizer.max_bad_steps) {
     return NonFinite("the limit is " + std::to_string(config_.optimizer.max_bad_steps) +
                      " (optimizer.max_bad_steps)");
@@ -453,8 +486,8 @@ Status StepLoop::Step() {
 }
 
 Status StepLoop::Report(const StepData& data, const Values& values, const UpdateResult& update,
-                        double lr, double started, double comm_seconds) {
-  const double step_seconds = ClockSeconds() - started;
+                        double lr, const StepTimes& times) {
+  const double step_seconds = ClockSeconds() - times.started;
   const double rate = static_cast<double>(data.counts.tokens) / step_seconds;
   const bool last = progress_.step == config_.batch.steps;
   const bool logged =
@@ -487,11 +520,12 @@ Status StepLoop::Report(const StepData& data, const Values& values, const Update
     line["skipped"] = update.skipped;
     line["tokens_per_s"] = rate;
     line["step_ms"] = step_seconds * 1e3;
-    line["comm_ms"] = comm_seconds * 1e3;
+    AddTimes(times, &line);
     const double beside = session_.mesh().queue().seconds_run();
     line["comm_beside_ms"] = (beside - logged_beside_) * 1e3;
     logged_beside_ = beside;
     line["comm"] = comm_;
+    AddBatch(data, step_seconds, &line);
     line["arena_peak_mib"] = static_cast<double>(session_.arena().peak_bytes()) / (1 << 20);
     line["data_crc"] = Hex32(data.crc);
     session_.WriteMetrics(line);
@@ -501,6 +535,43 @@ Status StepLoop::Report(const StepData& data, const Values& values, const Update
                                       Format("%.2e", lr) + "  " + Format("%.0f", rate) + " tok/s");
   session_.WriteStatus("training", config_.position.stage, session_.global_step);
   return OkStatus();
+}
+
+void StepLoop::AddTimes(const StepTimes& times, nlohmann::ordered_json* line) {
+  for (const auto& [part, key] :
+       {std::pair(StepPart::kData, "data_ms"), std::pair(StepPart::kForward, "forward_ms"),
+        std::pair(StepPart::kLoss, "loss_ms"), std::pair(StepPart::kBackward, "backward_ms"),
+        std::pair(StepPart::kOptimizer, "optim_ms")})
+    (*line)[key] = times.parts[static_cast<size_t>(part)] * 1e3;
+  (*line)["comm_ms"] = times.comm_seconds * 1e3;
+  (*line)["save_stall_ms"] = session_.TakeSaveSeconds() * 1e3;
+}
+
+void StepLoop::AddBatch(const StepData& data, double step_seconds,
+                        nlohmann::ordered_json* line) const {
+  const auto slots =
+      static_cast<double>(config_.batch.global_batch_sequences() * config_.batch.seq_len_tokens);
+  (*line)["padding_share"] = 1 - static_cast<double>(data.counts.tokens) / slots;
+  // Of the samples that this rank has.
+  double work = 0;
+  double documents = 0;
+  for (const data::PackedSample& sample : data.mine) {
+    const int64_t kept = stream_.seq_len() - sample.padding;
+    for (size_t s = 1; s < sample.cu_seqlens.size() && sample.cu_seqlens[s] <= kept; ++s) {
+      work += task_.WorkOf(sample.cu_seqlens[s] - sample.cu_seqlens[s - 1]);
+      ++documents;
+    }
+  }
+  if (!data.mine.empty())
+    (*line)["segments_mean"] = documents / static_cast<double>(data.mine.size());
+  const parallel::MeshConfig& mesh = session_.mesh().config();
+  if (work > 0)
+    (*line)["gflop_per_s"] = work / static_cast<double>(mesh.cp * mesh.tp) / step_seconds / 1e9;
+  (*line)["stage_steps"] = config_.batch.steps;
+  const double per_step = (progress_.seconds - seconds_at_start_) /
+                          static_cast<double>(progress_.step - step_at_start_);
+  (*line)["eta_s"] = per_step * static_cast<double>(config_.batch.steps - progress_.step);
+  (*line)["host_mem_gib"] = static_cast<double>(ResidentPeakBytes()) / (1 << 30);
 }
 
 StatusOr<double> StepLoop::Validate() {
@@ -519,6 +590,7 @@ StatusOr<double> StepLoop::Validate() {
 }
 
 Status StepLoop::Save(bool final_step) {
+  const PartScope part(StepPart::kSave);
   // A save may be the end of the loop, which must not meet gathering that needs longer than
   // CommQueue::Drain waits.
   task_.parameters().Settle();
@@ -550,7 +622,10 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
   }
   SALA_RETURN_IF_ERROR(session_.mesh().queue().WaitAll());
   logged_comm_ = parallel::ProcessCommLog().Totals();
+  step_at_start_ = progress_.step;
+  seconds_at_start_ = progress_.seconds;
   while (progress_.step < steps) {
+    const StepTrace trace(session_);
     SALA_RETURN_IF_ERROR(Step());
     const bool last = progress_.step == steps;
     const int64_t validate_every = config_.validation.every_steps;

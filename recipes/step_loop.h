@@ -44,6 +44,9 @@ class StepTask {
   virtual std::vector<std::pair<std::string, double>> Values(std::span<const double> sums,
                                                              const StepCounts& counts) const = 0;
 
+  // Useful floating-point operations of a step on one document (model/work.h); 0: not counted.
+  virtual double WorkOf(int64_t document_tokens) const { return 0; }
+
   // Collective. Values of the held-out data, the first being the loss; empty: nothing to validate.
   virtual StatusOr<std::vector<std::pair<std::string, double>>> Validate(Session& session) {
     return std::vector<std::pair<std::string, double>>{};

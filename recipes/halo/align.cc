@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "core/trace.h"
 #include "kernels/mse/mse.h"
 #include "model/mixer.h"
 #include "parallel/ordered_sum.h"
@@ -63,6 +64,7 @@ AlignTask::AlignTask(const Context& ctx, parallel::Mesh& mesh, const model::Mode
 
 void AlignTask::LayerLoss(const Context& ctx, const ConstTensor& y, const ConstTensor& target,
                           double tokens, const Tensor& dy, std::span<double> layer_sums) const {
+  const PartScope part(StepPart::kLoss);
   const auto layers = static_cast<double>(config_.num_hidden_layers);
   const auto width = static_cast<double>(config_.hidden_size);
   const bool squared = loss_ == AlignLoss::kMse;
@@ -96,6 +98,7 @@ void AlignTask::Pass(const Context& ctx, Arena& arena, const model::Batch& batch
       dy = arena.New(ctx.activation(), {tables.share.part(), config_.hidden_size});
     LayerLoss(ctx, y, target, tokens, dy, sums.subspan(l * kLayerSums, kLayerSums));
     if (gradients.empty()) return;
+    const PartScope part(StepPart::kBackward);
     if (gradient_hooks != nullptr) gradient_hooks->Enter(model::UnitOfLayer(layer));
     model::MixerBackward(ctx, arena, config_, spread, MixerType::kLightning, weights_[l], tables,
                          state, 1.0F, spread.Gather(ctx, arena, tables.share, dy), {},

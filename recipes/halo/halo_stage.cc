@@ -12,9 +12,12 @@
 #include "core/file.h"
 #include "core/hash.h"
 #include "core/log.h"
+#include "core/trace.h"
+#include "recipes/gates.h"
 #include "recipes/halo/align.h"
 #include "recipes/halo/assemble.h"
 #include "recipes/halo/distil.h"
+#include "recipes/halo/fold_qk_norm.h"
 #include "recipes/halo/items.h"
 #include "recipes/halo/logit_scale.h"
 #include "recipes/halo/score.h"
@@ -56,6 +59,8 @@ json ToJson(const ModelScore& score) {
           {"text", score.text},     {"text_error", score.text_error},     {"kl", score.kl}};
 }
 
+constexpr char kQkScales[] = "qk_norm_scales";  // in trainer.halo
+
 class HaloStage {
  public:
   HaloStage(Session& session, const StageInput& input)
@@ -76,7 +81,10 @@ class HaloStage {
   StatusOr<json> ReportScores(const ScoreItems& items, const ScoreTable& table);
   // The student gets what it does not have yet of HyPE.
   void Enter(bool remove_rope, bool add_gate);
-  void Assemble();
+  Status Assemble();
+  // Takes the query/key norm out of the softmax layers, where they have it and shall lose it.
+  Status FoldNorms();
+  Status MeasureGates();
   StatusOr<DistilReport> Compare();
   Status Distil();
   Status Finetune();
@@ -402,10 +410,48 @@ void HaloStage::Enter(bool remove_rope, bool add_gate) {
                                              .shard = spread().shard()});
 }
 
-void HaloStage::Assemble() {
+Status HaloStage::Assemble() {
   student_ = AssembleHybrid(teacher_.config, teacher_.params, mixers_, chosen_, spread().shard());
   mixers_ = model::ParameterStore();
   Enter(halo_.nope_at == HaloMoment::kDistil, halo_.softmax_gate_at == HaloMoment::kDistil);
+  return halo_.qk_norm_fold_at == HaloMoment::kDistil ? FoldNorms() : OkStatus();
+}
+
+// The factors are saved with the stage: on resume, parameters come from the checkpoint and what was
+// measured is not measured again.
+Status HaloStage::FoldNorms() {
+  if (halo_.softmax_qk_norm == QkNormForm::kKeep || !student_.config.attn_qk_norm)
+    return OkStatus();
+  const bool measured = state_.contains(kQkScales);
+  std::vector<QkScales> scales;
+  if (measured) {
+    SALA_ASSIGN_OR_RETURN(
+        scales, QkScalesFromJson(state_[kQkScales], student_.config,
+                                 input_.resume->directory() + ": trainer.halo." + kQkScales));
+  } else {
+    const parallel::Section section(session_.watchdog(), parallel::Phase::kEvaluation);
+    auto batches = CalibrationBatches(stage_, session_.tokenizer(), session_.mesh());
+    SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), batches.status()));
+    model::ComputeParameters parameters(session_.ctx(), student_.params, &session_.mesh());
+    const model::Model model(student_.config, parameters.store(), spread());
+    SALA_ASSIGN_OR_RETURN(scales, MeasureQkScales(session_.ctx(), session_.arena(), model, *batches,
+                                                  session_.mesh()));
+    state_[kQkScales] = recipes::ToJson(scales);
+  }
+  student_ = FoldQkNorm(std::move(student_), scales, spread().shard());
+  if (is_root())
+    SALA_LOG(Info) << "query/key norm of softmax layers " << Text(chosen_)
+                   << " folded into their projections"
+                   << (measured ? ", by the factors of the checkpoint" : "");
+  return OkStatus();
+}
+
+Status HaloStage::MeasureGates() {
+  auto held_out = HeldOut(halo_.distil.batch.seq_len_tokens);
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), held_out.status()));
+  model::ComputeParameters parameters(session_.ctx(), student_.params, &session_.mesh());
+  const model::Model model(student_.config, parameters.store(), spread());
+  return WriteGates(session_, stage_.name, model, **held_out, {});
 }
 
 StatusOr<DistilReport> HaloStage::Compare() {
@@ -464,6 +510,7 @@ Status HaloStage::FitScale() {
 
 StatusOr<StageSummary> HaloStage::Finish() {
   SALA_ASSIGN_OR_RETURN(const DistilReport final, Compare());
+  SALA_RETURN_IF_ERROR(MeasureGates());
   if (!halo_.logit_scale_grid.empty()) SALA_RETURN_IF_ERROR(FitScale());
 
   StageSummary summary;
@@ -507,6 +554,7 @@ StatusOr<StageSummary> HaloStage::Finish() {
   request.config_yaml = EmitStage(stage_);
   request.parent = teacher_.origin;
   request.policy = stage_.checkpoint;
+  const PartScope part(StepPart::kSave);
   SALA_RETURN_IF_ERROR(SaveCheckpoint(session_, request, true).status());
   return summary;
 }
@@ -517,18 +565,21 @@ StatusOr<StageSummary> HaloStage::Run() {
     SALA_RETURN_IF_ERROR(Align());
     SALA_RETURN_IF_ERROR(Choose());
   }
-  Assemble();
+  SALA_RETURN_IF_ERROR(Assemble());
   if (resume_phase_ != "finetune") SALA_RETURN_IF_ERROR(Distil());
-  Enter(true, true);  // what is handed on, and what a finetuning phase therefore trains
+  // What is handed on, and what a finetuning phase therefore trains.
+  Enter(true, true);
+  SALA_RETURN_IF_ERROR(FoldNorms());
   if (halo_.finetune) SALA_RETURN_IF_ERROR(Finetune());
   return Finish();
 }
 
 }  // namespace
 
-Status CheckHaloInputs(Session& session, const StageConfig& stage) {
+Status CheckHaloInputs(const StageConfig& stage, const data::Tokenizer& tokenizer,
+                       DeviceKind device, int ranks) {
   const bool l2_norm = stage.halo->align_loss == AlignLoss::kL2Norm;
-  if (session.ctx().cuda() && (l2_norm || !stage.halo->logit_scale_grid.empty())) {
+  if (device == DeviceKind::kCuda && (l2_norm || !stage.halo->logit_scale_grid.empty())) {
     return MakeError(ExitCode::kConfig, "CFG-HALO",
                      std::string(l2_norm ? "align_loss: l2_norm" : "logit_scale_grid") +
                          " works on the CPU only; use run.device: cpu for this stage, or " +
@@ -539,18 +590,17 @@ Status CheckHaloInputs(Session& session, const StageConfig& stage) {
   if (stage.halo->finetune) phases.emplace_back("finetune", &*stage.halo->finetune);
   for (const auto& [phase, config] : phases) {
     SALA_ASSIGN_OR_RETURN(const parallel::MeshConfig mesh,
-                          parallel::ResolveMesh(session.world().size(), stage.parallel));
+                          parallel::ResolveMesh(ranks, stage.parallel));
     SALA_RETURN_IF_ERROR(CheckShares(config->batch, mesh));
-    SALA_ASSIGN_OR_RETURN(
-        const auto stream,
-        data::SampleStream::Open(stage.data, stage.name + "/" + phase, config->batch.seq_len_tokens,
-                                 session.tokenizer()));
+    SALA_ASSIGN_OR_RETURN(const auto stream,
+                          data::SampleStream::Open(stage.data, stage.name + "/" + phase,
+                                                   config->batch.seq_len_tokens, tokenizer));
     SALA_RETURN_IF_ERROR(
         stream->CheckEpochs(config->batch.steps * config->batch.global_batch_sequences()));
   }
   const Selector selector = stage.halo->selector;
   return NeedsLayerScores(selector) || selector == Selector::kGreedy
-             ? MakeScoreItems(stage, session.tokenizer()).status()
+             ? MakeScoreItems(stage, tokenizer).status()
              : OkStatus();
 }
 

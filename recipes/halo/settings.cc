@@ -60,18 +60,23 @@ Status CheckLogitScale(const StageConfig& stage) {
   return OkStatus();
 }
 
-std::string FrozenLayersWarning(const HaloConfig& halo) {
+std::string FrozenLayersWarning(const HaloConfig& halo, const model::ModelConfig& teacher) {
   if (halo.trainable != HaloTrainable::kLinearMixers) return "";
-  const bool nope = halo.nope_at == HaloMoment::kDistil;
-  const bool random_gate = halo.softmax_gate_at == HaloMoment::kDistil &&
-                           halo.softmax_gate_init == GateInit::kSmallNormal;
-  if (!nope && !random_gate) return "";
-  return std::string("halo.trainable is linear_mixers while softmax layers ") +
-         (nope ? "lose their rotary embedding (nope_at: distil)"
-               : "get a random gate (softmax_gate_at: distil)") +
-         ": these layers are frozen and cannot adapt, which gave 4 to 9 times the KL in trials; "
-         "use next_stage, or "
-         "trainable: all";
+  std::string change;
+  if (halo.nope_at == HaloMoment::kDistil) {
+    change = "lose their rotary embedding (nope_at: distil)";
+  } else if (halo.softmax_gate_at == HaloMoment::kDistil &&
+             halo.softmax_gate_init == GateInit::kSmallNormal) {
+    change = "get a random gate (softmax_gate_at: distil)";
+  } else if (teacher.attn_qk_norm && halo.softmax_qk_norm == QkNormForm::kFold &&
+             halo.qk_norm_fold_at == HaloMoment::kDistil) {
+    change = "lose their query/key norm (qk_norm_fold_at: distil)";
+  } else {
+    return "";
+  }
+  return "halo.trainable is linear_mixers while softmax layers " + change +
+         ": these layers are frozen and cannot adapt, which for the rotary embedding gave 4 to 9 "
+         "times the KL in trials; use next_stage, or trainable: all";
 }
 
 }  // namespace
@@ -122,7 +127,7 @@ StatusOr<HaloPlan> PlanHalo(const StageConfig& stage, const model::ModelConfig& 
 std::vector<std::string> HaloWarnings(const HaloConfig& halo, const HaloPlan& plan,
                                       const model::ModelConfig& teacher) {
   std::vector<std::string> warnings;
-  if (std::string frozen = FrozenLayersWarning(halo); !frozen.empty())
+  if (std::string frozen = FrozenLayersWarning(halo, teacher); !frozen.empty())
     warnings.push_back(std::move(frozen));
   if (plan.softmax_layers == 0) {
     warnings.emplace_back(
@@ -135,11 +140,12 @@ std::vector<std::string> HaloWarnings(const HaloConfig& halo, const HaloPlan& pl
         "by layer 0, which a linear layer does not fill; put 0 into halo.keep if the result shall "
         "generate there");
   }
-  if (teacher.attn_qk_norm && plan.softmax_layers > 0) {
+  if (teacher.attn_qk_norm && plan.softmax_layers > 0 &&
+      halo.softmax_qk_norm == QkNormForm::kKeep) {
     warnings.emplace_back(
-        "the teacher's softmax layers have query/key norm, and so will the hybrid's: no exported "
-        "format has a place for it (EXP-QKNORM), so the result trains and generates in this "
-        "program only; a llama or minicpm teacher gives a hybrid that can be exported");
+        "halo.softmax_qk_norm is keep: the hybrid's softmax layers keep the teacher's query/key "
+        "norm, and no exported format has a place for it (EXP-QKNORM), so the result trains and "
+        "generates in this program only; use fold for one that can be exported");
   }
   return warnings;
 }

@@ -188,6 +188,9 @@ TEST(Config, YamlFeaturesThatAreRefused) {
   EXPECT_THAT(ErrorOf("text: *inner\n"), HasSubstr("CFG-SYNTAX"));
   EXPECT_THAT(ErrorOf("text: !!str x\n"), HasSubstr("tags are not supported"));
   EXPECT_THAT(ErrorOf("---\na: 1\n"), HasSubstr("second YAML document"));
+  // yaml-cpp finds documents in this without end.
+  const auto endless = ConfigDocument::Parse(",%ama\n", "c.yaml");
+  EXPECT_THAT(MessageOf(endless.status()), HasSubstr("second YAML document"));
   EXPECT_THAT(ErrorOf("[1]: x\n"), HasSubstr("a key must be plain text"));
   EXPECT_THAT(ErrorOf("text: [a\n"), HasSubstr("CFG-SYNTAX: c.yaml:"));
   EXPECT_THAT(ErrorOf("\ttext: a\n"), HasSubstr("CFG-SYNTAX"));

@@ -6,6 +6,7 @@
 #include "core/file.h"
 #include "core/metrics.h"
 #include "core/progress.h"
+#include "core/terminal.h"
 #include "nlohmann/json.hpp"
 #include "tests/core/temp_dir.h"
 
@@ -34,6 +35,35 @@ TEST(Log, LinesAndLevels) {
   EXPECT_EQ(Captured([] { SALA_LOG(Info) << "x"; }), "");
   EXPECT_THAT(Captured([] { SALA_LOG(Error) << "x"; }), HasSubstr(" error [rank 3@node2] x\n"));
   SetLogIdentity(0, "");
+}
+
+TEST(Log, QuietLeavesWarningsAndTheFile) {
+  const TempDir dir;
+  ASSERT_TRUE(OpenLogFile(dir / "log").ok());
+  SetQuiet(true);
+  EXPECT_EQ(Captured([] { SALA_LOG(Info) << "x"; }), "");
+  EXPECT_THAT(Captured([] { SALA_LOG(Warn) << "slow"; }), HasSubstr("slow"));
+  EXPECT_EQ(Captured([] {
+              ProgressDisplay display("stage", 2, /*enabled=*/true);
+              display.Update(1, "loss 3");
+            }),
+            "");
+  SetQuiet(false);
+  EXPECT_THAT(ReadFile(dir / "log").value(), HasSubstr(" info x\n"));
+  ASSERT_TRUE(OpenLogFile("/dev/null").ok());
+}
+
+TEST(Log, ColourOfLevels) {
+  const TempDir dir;
+  ASSERT_TRUE(OpenLogFile(dir / "log").ok());
+  SetColourMode(ColourMode::kAlways);
+  EXPECT_THAT(Captured([] { SALA_LOG(Warn) << "slow"; }), HasSubstr(" \x1b[33mwarn\x1b[0m ["));
+  EXPECT_THAT(Captured([] { SALA_LOG(Info) << "step"; }), HasSubstr(" info step\n"));
+  // A file is no terminal.
+  SetColourMode(ColourMode::kAuto);
+  EXPECT_THAT(Captured([] { SALA_LOG(Error) << "lost"; }), HasSubstr(" error ["));
+  EXPECT_THAT(ReadFile(dir / "log").value(), Not(HasSubstr("\x1b")));
+  ASSERT_TRUE(OpenLogFile("/dev/null").ok());
 }
 
 TEST(Log, FileIsAppendedToAndReopened) {

@@ -91,7 +91,7 @@ TEST(ChatErrors, RolesMarkersAndTemplates) {
 
 TEST(ChatRecords, ShapesOfMessages) {
   const auto parse = [](const std::string& text) {
-    return ParseMessages(nlohmann::json::parse(text));
+    return ParseMessages(nlohmann::ordered_json::parse(text));
   };
   const auto parts = Value(
       parse(R"([{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]},
@@ -107,9 +107,108 @@ TEST(ChatRecords, ShapesOfMessages) {
   ExpectError(parse(R"([{"role":"user","content":3}])").status(), "ING-FIELD", ExitCode::kData,
               {"content"});
   ExpectError(parse(R"([{"content":"x"}])").status(), "ING-FIELD", ExitCode::kData, {"role"});
-  ExpectError(parse(R"({"role":"user"})").status(), "ING-FIELD", ExitCode::kData, {"not an array"});
+  ExpectError(parse(R"({"role":"user"})").status(), "ING-FIELD", ExitCode::kData,
+              {"array of turns"});
   ExpectError(parse(R"([{"role":"user","content":"x","train":1}])").status(), "ING-FIELD",
               ExitCode::kData, {"train"});
+}
+
+std::string LearnedOf(const RenderedChat& chat) {
+  std::string out;
+  for (const ByteSpan& span : chat.learned)
+    out += (out.empty() ? "" : "|") + chat.text.substr(static_cast<size_t>(span.begin),
+                                                       static_cast<size_t>(span.end - span.begin));
+  return out;
+}
+
+TEST(ChatFamilies, AreWhatJinjaMakesOfTheirTemplates) {
+  const auto cases = nlohmann::json::parse(ReadText(SALA_TEST_DATA "/chat_goldens.json"));
+  ASSERT_EQ(cases.size(), 20U);
+  for (const auto& golden : cases) {
+    const ChatFamily& family = *Value(FindChatFamily(golden["family"].get<std::string>()));
+    std::vector<ChatMessage> messages;
+    for (const auto& m : golden["messages"])
+      messages.push_back({m["role"].get<std::string>(), m["content"].get<std::string>()});
+    const RenderedChat chat = Value(RenderChat(family, messages, ChatMask::kLastAssistant));
+    EXPECT_EQ(chat.text, golden["text"]) << family.name;
+    const std::string prompt = Value(RenderPrompt(family, {messages.begin(), messages.end() - 1}));
+    EXPECT_EQ(prompt, golden["prompt"]) << family.name;
+    // What is learned starts where the prompt ends.
+    ASSERT_EQ(chat.learned.size(), 1U);
+    EXPECT_EQ(chat.learned[0].begin, static_cast<int64_t>(prompt.size())) << family.name;
+    EXPECT_EQ(chat.text.substr(0, prompt.size()), prompt) << family.name;
+  }
+}
+
+TEST(ChatFamilies, MaskToTheByte) {
+  const auto learned = [](const char* family) {
+    return LearnedOf(
+        Value(RenderChat(*Value(FindChatFamily(family)), kTalk, ChatMask::kAllAssistant)));
+  };
+  EXPECT_EQ(learned("chatml"), "Hi.<|im_end|>|Bye.<|im_end|>");
+  EXPECT_EQ(learned("qwen2"), "Hi.<|im_end|>|Bye.<|im_end|>");
+  EXPECT_EQ(learned("llama3"), "Hi.<|eot_id|>|Bye.<|eot_id|>");
+  EXPECT_EQ(learned("plain"), " Hi.\n| Bye.\n");
+  for (const ChatFamily& family : ChatFamilies()) {
+    const RenderedChat all = Value(RenderChat(family, {kTalk[1]}, ChatMask::kAllTokens));
+    std::string joined = LearnedOf(all);
+    std::erase(joined, '|');
+    std::string text = all.text;
+    std::erase(text, '|');
+    EXPECT_EQ(joined, text) << family.name;
+  }
+}
+
+TEST(ChatFamilies, PlainNeedsNoTokensAndRefusesWhatLooksLikeATurn) {
+  const ChatFamily& plain = *Value(FindChatFamily("plain"));
+  TempDir dir;
+  WriteText(dir / "corpus.txt", SampleText(40));
+  SALA_ASSERT_OK(TrainSentencePiece({.inputs = {dir / "corpus.txt"},
+                                     .vocab_size = 350,
+                                     .output = dir / "tok",
+                                     .added_tokens = {}}));
+  const auto tokenizer = Value(LoadTokenizer(dir / "tok"));
+  SALA_ASSERT_OK(CheckChatTokens(plain, *tokenizer));
+  const RenderedChat chat = Value(RenderChat(plain, kTalk, ChatMask::kAllAssistant));
+  EncodedChat encoded = EncodeChat(chat, *tokenizer);
+  EXPECT_TRUE(encoded.learn_eos);  // nothing else says that the answer is over
+  AddDocumentEnds(tokenizer->bos_id(), tokenizer->eos_id(), &encoded);
+  EXPECT_EQ(encoded.tokens.front(), tokenizer->bos_id());
+  EXPECT_EQ(encoded.tokens.back(), tokenizer->eos_id());
+  EXPECT_EQ(encoded.mask.back(), 1);
+  std::vector<int32_t> learned;
+  for (size_t i = 0; i < encoded.tokens.size(); ++i) {
+    if (encoded.mask[i] != 0) learned.push_back(encoded.tokens[i]);
+  }
+  EXPECT_THAT(tokenizer->Decode(learned), ::testing::MatchesRegex(" ?Hi\\.\n Bye\\.\n"));
+  for (const char* content : {"User: x", "a\nAssistant: b", "Tool:"}) {
+    ExpectError(RenderChat(plain, {{"user", content}}, {}).status(), "CHAT-TEMPLATE",
+                ExitCode::kData, {"message 0", "starts a turn"});
+  }
+  SALA_ASSERT_OK(RenderChat(plain, {{"user", "the User: and more"}}, {}).status());
+}
+
+TEST(ChatFamilies, BosAndEosAreThereOnce) {
+  EncodedChat chat{.tokens = {1, 5, 2}, .mask = {0, 1, 1}};
+  AddDocumentEnds(1, 2, &chat);
+  EXPECT_EQ(chat.tokens, (std::vector<int32_t>{1, 5, 2}));
+  AddDocumentEnds(7, -1, &chat);
+  EXPECT_EQ(chat.tokens, (std::vector<int32_t>{7, 1, 5, 2}));
+  EXPECT_EQ(chat.mask, (std::vector<uint8_t>{0, 0, 1, 1}));
+  AddDocumentEnds(-1, 9, &chat);
+  EXPECT_EQ(chat.mask, (std::vector<uint8_t>{0, 0, 1, 1, 0}));
+}
+
+TEST(ChatFamilies, ToolsAreForTemplates) {
+  ExpectError(
+      RenderChat(ChatMl(),
+                 {{.role = "assistant", .content = "", .extra = R"({"tool_calls":[{}]})"}}, {})
+          .status(),
+      "CHAT-TEMPLATE", ExitCode::kData, {"tool_calls", "--chat-template"});
+  SALA_ASSERT_OK(
+      RenderChat(ChatMl(),
+                 {{.role = "user", .content = "", .extra = R"({"name":"n","tool_calls":[]})"}}, {})
+          .status());
 }
 
 }  // namespace

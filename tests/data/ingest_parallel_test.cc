@@ -78,6 +78,8 @@ class IngestWays : public ::testing::Test {
     options.output = out;
     options.name = "set";
     options.rules = rules_;
+    options.chat_template = template_;
+    options.tokenizer_path = "bytes";
     options.dedup = true;
     options.max_rejects_ppm = 1'000'000;
     options.shard_tokens = 20'000;
@@ -96,6 +98,7 @@ class IngestWays : public ::testing::Test {
 
   TempDir dir_;
   int runs_ = 0;
+  std::string template_ = "plain";
   std::map<std::string, RecordRule> rules_ = {{"not_json", RecordRule::kSkip}};
   std::unique_ptr<Tokenizer> tokenizer_ = MakeByteTokenizer();
 };
@@ -125,6 +128,71 @@ TEST_F(IngestWays, TheFirstMistakeIsReportedWithItsLine) {
     EXPECT_THAT(Ingested({dir_ / "b.jsonl", dir_ / "a.jsonl"}, workers, 300),
                 ::testing::HasSubstr("b.jsonl:201 (byte " + std::to_string(late.size()) + ")"));
   }
+}
+
+std::string Chats(int count, const std::string& role) {
+  std::string out;
+  for (int i = 0; i < count; ++i) {
+    const std::string name = std::to_string(i % 11 == 4 ? i - 1 : i);
+    out += nlohmann::json({{"messages",
+                            {{{"role", "user"}, {"content", "Question " + name}},
+                             {{"role", role}, {"content", SampleText(1) + name}}}}})
+               .dump() +
+           "\n";
+  }
+  return out;
+}
+
+TEST_F(IngestWays, WorkersAndPiecesDoNotShowInChats) {
+  const std::string odd =
+      R"({"messages": [{"role": "judge", "content": "a"}, {"role": "assistant", "content": "b"}]})";
+  WriteText(dir_ / "a.jsonl", Chats(60, "assistant") + odd + "\n" + Chats(5, "user"));
+  WriteText(dir_ / "b.jsonl.gz", Gzip(Chats(90, "assistant")));
+  WriteText(dir_ / "t.jinja",
+            "{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no judge') }}"
+            "{% endif %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}");
+  rules_["chat"] = RecordRule::kSkip;
+  const std::vector<std::string> inputs = {dir_ / "a.jsonl", dir_ / "b.jsonl.gz"};
+  for (const std::string& name : {std::string("plain"), dir_ / "t.jinja"}) {
+    template_ = name;
+    const std::string one = Ingested(inputs, 1, 1 << 24);
+    EXPECT_GT(one.size(), 50'000U) << one;
+    EXPECT_THAT(one, ::testing::HasSubstr("\"rule\":\"chat\""));
+    EXPECT_THAT(one, ::testing::HasSubstr("\"rule\":\"duplicate\""));
+    EXPECT_THAT(one, ::testing::HasSubstr("\"rule\":\"empty_target\""));
+    EXPECT_EQ(Ingested(inputs, 5, 1 << 24) == one, true) << name;
+    EXPECT_EQ(Ingested(inputs, 5, 2000) == one, true) << name;
+  }
+}
+
+TEST_F(IngestWays, MistakesOfChatsAreTheFirstOfTheFileWhateverTheWorkers) {
+  const std::string share_gpt =
+      R"({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})";
+  // The record of another shape has a role that the template does not know, too.
+  const std::string both =
+      R"({"conversations": [{"from": "human", "value": "a"}, {"from": "judge", "value": "b"}]})";
+  WriteText(dir_ / "a.jsonl", Chats(40, "assistant") + both + "\n" + share_gpt + "\nbroken\n");
+  WriteText(dir_ / "b.jsonl", Chats(40, "assistant") + "{\"text\": \"a\"}\n");
+  WriteText(dir_ / "c.jsonl", share_gpt + "\n");
+  WriteText(dir_ / "d.jsonl", Chats(130, "user"));
+  for (const int workers : {1, 5}) {
+    for (const int64_t piece_bytes : {300, 1 << 24}) {
+      EXPECT_THAT(Ingested({dir_ / "a.jsonl"}, workers, piece_bytes),
+                  ::testing::HasSubstr("ING-SHAPE: " + (dir_ / "a.jsonl") + ":41 ("));
+      EXPECT_THAT(Ingested({dir_ / "b.jsonl"}, workers, piece_bytes),
+                  ::testing::HasSubstr("ING-KIND: " + (dir_ / "b.jsonl") + ":41 ("));
+      // 10 of the first 110 chats are copies, which do not count.
+      EXPECT_THAT(Ingested({dir_ / "d.jsonl"}, workers, piece_bytes),
+                  ::testing::AllOf(::testing::HasSubstr("CHAT-NOMASK"),
+                                   ::testing::HasSubstr("none of the first 100 records"),
+                                   ::testing::HasSubstr("d.jsonl:110 (")));
+    }
+  }
+  // Files may differ.
+  WriteText(dir_ / "e.jsonl", Chats(3, "assistant"));
+  EXPECT_THAT(Ingested({dir_ / "c.jsonl", dir_ / "e.jsonl"}, 2, 300),
+              ::testing::HasSubstr("dataset.json"));
 }
 
 TEST_F(IngestWays, PackedAndArrayFilesGiveTheSameDocuments) {
@@ -170,30 +238,34 @@ TEST_F(IngestWays, CutArchivesAreNeverTakenForWholeOnes) {
   }
 }
 
-TEST_F(IngestWays, FlippedBitsOfArchivesAreFound) {
+// A few bits carry nothing of the text: of gzip the time and the hints of its header, of zstd the
+// size of the window and reserved bits of its sections. All others have to be noticed.
+TEST_F(IngestWays, FlippedBitsOfArchivesNeverChangeTheText) {
   const std::string text = Records(30);
-  const std::string gzip = Gzip(text);
-  const std::string zstd = Zstd(text);
-  const auto flipped = [](std::string bytes, size_t at, int bit) {
-    bytes[at] = static_cast<char>(bytes[at] ^ (1 << bit));
-    return bytes;
-  };
-  const auto found = [](const Status& status) {
-    const std::string code = ErrorCodeOf(status);
-    return code == "ING-CRC" || code == "ING-TRUNCATED" || code == "ING-FORMAT";
-  };
-  // Of the header of gzip, the time, hints for the packer and the system carry nothing of the text
-  // and no checksum; neither does the hint that it is text (flag 1).
-  for (size_t i = 0; i < 60; ++i) {
-    const size_t at = i < 4 ? i : 10 + (i - 4) * (gzip.size() - 11) / 55;
-    const int bit = at == 3 ? 5 : static_cast<int>(i % 8);
-    EXPECT_TRUE(found(Failure("a.jsonl.gz", flipped(gzip, at, bit)))) << "gzip byte " << at;
-  }
-  // Byte 5 of zstd asks for memory: more than is needed does no harm.
-  for (size_t i = 0; i < 60; ++i) {
-    const size_t at = i < 5 ? i : 6 + (i - 5) * (zstd.size() - 7) / 54;
-    const int bit = at == 4 ? 2 : static_cast<int>(i % 8);  // bit 4 of byte 4 is not used
-    EXPECT_TRUE(found(Failure("a.jsonl.zst", flipped(zstd, at, bit)))) << "zstd byte " << at;
+  WriteText(dir_ / "whole.jsonl", text);
+  const std::string whole = dir_ / "whole";
+  Value(Run({dir_ / "whole.jsonl"}, whole));
+  const std::string tokens = ReadText(whole + "/tokens-00000.h5");
+  for (const auto& [name, bytes] : std::map<std::string, std::string>{
+           {"a.jsonl.gz", Gzip(text)}, {"a.jsonl.zst", Zstd(text)}}) {
+    int same = 0;
+    for (size_t i = 0; i < 60; ++i) {
+      const size_t at = i < 12 ? i : 12 + (i - 12) * (bytes.size() - 13) / 47;
+      std::string flipped = bytes;
+      flipped[at] = static_cast<char>(flipped[at] ^ (1 << (i % 8)));
+      WriteText(dir_ / name, flipped);
+      const std::string out = dir_ / ("out" + std::to_string(++runs_));
+      const Status status = Run({dir_ / name}, out).status();
+      if (status.ok()) {
+        ++same;
+        EXPECT_EQ(ReadText(out + "/tokens-00000.h5") == tokens, true) << name << " byte " << at;
+        continue;
+      }
+      const std::string code = ErrorCodeOf(status);
+      EXPECT_TRUE(code == "ING-CRC" || code == "ING-TRUNCATED" || code == "ING-FORMAT")
+          << name << " byte " << at << ": " << MessageOf(status);
+    }
+    EXPECT_LT(same, 12) << name << ": no more than one flip of each byte of a header";
   }
 }
 
@@ -249,6 +321,17 @@ TEST_F(IngestWays, TheFastAndTheSlowParserAgree) {
     Value(Run({dir_ / "a.jsonl"}, out));
     EXPECT_THAT(Value(ShowDocument(out, 0, tokenizer_.get())),
                 ::testing::HasSubstr("\n" + text + "\n"));
+  }
+  // So deep that what calls itself for every level would not come back.
+  const std::string deep(1'000'000, '[');
+  const std::string end(1'000'000, ']');
+  for (const std::string start :
+       {R"({"text": "a", "x": )",
+        R"({"messages": [{"role": "assistant", "content": "a"}], "tools": )",
+        R"({"messages": [{"role": "assistant", "content": "a", "x": "\"[", "y": )"}) {
+    const bool turn = start.find("\"y\"") != std::string::npos;
+    ExpectError(Failure("deep.jsonl", start + deep + end + (turn ? "}]}" : "}") + "\n"), "ING-JSON",
+                ExitCode::kData, {"deep.jsonl:1", "deeper than 500 levels"});
   }
   // Broken behind the field that is asked for.
   ExpectError(Failure("b.jsonl", "{\"text\": \"a\", \"x\": }\n"), "ING-JSON", ExitCode::kData,

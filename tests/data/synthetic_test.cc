@@ -1,7 +1,11 @@
 #include "data/synthetic.h"
 
 #include <algorithm>
+#include <iterator>
+#include <map>
+#include <nlohmann/json.hpp>
 #include <set>
+#include <sstream>
 
 #include "data/commands.h"
 #include "data/data_config.h"
@@ -82,6 +86,105 @@ TEST_F(SyntheticTest, TheAnswerFollowsFromTheContext) {
   }
   EXPECT_GE(answers.size(), 39U);
   EXPECT_GE(depths.size(), 15U);
+}
+
+// How often each word stands in the text, whatever is around it.
+std::map<std::string, int> Counts(const std::string& text) {
+  std::map<std::string, int> counts;
+  std::istringstream words(text);
+  for (std::string word; words >> word;) ++counts[word];
+  return counts;
+}
+
+std::vector<std::string> WordsOf(const std::string& text) {
+  std::istringstream words(text);
+  return {std::istream_iterator<std::string>(words), {}};
+}
+
+RecallItem Item(RecallTask task, int64_t length, const Haystack& haystack, int64_t index) {
+  return Value(MakeRecallItem({.task = task, .length_tokens = length}, haystack,
+                              *MakeByteTokenizer(), index));
+}
+
+TEST_F(SyntheticTest, NeedlesSayWhatTheQuestionAsks) {
+  const Haystack haystack = Haystack::Filler();
+  for (int64_t index = 0; index < 12; ++index) {
+    for (const RecallTask task :
+         {RecallTask::kSingle1, RecallTask::kSingle2, RecallTask::kSingle3, RecallTask::kMultiKey1,
+          RecallTask::kMultiKey2, RecallTask::kMultiKey3}) {
+      const RecallItem item = Item(task, 3000, haystack, index);
+      const std::string& text = item.prompt_text;
+      const std::string lead = text.substr(text.find_last_of('\n') + 1);
+      // Exactly one needle begins like the answer.
+      const size_t needle = text.find(lead + item.answer_text + ".\n");
+      ASSERT_NE(needle, std::string::npos) << NameOf(task);
+      EXPECT_EQ(text.find(lead + " ", needle + 1), std::string::npos) << NameOf(task);
+      EXPECT_EQ(text.find(lead + " "), needle) << NameOf(task);
+    }
+    const RecallItem values = Item(RecallTask::kMultiValue, 3000, haystack, index);
+    size_t at = 0;
+    for (const std::string& value : WordsOf(values.answer_text)) {
+      at = values.prompt_text.find(" is " + value.substr(0, 7) + ".", at + 1);
+      EXPECT_NE(at, std::string::npos) << "in the order of appearance";
+    }
+    const RecallItem query = Item(RecallTask::kMultiQuery, 3000, haystack, index);
+    std::string question = query.prompt_text.substr(query.prompt_text.rfind("What are"));
+    for (const std::string& value : WordsOf(query.answer_text)) {
+      const size_t end = query.prompt_text.find(" is " + value.substr(0, 7) + ".");
+      ASSERT_NE(end, std::string::npos);
+      const size_t begin = query.prompt_text.rfind("The number of ", end) + 14;
+      const std::string thing = query.prompt_text.substr(begin, end - begin);
+      const size_t place = question.find(thing);
+      ASSERT_NE(place, std::string::npos) << thing;
+      question = question.substr(place + thing.size());  // the next one is asked for behind it
+    }
+  }
+}
+
+TEST_F(SyntheticTest, KeysAndValuesAreAJsonObject) {
+  const Haystack haystack = Haystack::Filler();
+  for (int64_t index = 0; index < 12; ++index) {
+    const RecallItem item = Item(RecallTask::kKeyValue, 2000, haystack, index);
+    const std::string& text = item.prompt_text;
+    const size_t begin = text.find('{');
+    const auto json =
+        nlohmann::json::parse(text.substr(begin, text.find('}') - begin + 1), nullptr, false);
+    ASSERT_TRUE(json.is_object()) << text;
+    EXPECT_EQ(static_cast<int64_t>(json.size()), item.units + 1);
+    const std::string key = text.substr(text.rfind("the key ") + 8, 36);
+    EXPECT_EQ(" " + json.at(key).get<std::string>(), item.answer_text);
+  }
+}
+
+TEST_F(SyntheticTest, WordsAreTheOnesThatComeOften) {
+  const Haystack haystack = Haystack::Filler();
+  for (const int64_t length : {2000, 9000}) {
+    const RecallItem common = Item(RecallTask::kCommonWords, length, haystack, 1);
+    const auto counts = Counts(common.prompt_text);
+    const std::vector<std::string> answer = WordsOf(common.answer_text);
+    ASSERT_EQ(answer.size(), 10U);
+    size_t before = 0;
+    for (const std::string& word : answer) {
+      EXPECT_EQ(counts.at(word), length < 4096 ? 6 : 30);
+      const size_t first = common.prompt_text.find(" " + word + "\n");
+      EXPECT_GT(first, before) << "in order of first appearance";
+      before = first;
+    }
+    EXPECT_EQ(common.depth, kNoDepth);
+
+    const RecallItem frequent = Item(RecallTask::kFrequentWords, length, haystack, 1);
+    auto words = Counts(frequent.prompt_text);
+    const std::vector<std::string> three = WordsOf(frequent.answer_text);
+    ASSERT_EQ(three.size(), 3U);
+    EXPECT_GT(words["..."], words[three[0]]);
+    EXPECT_GT(words[three[0]], words[three[1]]);
+    EXPECT_GT(words[three[1]], words[three[2]]);
+    for (const auto& [word, count] : words) {
+      const bool named = word == "..." || std::count(three.begin(), three.end(), word) > 0;
+      if (named || word.size() != 6) continue;
+      EXPECT_LT(count, words[three[2]]) << word;
+    }
+  }
 }
 
 TEST_F(SyntheticTest, ItemsAreDeterministicAndDiffer) {
@@ -188,7 +291,7 @@ class GreedySpace : public Tokenizer {
 
  protected:
   void AppendPieces(std::string_view, int64_t, std::vector<Piece>*) const override {}
-  void AppendIds(std::string_view text, std::vector<int32_t>* out) const override {
+  void AppendIds(std::string_view text, int64_t offset, std::vector<int32_t>* out) const override {
     for (size_t i = 0; i < text.size(); ++i) {
       const bool joined = i + 1 < text.size() && text[i + 1] == ' ';
       out->push_back(static_cast<uint8_t>(text[i]) + (joined ? 256 : 0));

@@ -135,7 +135,7 @@ TEST(TokenizerErrors, MissingAndBrokenFiles) {
   ExpectError(LoadTokenizer(dir / "none").status(), "TOK-MISSING", ExitCode::kNoInput,
               {"none", "tokenizer.model"});
   ExpectError(LoadTokenizer(dir.path()).status(), "TOK-MISSING", ExitCode::kNoInput,
-              {"has no tokenizer.model"});
+              {"no tokenizer.model"});
   WriteText(dir / "tokenizer.model", "this is no model");
   ExpectError(LoadTokenizer(dir.path()).status(), "TOK-FORMAT", ExitCode::kData,
               {"tokenizer.model", "16 bytes"});

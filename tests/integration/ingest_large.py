@@ -110,7 +110,7 @@ class Ingest:
     def words(self, source, store, *more):
         rules = [w for rule in ("not_json", "not_object", "field_missing", "wrong_type", "invalid_utf8") for w in ("--rule", f"{rule}=skip")]
         return [self.sala, "data", "ingest", "--input", str(source), "--tokenizer", self.tokenizer, "--name", "large", "--to", str(store),
-                *rules, "--max-rejects", "5%", "--quiet", *more]
+                *rules, "--max-rejects", "5%", *more]
 
 
 def check_log(store, wanted):

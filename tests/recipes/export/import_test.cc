@@ -423,6 +423,69 @@ TEST(ImportFolderTest, APlaceThatIsUsedIsLeftAlone) {
   EXPECT_EQ(ExitCodeOf(again), ExitCode::kIo);
 }
 
+TEST(ImportFolderTest, AnInterruptedImportIsDoneAgain) {
+  const TempDir dir;
+  const HandMadeFolder folder(dir / "in", Families()[0]);
+  const std::string run = dir / "run";
+  const auto import = [&] { return ImportFolder({.directory = dir / "in", .run = run}).status(); };
+  const auto interrupted = [&] {
+    ASSERT_TRUE(MakeDirectories(run + "/checkpoints/.tmp-step-000000000-1").ok());
+    ASSERT_TRUE(MakeDirectories(run + "/tokenizer").ok());
+    ASSERT_TRUE(MakeDirectories(run + "/tokenizer.tmp-import").ok());
+    ASSERT_TRUE(
+        WriteFileAtomically(run + "/tokenizer/tokenizer.json", "{\"not\": \"read here\"}").ok());
+  };
+  interrupted();
+  EXPECT_TRUE(import().ok()) << MessageOf(import());
+  EXPECT_FALSE(PathExists(run + "/tokenizer.tmp-import"));
+  EXPECT_THAT(*ListDirectory(run + "/tokenizer"),
+              ElementsAre("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"));
+
+  // A tokenizer that is not the folder's may be wanted by somebody.
+  ASSERT_TRUE(RemoveTree(run).ok());
+  interrupted();
+  ASSERT_TRUE(WriteFileAtomically(run + "/tokenizer/tokenizer.json", "another").ok());
+  EXPECT_EQ(ErrorCodeOf(import()), "IMP-EXISTS");
+  EXPECT_EQ(*ReadFile(run + "/tokenizer/tokenizer.json"), "another");
+
+  // A run that goes on is left alone.
+  ASSERT_TRUE(RemoveTree(run).ok());
+  interrupted();
+  ASSERT_TRUE(WriteFileAtomically(run + "/RUN.lock", "{}").ok());
+  EXPECT_EQ(ErrorCodeOf(import()), "IMP-EXISTS");
+  EXPECT_TRUE(PathExists(run + "/checkpoints/.tmp-step-000000000-1"));
+}
+
+TEST(ImportFolderTest, AModelFolderIsNoRunDirectory) {
+  const TempDir dir;
+  const HandMadeFolder folder(dir / "in", Families()[0]);
+  const std::vector<std::string> before = *ListDirectory(dir / "in");
+  const Status refused = ImportFolder({.directory = dir / "in", .run = dir / "in"}).status();
+  EXPECT_EQ(ErrorCodeOf(refused), "IMP-EXISTS");
+  EXPECT_THAT(MessageOf(refused), HasSubstr("is a model folder (config.json)"));
+  EXPECT_EQ(*ListDirectory(dir / "in"), before);
+}
+
+TEST(ImportFolderTest, TokenIdsLieInTheVocabulary) {
+  const TempDir dir;
+  HandMadeFolder folder(dir / "in", Families()[0]);
+  const nlohmann::json good = nlohmann::json::parse(Families()[0].config);
+  for (const auto& [key, value] : std::vector<std::pair<std::string, nlohmann::json>>{
+           {"eos_token_id", 40}, {"eos_token_id", {2, 40}}, {"bos_token_id", 9000}}) {
+    nlohmann::json config = good;
+    config[key] = value;
+    folder.Write("config.json", config.dump());
+    const Status refused = CheckFolder(dir / "in", {}).status();
+    EXPECT_EQ(ErrorCodeOf(refused), "IMP-FIELD") << key << value;
+    EXPECT_THAT(MessageOf(refused), HasSubstr("expected ids below vocab_size 40"));
+  }
+  nlohmann::json config = good;
+  config["eos_token_id"] = 39;
+  config["pad_token_id"] = 40;  // as older files have it; nothing reads it
+  folder.Write("config.json", config.dump());
+  EXPECT_TRUE(CheckFolder(dir / "in", {}).ok());
+}
+
 TEST(ImportFolderTest, TheNamedArchitectureMustBeTheFolders) {
   const TempDir dir;
   HandMadeFolder folder(dir / "in", Families()[0]);

@@ -111,6 +111,14 @@ TEST(HaloWarnings, NameFrozenLayersThatChange) {
   EXPECT_THAT(warnings(halo), ElementsAre(HasSubstr("softmax_gate_at")));
   halo.softmax_gate_init = GateInit::kIdentity;
   EXPECT_THAT(warnings(halo), IsEmpty());
+  // The teacher of these tests has no norm that could be folded.
+  halo.qk_norm_fold_at = HaloMoment::kDistil;
+  EXPECT_THAT(warnings(halo), IsEmpty());
+  model::ModelConfig normed = Teacher(8);
+  normed.attn_qk_norm = true;
+  EXPECT_THAT(HaloWarnings(halo, plan, normed), ElementsAre(HasSubstr("qk_norm_fold_at")));
+  halo.softmax_qk_norm = QkNormForm::kKeep;
+  EXPECT_THAT(HaloWarnings(halo, plan, normed), ElementsAre(HasSubstr("EXP-QKNORM")));
 }
 
 TEST(HaloWarnings, NameALinearLayer0AndAStudentWithoutSoftmax) {
@@ -140,8 +148,10 @@ TEST(HaloWarnings, SayThatAHybridWithQueryKeyNormCannotBeExported) {
   stage.halo->keep = {0};
   model::ModelConfig teacher = Teacher(8);
   teacher.attn_qk_norm = true;
-  EXPECT_THAT(HaloWarnings(*stage.halo, *PlanHalo(stage, teacher), teacher),
-              ElementsAre(HasSubstr("EXP-QKNORM")));
+  const HaloPlan plan = *PlanHalo(stage, teacher);
+  EXPECT_THAT(HaloWarnings(*stage.halo, plan, teacher), IsEmpty());  // folded by default
+  stage.halo->softmax_qk_norm = QkNormForm::kKeep;
+  EXPECT_THAT(HaloWarnings(*stage.halo, plan, teacher), ElementsAre(HasSubstr("EXP-QKNORM")));
 }
 
 TEST(HaloPhase, DefaultsToOneRateForAllTensorsAndNoDecay) {

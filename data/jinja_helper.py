@@ -1,0 +1,144 @@
+"""Renders chat templates with Jinja2, for the program that started it (data/jinja.h).
+
+Reads requests from standard input and writes answers to standard output, each a JSON text behind its length in bytes as eight
+little-endian bytes. The first request has the template, later ones a conversation and what to render of it:
+
+    {"template": TEXT, "variables": {NAME: VALUE}}                      ->  {"generation": whether it has such blocks}
+    {"messages": [...], "tools": [...] or null, "spans": BOOL,
+     "renders": [[FIRST_N_MESSAGES, WITH_GENERATION_PROMPT], ...]}      ->  {"texts": [...], "spans": [[BEGIN, END], ...]}
+
+`spans` are the bytes of the generation blocks of the first render. An answer of {"error": TEXT, "line": N} says what is wrong with the
+template or what it says of the conversation; {"missing": TEXT} that Jinja2 is not there. The environment is that of the chat
+templates of Hugging Face tokenizers: sandboxed, with trimmed blocks, loop controls, raise_exception, strftime_now and their tojson.
+"""
+
+import sys
+
+sys.path = [place for place in sys.path if place]  # modules never come from the folder the user works in
+
+import datetime
+import json
+import os
+import re
+import resource
+import secrets
+import struct
+
+MEMORY_BYTES = 4 << 30  # a template that builds more than this is wrong
+
+
+def read_request():
+    head = sys.stdin.buffer.read(8)
+    if len(head) < 8:
+        sys.exit(0)
+    return json.loads(sys.stdin.buffer.read(struct.unpack("<Q", head)[0]))
+
+
+def answer(value):
+    body = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+    sys.stdout.buffer.write(struct.pack("<Q", len(body)) + body)
+    sys.stdout.buffer.flush()
+
+
+def make_environment(marks):
+    """`marks`: texts around what generation blocks say; no text of a conversation has them, since they are drawn anew."""
+
+    class Generation(jinja2.ext.Extension):
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+        def _marked(self, caller):
+            text = caller()
+            return marks["begin"] + text + marks["end"] if marks["on"] else text
+
+    def raise_exception(message):
+        raise jinja2.exceptions.TemplateError(message)
+
+    def strftime_now(format):
+        return datetime.datetime.now().strftime(format)
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment
+
+
+def spans_of(marked, marks):
+    """The text without its marks, and the bytes that stood between them."""
+    spans, plain, begin = [], "", 0
+    size = 0  # of `plain` in bytes
+    for piece in re.split("(" + re.escape(marks["begin"]) + "|" + re.escape(marks["end"]) + ")", marked):
+        if piece == marks["begin"]:
+            begin = size
+        elif piece == marks["end"]:
+            spans.append([begin, size])
+        else:
+            plain += piece
+            size += len(piece.encode("utf-8", "replace"))
+    return plain, spans
+
+
+def line_of(error):
+    """The line of the template where an error came from, 0 if it is not known."""
+    line, trace = getattr(error, "lineno", None) or 0, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def render_all(template, variables, marks, request):
+    def render(count, prompt):
+        # The names are those that every template may use; unset ones are None, as templates expect.
+        return template.render(messages=request["messages"][:count], tools=request["tools"], documents=None,
+                               add_generation_prompt=prompt, **variables)
+
+    marks["on"] = False
+    texts = [render(count, prompt) for count, prompt in request["renders"]]
+    spans = []
+    if request["spans"]:
+        marks["on"] = True
+        plain, spans = spans_of(render(*request["renders"][0]), marks)
+        if plain != texts[0]:
+            raise ValueError("the template changes what its generation blocks say, so they cannot be found in the text")
+    return {"texts": texts, "spans": spans}
+
+
+def main():
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    start = read_request()
+    key = secrets.token_hex(16)
+    marks = {"begin": f"\ue000{key}\ue001", "end": f"\ue002{key}\ue003", "on": False}
+    try:
+        template = make_environment(marks).from_string(start["template"])
+    except Exception as error:
+        answer({"error": str(error), "line": line_of(error)})
+        return
+    answer({"generation": re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", start["template"]) is not None})
+    while True:
+        request = read_request()
+        try:
+            result = render_all(template, start["variables"], marks, request)
+        except Exception as error:
+            result = {"error": str(error) or type(error).__name__, "line": line_of(error)}
+        answer(result)
+
+
+try:
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+except ImportError as error:
+    answer({"missing": str(error)})
+    os._exit(1)
+main()

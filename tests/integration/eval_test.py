@@ -1,0 +1,197 @@
+"""Evaluations, of models and inside runs: the same prompts and results on any number of ranks, gates that end a run between two
+stages, restarts that do not measure twice, and training that has the same bits with and without them."""
+
+import json
+import shutil
+import unittest
+
+import harness as h
+
+TASKS = "passkey,niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3,niah_multivalue," \
+        "niah_multiquery,tracking,common_words,frequent_words,kv,loss_by_position,loss_by_context"
+
+# Of sample 1 of each task at length 1024 on bytes with the harness's corpus: prompts must stay what they are, or results of different
+# versions cannot be compared.
+PROMPT_HASHES = {
+    "passkey": "7dcd96d1b4360df6", "niah_single_1": "f3d7376b03139ef7", "niah_single_2": "3555ba2df3cdaa6e",
+    "niah_single_3": "6b9750483a899f8e", "niah_multikey_1": "20bde1ca3bd7238d", "niah_multikey_2": "932a3fb3a064a40f",
+    "niah_multikey_3": "67d9dde1172bd612", "niah_multivalue": "021b4857d4ce7949", "niah_multiquery": "130aefacdb4c3255",
+    "tracking": "0f2e0d679d9bbffe", "common_words": "4a35d51eca3c987d", "frequent_words": "115866fbbdf486f0", "kv": "a97e982ea558fa80"}
+
+
+def base(name="plain"):
+    """A checkpoint of a model that has seen text for some steps."""
+    run = h.ROOT / "runs" / f"base-{name}"
+    if not run.exists():
+        seed = 1234 if name == "plain" else 99
+        stage = h.write_stage(h.ROOT / "base" / f"{name}.yaml", h.pretrain("only", 6, first=True, seed=seed))
+        h.succeed(h.train(stage, run))
+    return h.checkpoints(run)[-1]
+
+
+def long_texts():
+    return h.ingest("long", documents=200, seed=7, most_sentences=40)
+
+
+def arguments(target, *more, tasks="passkey,niah_single_2,loss_by_position", lengths="512", samples=5, checkpoint=None):
+    return ["eval", "--ckpt", checkpoint or base(), "--to", target, "--tasks", tasks, "--lengths", lengths, "--samples", samples,
+            "--haystack", long_texts(), *more]
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def summary(folder):
+    return [json.loads(line) for line in (folder / "summary.jsonl").read_text().splitlines()]
+
+
+class Command(unittest.TestCase):
+    def test_all_tasks(self):
+        target = h.ROOT / "eval-all"
+        out = h.succeed(arguments(target, "--depths", 5, tasks=TASKS, lengths="1024", samples=2)).out
+        lines = summary(target)
+        self.assertEqual([line["task"] for line in lines], TASKS.split(","))
+        for line in lines:
+            task = line["task"]
+            samples = [json.loads(text) for text in (target / f"{task}-1024.jsonl").read_text().splitlines()]
+            self.assertEqual([sample["index"] for sample in samples], [0, 1])
+            self.assertEqual(line["count"], 2)
+            self.assertEqual((line["stage"], line["when"], line["step"]), (None, None, 6))
+            self.assertIn(task, out)
+            if task.startswith("loss"):
+                # Six steps of training: near a guess among 261 tokens (5.6 nats) or already below.
+                self.assertTrue(all(0 < bucket["loss"] < 7 for bucket in line["buckets"]), line)
+                continue
+            self.assertEqual(samples[1]["prompt_hash"], PROMPT_HASHES[task], task)
+            self.assertEqual(line["share"], sum(sample["right"] for sample in samples) / 2)
+            self.assertLess(line["mean_log_probability"], 0)
+            self.assertEqual(sum(row["count"] for row in line["depths"]), 0 if task.endswith("words") else 2)
+        self.assertIn("<svg", (target / "depths.svg").read_text())
+
+    def test_results_do_not_depend_on_ranks(self):
+        folders = []
+        for ranks in (None, 2, 3):
+            folders.append(h.ROOT / f"eval-ranks-{ranks}")
+            h.succeed(arguments(folders[-1]), ranks=ranks)
+        for folder in folders[1:]:
+            self.assertEqual(files(folder), files(folders[0]))
+        for axis in ("--tp", "--cp"):
+            folder = h.ROOT / f"eval{axis}"
+            h.succeed(arguments(folder, axis, 2), ranks=2)
+            for line, other in zip(summary(folder), summary(folders[0])):
+                # Sums in another order, of float32: 1e-4 of values around 5.
+                if "buckets" in line:
+                    for bucket, same in zip(line["buckets"], other["buckets"]):
+                        self.assertAlmostEqual(bucket["loss"], same["loss"], delta=5e-4)
+                else:
+                    self.assertAlmostEqual(line["mean_log_probability"], other["mean_log_probability"], delta=5e-4)
+
+    def test_comparison(self):
+        target = h.ROOT / "eval-against"
+        out = h.succeed(arguments(target, "--against", base("other"), "--json")).out
+        rows = [json.loads(line) for line in out.splitlines()][-3:]
+        self.assertEqual([row["task"] for row in rows], ["passkey", "niah_single_2", "loss_by_position"])
+        self.assertNotEqual(rows[2]["log_probability_difference"], 0)
+        again = h.succeed(["eval", "compare", target, target / "against", "--json"]).out.splitlines()
+        self.assertEqual([json.loads(line) for line in again], rows)
+        for row in (json.loads(line) for line in h.succeed(["eval", "compare", target, target, "--json"]).out.splitlines()):
+            self.assertEqual((row["log_probability_difference"], row["log_probability_interval"]), (0, [0, 0]))
+            self.assertEqual(row["verdict"], "no difference shown")
+
+    def test_bad_input(self):
+        target = h.ROOT / "eval-bad"
+        prompts = h.ROOT / "prompts.jsonl"
+        prompts.write_text('{"prompt": "a", "answer": " b"}\n{"prompt": "a"}\n')
+        for ranks in (None, 2):
+            for words, code, name in (
+                    (arguments(target, tasks="passkeys"), 78, "EVAL-TASK"), (arguments(target, lengths="40"), 78, "EVAL-LENGTH"),
+                    (arguments(target, "--prompts", prompts), 65, "EVAL-PROMPTS"),
+                    (arguments(target, checkpoint=h.ROOT / "none"), 66, "")):
+                result = h.run(words, ranks=ranks)
+                self.assertEqual(result.code, code, result)
+                self.assertEqual(len(result.error_lines), 1, result)
+                self.assertIn(name, result.error_lines[0])
+        for words in (["eval", "--to", target], arguments(target, lengths="0"), ["eval", "--ckpt", base(), "--to", target]):
+            self.assertEqual(h.run(words).code, 64)
+        self.assertFalse((target / "summary.jsonl").exists())
+        h.succeed(arguments(target))
+        result = h.run(arguments(target))
+        self.assertEqual(result.code, 74)
+        self.assertIn("EVAL-EXISTS", result.err)
+        h.succeed(arguments(target, "--force", samples=2))
+        self.assertEqual(summary(target)[0]["count"], 2)
+
+
+class InRuns(unittest.TestCase):
+    def pipeline(self, name, gate=(), evaluate=True):
+        section = {"when": ["before", "after"], "tasks": ["passkey", "loss_by_position"], "lengths_tokens": [400], "samples": 3,
+                   "haystack": str(long_texts()), "gate": list(gate)}
+        first = h.pretrain("first", 4, first=True)
+        second = h.pretrain("second", 4)
+        if evaluate:
+            first["eval"] = {**section, "when": ["after"], "gate": []}
+            second["eval"] = section
+        return h.write_pipeline(h.ROOT / name, [first, second])
+
+    def test_training_keeps_its_bits_and_nothing_is_measured_twice(self):
+        plain, measured = h.ROOT / "runs" / "plain", h.ROOT / "runs" / "measured"
+        h.succeed(h.train(self.pipeline("plain", evaluate=False), plain))
+        config = self.pipeline("measured")
+        h.succeed(h.train(config, measured))
+        self.assertEqual(h.differences(plain, measured), [])
+        names = sorted(p.name for p in (measured / "eval").iterdir())
+        self.assertEqual(names, ["000000004-after-first", "000000004-before-second", "000000008-after-second"])
+        line = summary(measured / "eval" / names[2])[0]
+        self.assertEqual((line["task"], line["stage"], line["when"], line["step"], line["count"]), ("passkey", "second", "after", 8, 3))
+        kept = {name: files(measured / "eval" / name) for name in names}
+        # The same model, so the same numbers.
+        self.assertEqual(kept[names[0]]["passkey-400.jsonl"], kept[names[1]]["passkey-400.jsonl"])
+
+        # A run that was ended while it measured: what is missing is measured, the rest is not.
+        shutil.rmtree(measured / "eval" / names[2])
+        result = h.succeed(h.train(config, measured))
+        self.assertNotIn("step 4", result.out)
+        self.assertEqual({name: files(measured / "eval" / name) for name in names}, kept)
+        self.assertIn("is complete", h.succeed(h.train(config, measured)).err)
+        ranks = h.ROOT / "runs" / "measured-3"
+        h.succeed(h.train(config, ranks), ranks=3)
+        self.assertEqual(sorted(p.name for p in (ranks / "eval").iterdir()), names)
+
+    def test_gates(self):
+        # A model of four steps is never right: the limit cannot hold, the drop from nothing to nothing does.
+        holds = {"task": "passkey", "length": 400, "max_drop_from": "before", "max_drop": 0}
+        config = self.pipeline("gated", [holds, {"task": "passkey", "length": 400, "min": 0.5}])
+        run = h.ROOT / "runs" / "gated"
+        for _ in range(2):  # also when all is measured
+            result = h.run(h.train(config, run))
+            self.assertEqual(result.code, 76, result)
+            self.assertEqual(len(result.error_lines), 1, result)
+            self.assertIn("EVAL-GATE: stage second: passkey at length 400: found 0.000 (0 of 3), expected at least 0.500;",
+                          result.error_lines[0])
+            self.assertEqual(json.loads((run / "status.json").read_text())["state"], "failed")
+        self.assertIn("gate ignored: passkey at length 400", h.succeed([*h.train(config, run), "--ignore-gates"]).err)
+        h.succeed(h.train(self.pipeline("held", [holds, {**holds, "max_drop_from": "first"}]), h.ROOT / "runs" / "held"))
+
+    def test_bad_configurations(self):
+        gate = {"task": "passkey", "length": 400, "min": 0.5}
+        for bad, code, text in (({**gate, "length": 401}, "CFG-CONFLICT", "is not measured"),
+                                ({**gate, "max_drop_from": "first", "max_drop": 0.1}, "CFG-CONFLICT", "either min or"),
+                                ({"task": "passkey", "length": 400}, "CFG-MISSING", "either min or"),
+                                ({"task": "passkey", "length": 400, "max_drop_from": "third", "max_drop": 0.1}, "CFG-CONFLICT", "third"),
+                                ({**gate, "minimum": 1}, "CFG-KEY", "minimum")):
+            result = h.run(h.train(self.pipeline("bad", [bad]), h.ROOT / "runs" / "bad"))
+            self.assertEqual(result.code, 78, result)
+            self.assertIn(code, result.err)
+            self.assertIn(text, result.err)
+        for change, code in (("second.eval.tasks=[passkeys]", "EVAL-TASK"), ("second.eval.when=[after,later]", "CFG-RANGE"),
+                             ("second.eval.lengths_tokens=[30]", "EVAL-LENGTH"), ("second.eval.haystack=nowhere", "EVAL-HAYSTACK"),
+                             ("first.eval.when=[before]", "CFG-CONFLICT")):
+            result = h.run(h.train(self.pipeline("bad"), h.ROOT / "runs" / "bad", change))
+            self.assertEqual(result.code, 78, result)
+            self.assertIn(code, result.err)
+        self.assertEqual(h.checkpoints(h.ROOT / "runs" / "bad"), [])
+
+
+if __name__ == "__main__":
+    h.main()
