@@ -304,4 +304,39 @@ StatusOr<EncodedChat> ChatRenderer::Encode(const ChatRecord& record) const {
   return encoded;
 }
 
+StatusOr<std::vector<int32_t>> ChatRenderer::EncodePrompt(const ChatRecord& record) const {
+  std::string text;
+  if (family_ != nullptr) {
+    SALA_RETURN_IF_ERROR(CheckTokens());
+    SALA_ASSIGN_OR_RETURN(text, RenderPrompt(*family_, record.messages));
+  } else {
+    SALA_RETURN_IF_ERROR(CheckContents(record));
+    const auto count = static_cast<int64_t>(record.messages.size());
+    SALA_ASSIGN_OR_RETURN(JinjaAnswer answer, template_->Render({.messages = MessagesJson(record),
+                                                                 .tools = record.tools,
+                                                                 .renders = {{count, true}}}));
+    text = std::move(answer.texts[0]);
+    if (!bos_text_.empty() && StartsWith(text, bos_text_)) text.erase(0, bos_text_.size());
+  }
+  std::vector<int32_t> ids = tokenizer_.Encode(text);
+  const int32_t bos = tokenizer_.bos_id();
+  if (bos >= 0 && (ids.empty() || ids[0] != bos)) ids.insert(ids.begin(), bos);
+  return ids;
+}
+
+std::vector<int32_t> ChatRenderer::TurnEnds() const {
+  std::vector<int32_t> ends;
+  const auto& added = tokenizer_.added_tokens();
+  for (const ChatFamily& family : ChatFamilies()) {
+    if (family_ != nullptr && family.name != family_->name) continue;
+    for (const ChatRole& role : family.roles) {
+      const auto found = added.find(role.end_of_turn);
+      if (role.learned && found != added.end() &&
+          std::find(ends.begin(), ends.end(), found->second) == ends.end())
+        ends.push_back(found->second);
+    }
+  }
+  return ends;
+}
+
 }  // namespace sala::data

@@ -4,9 +4,10 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
-#include "data/chat.h"
+#include "data/chat_renderer.h"
 #include "data/tokenizer.h"
 #include "launch/command.h"
 #include "launch/sparse_rule.h"
@@ -22,36 +23,42 @@ struct GenerateOptions {
   std::string tokenizer;
   std::string prompt;
   bool chat = false;
+  std::string chat_template = "chatml";
   std::string sparse = "auto";
   int threads = 0;
   model::SamplingOptions sampling;
 };
 
-StatusOr<std::vector<int32_t>> PromptIds(const GenerateOptions& options,
-                                         const data::Tokenizer& tokenizer) {
-  std::string text = options.prompt;
-  if (options.chat) {
-    SALA_RETURN_IF_ERROR(data::CheckChatTokens(data::ChatMl(), tokenizer));
-    SALA_ASSIGN_OR_RETURN(
-        text, data::RenderPrompt(data::ChatMl(), {{.role = "user", .content = options.prompt}}));
-  }
+struct Prompt {
   std::vector<int32_t> ids;
-  if (tokenizer.bos_id() >= 0) ids.push_back(tokenizer.bos_id());
-  const std::vector<int32_t> body = tokenizer.Encode(text);
-  ids.insert(ids.end(), body.begin(), body.end());
-  if (ids.empty())
+  std::vector<int32_t> stop;  // ids that end the text
+};
+
+StatusOr<Prompt> MakePrompt(const GenerateOptions& options, const std::string& tokenizer_path,
+                            const data::Tokenizer& tokenizer, const model::ModelConfig& config) {
+  Prompt prompt;
+  prompt.stop.push_back(static_cast<int32_t>(config.eos_token_id));
+  if (tokenizer.eos_id() >= 0) prompt.stop.push_back(tokenizer.eos_id());
+  if (options.chat) {
+    SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::ChatRenderer> renderer,
+                          data::ChatRenderer::Open(options.chat_template, tokenizer_path, tokenizer,
+                                                   data::ChatMask::kAllAssistant));
+    const data::ChatRecord record{.messages = {{.role = "user", .content = options.prompt}},
+                                  .tools = ""};
+    SALA_ASSIGN_OR_RETURN(prompt.ids, renderer->EncodePrompt(record));
+    const std::vector<int32_t> ends = renderer->TurnEnds();
+    prompt.stop.insert(prompt.stop.end(), ends.begin(), ends.end());
+    return prompt;
+  }
+  if (tokenizer.bos_id() >= 0) prompt.ids.push_back(tokenizer.bos_id());
+  const std::vector<int32_t> body = tokenizer.Encode(options.prompt);
+  prompt.ids.insert(prompt.ids.end(), body.begin(), body.end());
+  const auto im_end = tokenizer.added_tokens().find(data::kImEnd);
+  if (im_end != tokenizer.added_tokens().end()) prompt.stop.push_back(im_end->second);
+  if (prompt.ids.empty())
     return MakeError(ExitCode::kUsage, "USAGE",
                      "--prompt is empty and the tokenizer has no start token");
-  return ids;
-}
-
-std::vector<int32_t> StopTokens(const model::ModelConfig& config,
-                                const data::Tokenizer& tokenizer) {
-  std::vector<int32_t> stop = {static_cast<int32_t>(config.eos_token_id)};
-  if (tokenizer.eos_id() >= 0) stop.push_back(tokenizer.eos_id());
-  const auto im_end = tokenizer.added_tokens().find(data::kImEnd);
-  if (im_end != tokenizer.added_tokens().end()) stop.push_back(im_end->second);
-  return stop;
+  return prompt;
 }
 
 void Show(const std::string& text) {
@@ -73,8 +80,8 @@ Status GenerateText(GenerateOptions options) {
   }
   SALA_ASSIGN_OR_RETURN(const bool sparse,
                         UseSparseAttention(options.sparse, options.checkpoint, loaded));
-  SALA_ASSIGN_OR_RETURN(const std::vector<int32_t> prompt, PromptIds(options, *tokenizer));
-  options.sampling.stop_tokens = StopTokens(loaded.config, *tokenizer);
+  SALA_ASSIGN_OR_RETURN(Prompt prompt, MakePrompt(options, path, *tokenizer, loaded.config));
+  options.sampling.stop_tokens = std::move(prompt.stop);
 
   const auto cores = static_cast<int>(std::thread::hardware_concurrency());
   ThreadPool pool(options.threads > 0 ? options.threads : std::max(1, cores));
@@ -84,7 +91,7 @@ Status GenerateText(GenerateOptions options) {
   const model::Model model(loaded.config, loaded.params);
   data::StreamDecoder decoder(tokenizer.get());
   if (!options.chat) Show(options.prompt);
-  model::Generate(ctx, arena, model, prompt, {.sparse_attention = sparse}, options.sampling,
+  model::Generate(ctx, arena, model, prompt.ids, {.sparse_attention = sparse}, options.sampling,
                   [&](int32_t id) { Show(decoder.Push(id)); });
   Show(decoder.Finish() + "\n");
   return OkStatus();
@@ -101,7 +108,14 @@ void AddGenerateCommand(CommandLine& line) {
       ->required();
   command->add_option("--prompt", options->prompt, "text to continue, or the question with --chat")
       ->required();
-  command->add_flag("--chat", options->chat, "the prompt is a user's turn of a chat (ChatML)");
+  CLI::Option* chat =
+      command->add_flag("--chat", options->chat, "the prompt is a user's turn of a chat");
+  command
+      ->add_option("--chat-template", options->chat_template,
+                   "of --chat, as the chats were ingested with: chatml, qwen2, llama3, plain, a "
+                   ".jinja file, or tokenizer for the tokenizer's own")
+      ->needs(chat)
+      ->capture_default_str();
   command->add_option("--tokenizer", options->tokenizer,
                       "default: the run's own, or the one in the folder");
   command
