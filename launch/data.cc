@@ -1,4 +1,5 @@
 // sala data: token stores from text, chat and synthetic tasks; looking into them.
+#include <cmath>
 #include <cstdio>
 #include <map>
 #include <memory>
@@ -75,7 +76,7 @@ Status SetMaxRejects(const std::string& text, data::IngestOptions* options) {
     if (percent) {
       const double share = std::stod(number, &used);
       if (share >= 0 && share <= 100)
-        options->max_rejects_ppm = static_cast<int64_t>(share * 10'000 + 0.5);
+        options->max_rejects_ppm = std::llround(share * 10'000);
       else
         used = 0;
     } else {

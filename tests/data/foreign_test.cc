@@ -47,6 +47,7 @@ std::vector<Read> Documents(const std::string& directory) {
 
 std::vector<int64_t> Lengths(int count) {
   std::vector<int64_t> lengths;
+  lengths.reserve(static_cast<size_t>(count));
   for (int i = 0; i < count; ++i) lengths.push_back(1 + i * 37 % 200);
   return lengths;
 }

@@ -90,7 +90,7 @@ class IngestWays : public ::testing::Test {
   Status Failure(const std::string& name, const std::string& bytes) {
     WriteText(dir_ / name, bytes);
     const std::string out = dir_ / ("out" + std::to_string(++runs_));
-    const Status status = Run({dir_ / name}, out).status();
+    Status status = Run({dir_ / name}, out).status();
     EXPECT_FALSE(PathExists(out + "/dataset.json") && !status.ok());
     EXPECT_FALSE(PathExists(out + "/ingest.pieces"));  // of no use after a mistake of the input
     return status;
