@@ -77,10 +77,14 @@ StatusOr<ChatPreview> PreviewChat(const std::string& path, int64_t number,
                         ChatRenderer::Open(options.chat_template, options.tokenizer_path, tokenizer,
                                            options.chat_mask));
   SALA_RETURN_IF_ERROR(renderer->CheckTokens());
-  SALA_ASSIGN_OR_RETURN(const RecordChecker checker, RecordChecker::Make(options));
-  SALA_ASSIGN_OR_RETURN(const InputFormat format, FormatOf(path));
+  SALA_ASSIGN_OR_RETURN(RecordChecker checker, RecordChecker::Make(options));
+  SALA_ASSIGN_OR_RETURN(const FileKind kind, KindOfFile(path));
   SALA_ASSIGN_OR_RETURN(RecordReader reader,
-                        RecordReader::Open(path, format, options.split, options.separator));
+                        RecordReader::Open({.path = path,
+                                            .kind = kind,
+                                            .split = options.split,
+                                            .separator = options.separator,
+                                            .zstd_window_log = options.zstd_window_log}));
   RawRecord raw;
   for (int64_t i = 0; i <= number; ++i) {
     SALA_ASSIGN_OR_RETURN(const bool more, reader.Next(&raw));
@@ -90,7 +94,8 @@ StatusOr<ChatPreview> PreviewChat(const std::string& path, int64_t number,
                          std::to_string(number) + ", counted from 0");
   }
   const std::string where = Place(path, raw.line, raw.offset);
-  SALA_ASSIGN_OR_RETURN(const RecordChecker::Outcome outcome, checker.Check(raw, format, path));
+  SALA_ASSIGN_OR_RETURN(const RecordChecker::Outcome outcome,
+                        checker.Check(raw, kind.format, path));
   if (!outcome.keep || !outcome.record.is_chat()) {
     const std::string why = outcome.keep ? "it is text" : "rule " + outcome.cases.back().rule;
     return MakeError(ExitCode::kUsage, "PREVIEW-RECORD",

@@ -34,8 +34,8 @@ struct ChatPreview {
   std::vector<uint8_t> mask;
 };
 
-// Record `number` (from 0) of a .jsonl file, as ingest with these options would make it; `inputs`
-// and `output` play no part. PREVIEW-RECORD (64): no such record, or it is no chat.
+// Record `number` (from 0) of a file that ingest reads, as ingest with these options would make it;
+// `inputs` and `output` play no part. PREVIEW-RECORD (64): no such record, or it is no chat.
 StatusOr<ChatPreview> PreviewChat(const std::string& path, int64_t number,
                                   const IngestOptions& options, const Tokenizer& tokenizer);
 

@@ -1,7 +1,9 @@
 #include "data/commands.h"
 
+#include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "core/file.h"
 #include "core/hash.h"
 
 namespace sala::data {
@@ -14,10 +16,34 @@ std::string Thousands(int64_t value) {
   return text;
 }
 
+StatusOr<TokenStore::Place> LocateInFile(const TokenStore& store, const std::string& name,
+                                         int64_t n) {
+  const auto& files = store.info().files;
+  for (size_t f = 0; f < files.size(); ++f) {
+    if (files[f].name != name && std::to_string(f) != name) continue;
+    if (n < files[f].documents) return TokenStore::Place{static_cast<int64_t>(f), n};
+    return MakeError(ExitCode::kUsage, "DS-DOCUMENT",
+                     store.info().directory + ": no document " + std::to_string(n) + " in " +
+                         files[f].name + "; it has documents 0 to " +
+                         std::to_string(files[f].documents - 1));
+  }
+  return MakeError(ExitCode::kUsage, "DS-DOCUMENT",
+                   store.info().directory + ": no file " + Printable(name) +
+                       "; the dataset has files 0 (" + files[0].name + ") to " +
+                       std::to_string(files.size() - 1));
+}
+
 }  // namespace
 
-StatusOr<std::string> DescribeDataset(const std::string& directory) {
+StatusOr<std::string> DescribeDataset(const std::string& directory, bool as_json) {
   SALA_ASSIGN_OR_RETURN(const DatasetInfo info, ReadDatasetInfo(directory));
+  if (as_json) {
+    SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(directory + "/dataset.json"));
+    nlohmann::json out = nlohmann::json::parse(text);  // checked by the call before
+    out["directory"] = directory;
+    out["fingerprint"] = info.fingerprint;
+    return out.dump(2);
+  }
   std::ostringstream out;
   out << "dataset      " << info.name << " (" << info.kind << ")\n"
       << "fingerprint  " << info.fingerprint << "\n"
@@ -48,7 +74,7 @@ StatusOr<std::string> DescribeDataset(const std::string& directory) {
   return out.str();
 }
 
-StatusOr<std::string> VerifyDataset(const std::string& directory, bool full) {
+StatusOr<std::string> VerifyDataset(const std::string& directory, bool full, bool as_json) {
   SALA_ASSIGN_OR_RETURN(auto store, TokenStore::Open(directory));
   const DatasetInfo& info = store->info();
   for (int64_t f = 0; f < store->files(); ++f) {
@@ -67,16 +93,26 @@ StatusOr<std::string> VerifyDataset(const std::string& directory, bool full) {
                            "; restore the file or ingest again");
     }
   }
+  if (as_json) {
+    return nlohmann::json({{"dataset", directory},
+                           {"fingerprint", info.fingerprint},
+                           {"documents", info.documents},
+                           {"tokens", info.tokens},
+                           {"files", store->files()},
+                           {"checked", full ? "full" : "quick"}})
+        .dump(2);
+  }
   return directory + ": " + Thousands(info.documents) + " documents and " + Thousands(info.tokens) +
          " tokens in " + std::to_string(store->files()) + " files, " +
          (full ? "every byte checked" : "sizes and headers checked") + ", no fault";
 }
 
-StatusOr<std::string> ShowDocument(const std::string& directory, int64_t n,
-                                   const Tokenizer* decode) {
+StatusOr<std::string> ShowDocument(const std::string& directory, int64_t n, const Tokenizer* decode,
+                                   const std::string& file_name) {
   SALA_ASSIGN_OR_RETURN(auto store, TokenStore::Open(directory));
   if (decode != nullptr) SALA_RETURN_IF_ERROR(store->CheckTokenizer(*decode));
-  SALA_ASSIGN_OR_RETURN(const TokenStore::Place place, store->Locate(n));
+  SALA_ASSIGN_OR_RETURN(const TokenStore::Place place,
+                        file_name.empty() ? store->Locate(n) : LocateInFile(*store, file_name, n));
   SALA_ASSIGN_OR_RETURN(TokenFile * file, store->File(place.file));
   const int64_t length = file->length(place.document);
   std::vector<int32_t> ids(static_cast<size_t>(length));

@@ -1,17 +1,24 @@
+// The last step of an ingest: the pieces of all units, in order, become files, log and counts.
 #include "data/ingest.h"
 
+#include <unistd.h>
+
 #include <algorithm>
-#include <filesystem>
 #include <fstream>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <unordered_set>
+#include <utility>
 
+#include "core/clock.h"
 #include "core/file.h"
-#include "core/hash.h"
-#include "core/log.h"
-#include "data/chat_renderer.h"
+#include "core/progress.h"
+#include "core/run_lock.h"
+#include "data/ingest_piece.h"
+#include "data/ingest_plan.h"
+#include "data/ingest_workers.h"
 #include "data/record_check.h"
-#include "data/record_reader.h"
+#include "data/record_encoder.h"
 
 namespace sala::data {
 namespace {
@@ -30,126 +37,220 @@ bool IsName(const std::string& name) {
                      [&](char c) { return letter(c) || c == '_' || c == '.' || c == '-'; });
 }
 
-Status CheckName(const std::string& what, const std::string& name) {
-  if (IsName(name)) return OkStatus();
-  return MakeError(ExitCode::kUsage, "ING-NAME",
-                   what + " name: found \"" + Printable(name) +
-                       "\", expected up to 64 letters, digits, '_', '.' and '-', starting with a "
-                       "letter or digit");
+Status Exists(const std::string& output) {
+  return MakeError(ExitCode::kIo, "DS-EXISTS",
+                   output + ": there is a dataset already; choose another output or remove it");
+}
+
+// Files of an ingest that did not end belong to no dataset.
+Status RemoveShards(const std::string& directory) {
+  SALA_ASSIGN_OR_RETURN(const std::vector<std::string> names, ListDirectory(directory));
+  for (const std::string& name : names) {
+    if (name.rfind("tokens-", 0) == 0 && name.find(".h5") != std::string::npos)
+      SALA_RETURN_IF_ERROR(RemoveTree(directory + "/" + name));
+  }
+  return OkStatus();
 }
 
 class Ingest {
  public:
-  Ingest(const IngestOptions& options, const Tokenizer& tokenizer, RecordChecker checker)
-      : options_(options), tokenizer_(tokenizer), checker_(std::move(checker)) {}
+  Ingest(const IngestOptions& options, const Tokenizer& tokenizer, RecordChecker checker,
+         RecordEncoder encoder)
+      : options_(options),
+        tokenizer_(tokenizer),
+        checker_(std::move(checker)),
+        encoder_(std::move(encoder)) {}
 
   StatusOr<IngestReport> Run();
 
  private:
-  Status RunSource(const IngestSource& source);
-  Status RunFile(const std::string& path);
-  Status Take(const RawRecord& raw, InputFormat format, const std::string& path);
-  Status Open(bool chat);
-  Status Note(const std::string& rule, const std::string& action, const RawRecord& raw,
-              const std::string& path, const std::string& id);
-  Status AddText(const CheckedRecord& record, const RawRecord& raw, const std::string& path);
-  Status AddChat(const CheckedRecord& record, const RawRecord& raw, const std::string& path);
-  // True when the record is one seen before and the rule says so.
-  StatusOr<bool> SkipDuplicate(uint64_t hash, const CheckedRecord& record, const RawRecord& raw,
-                               const std::string& path);
-  Status AddTokens(EncodedChat document, uint64_t hash);  // the mask: chats only
+  Status Merge();
+  Status TakePiece(const Piece& piece);
+  Status TakeEvent(const PieceEvent& event, Piece::Cursor& cursor);
+  Status EnterSegment(uint64_t segment);
+  Status EndSource();
+  Status Open(const PieceEvent& event);
+  Status AddDocument(const PieceEvent& event, Piece::Cursor& cursor);
+  Status NothingToLearn(const PieceEvent& event);
+  Status Note(const std::string& rule, const std::string& action, const PieceEvent& event);
   Status CheckRejects(bool end) const;
-  json IngestJson() const;
+  std::string Where(const PieceEvent& event) const;
+  void ShowProgress();
+  json IngestJson(const std::vector<std::string>& hashes) const;
+  const PlannedFile& FileOf(uint64_t segment) const {
+    return plan_.files[plan_.segments[segment].file];
+  }
 
   const IngestOptions& options_;
   const Tokenizer& tokenizer_;
   RecordChecker checker_;
-  std::unique_ptr<ChatRenderer> renderer_;
-  std::optional<ChatShape> file_shape_;       // of the first record of the current file
+  RecordEncoder encoder_;
+  IngestPlan plan_;
+  std::unique_ptr<IngestWorkers> workers_;
+  std::unique_ptr<ProgressDisplay> progress_;
+  double begin_seconds_ = 0;
+
   std::unique_ptr<TokenStoreWriter> writer_;  // opened by the first record, which decides the kind
   bool chat_ = false;
   std::ofstream log_;
   std::unordered_set<uint64_t> seen_;
-  const IngestSource* source_ = nullptr;
-  int64_t source_index_ = -1;
+  uint64_t segment_ = 0;
+  int64_t lines_before_ = 0;  // the segment, in its file
+  bool entered_ = false;
+  std::optional<ChatShape> file_shape_;  // of the first record of the current file
+  std::vector<int64_t> segment_lines_;
+  size_t source_ = 0;
+  int64_t source_index_ = -1;                      // in the writer
   int64_t source_chats_ = 0, source_learned_ = 0;  // of the current source
   int64_t rejects_ = 0;
-  json inputs_ = json::array();
+  std::vector<int32_t> tokens_;
+  std::vector<uint8_t> mask_;
   IngestReport report_;
 };
 
 StatusOr<IngestReport> Ingest::Run() {
-  SALA_RETURN_IF_ERROR(CheckName("dataset", options_.name));
-  SALA_ASSIGN_OR_RETURN(
-      renderer_, ChatRenderer::Open(options_.chat_template, options_.tokenizer_path, tokenizer_,
-                                    options_.chat_mask));
+  const std::string pieces = PiecesDirectory(options_.output);
+  SALA_ASSIGN_OR_RETURN(plan_, MakeIngestPlan(options_, tokenizer_, encoder_.chats()));
   if (PathExists(options_.output + "/dataset.json")) {
-    return MakeError(
-        ExitCode::kIo, "DS-EXISTS",
-        options_.output + ": there is a dataset already; choose another output or remove it");
+    if (!options_.resume || !PathExists(pieces)) return Exists(options_.output);
+    // Killed between the commit and its last step.
+    SALA_RETURN_IF_ERROR(OpenPieces(options_, plan_));
+    SALA_ASSIGN_OR_RETURN(report_.info, ReadDatasetInfo(options_.output));
+    report_.records = report_.info.ingest.value("records", int64_t{0});
+    report_.cases = report_.info.ingest.value("cases", std::map<std::string, int64_t>());
+    SALA_RETURN_IF_ERROR(RemoveTree(pieces));
+    return report_;
   }
   SALA_RETURN_IF_ERROR(MakeDirectories(options_.output));
+  SALA_RETURN_IF_ERROR(OpenPieces(options_, plan_));
+  SALA_ASSIGN_OR_RETURN(const RunLock lock, RunLock::Acquire(pieces));
+  SALA_RETURN_IF_ERROR(RemoveShards(options_.output));
+  const Status merged = Merge();
+  if (merged.ok()) {
+    SALA_RETURN_IF_ERROR(RemoveTree(pieces));
+    return report_;
+  }
+  // Pieces help after a full disk or a higher limit of rejects. After a mistake of the inputs
+  // either they or the options have to change, and then these pieces are of no use.
+  workers_.reset();
+  const ExitCode code = ExitCodeOf(merged);
+  const bool again =
+      code == ExitCode::kIo || code == ExitCode::kInternal || ErrorCodeOf(merged) == "ING-REJECTS";
+  RemoveShards(options_.output).IgnoreError();
+  if (!again) RemoveTree(pieces).IgnoreError();
+  return merged;
+}
+
+void Ingest::ShowProgress() {
+  if (progress_ == nullptr) return;
+  constexpr int64_t kMega = 1'000'000;
+  const int64_t done = workers_->bytes_done() / kMega;
+  const double seconds = ClockSeconds() - begin_seconds_;
+  const double rate = seconds > 0 ? static_cast<double>(done) / seconds : 0;
+  progress_->Update(done, "MB  " + std::to_string(report_.records) + " records  " +
+                              std::to_string(static_cast<int64_t>(rate)) + " MB/s");
+}
+
+Status Ingest::Merge() {
   log_.open(options_.output + "/ingest.log.jsonl", std::ios::binary | std::ios::trunc);
-  for (const IngestSource& source : options_.sources) SALA_RETURN_IF_ERROR(RunSource(source));
+  segment_lines_.assign(plan_.segments.size(), 0);
+  begin_seconds_ = ClockSeconds();
+  if (options_.progress && ::isatty(STDERR_FILENO) == 1) {
+    int64_t bytes = 0;
+    for (const PlannedFile& file : plan_.files) bytes += file.bytes;
+    progress_ = std::make_unique<ProgressDisplay>("ingest", bytes / 1'000'000, true);
+  }
+  workers_ = std::make_unique<IngestWorkers>(options_, tokenizer_, plan_, encoder_);
+  workers_->Start();
+  const auto on_wait = [this] { ShowProgress(); };
+  for (size_t unit = 0; unit < plan_.units.size(); ++unit) {
+    for (int64_t number = 0;; ++number) {
+      std::optional<Piece> piece;
+      Status failure;
+      SALA_ASSIGN_OR_RETURN(const bool more,
+                            workers_->NextPiece(unit, number, &piece, &failure, on_wait));
+      if (piece.has_value()) SALA_RETURN_IF_ERROR(TakePiece(*piece));
+      SALA_RETURN_IF_ERROR(failure);
+      if (!more) break;
+      ShowProgress();
+    }
+  }
+  SALA_RETURN_IF_ERROR(EndSource());
   if (writer_ == nullptr || writer_->documents() == 0) {
     std::string reasons;
     for (const auto& [rule, count] : report_.cases)
       reasons += (reasons.empty() ? "" : ", ") + rule + " " + std::to_string(count);
     return MakeError(ExitCode::kData, "ING-EMPTY",
                      "no document came out of " + std::to_string(report_.records) + " records of " +
-                         std::to_string(inputs_.size()) + " files" +
-                         (reasons.empty() ? "" : " (" + reasons + ")") + "; give files with text");
+                         std::to_string(plan_.files.size()) + " files" +
+                         (reasons.empty() ? "" : " (" + reasons + ")") +
+                         "; give files with text (from directories .txt, .jsonl and .ndjson are "
+                         "taken, also packed; .json only by name)");
   }
   SALA_RETURN_IF_ERROR(CheckRejects(/*end=*/true));
   log_.flush();
   if (!log_)
     return MakeError(ExitCode::kIo, "FILE-WRITE",
                      options_.output + "/ingest.log.jsonl: cannot be written");
-  SALA_ASSIGN_OR_RETURN(report_.info, writer_->Finish(IngestJson()));
-  return report_;
+  SALA_RETURN_IF_ERROR(FsyncFile(options_.output + "/ingest.log.jsonl"));
+  SALA_ASSIGN_OR_RETURN(const auto hashes, workers_->InputHashes(on_wait));
+  SALA_RETURN_IF_ERROR(CheckUnchanged(plan_));
+  SALA_ASSIGN_OR_RETURN(report_.info, writer_->Finish(IngestJson(hashes)));
+  ShowProgress();
+  progress_.reset();
+  return OkStatus();
 }
 
-Status Ingest::RunSource(const IngestSource& source) {
-  SALA_RETURN_IF_ERROR(CheckName("source", source.name));
-  source_ = &source;
-  source_index_ = -1;
-  source_chats_ = source_learned_ = 0;
-  SALA_ASSIGN_OR_RETURN(const auto files, FindInputFiles(source.inputs, options_.extensions));
-  for (const std::string& file : files) SALA_RETURN_IF_ERROR(RunFile(file));
-  if (source_chats_ > 0 && source_learned_ == 0) {
-    return MakeError(ExitCode::kData, "CHAT-NOMASK",
-                     "source " + source.name + ": none of its " + std::to_string(source_chats_) +
-                         " records has a token to learn; is there an assistant message "
-                         "that is not switched off?");
+Status Ingest::TakePiece(const Piece& piece) {
+  report_.records += piece.records();
+  for (const auto& [segment, lines] : piece.segment_lines()) segment_lines_[segment] = lines;
+  Piece::Cursor cursor(piece);
+  PieceEvent event;
+  while (cursor.Next(&event)) {
+    SALA_RETURN_IF_ERROR(EnterSegment(event.place.segment));
+    SALA_RETURN_IF_ERROR(TakeEvent(event, cursor));
   }
   return OkStatus();
 }
 
-Status Ingest::RunFile(const std::string& path) {
-  SALA_ASSIGN_OR_RETURN(const InputFormat format, FormatOf(path));
-  SALA_ASSIGN_OR_RETURN(RecordReader reader,
-                        RecordReader::Open(path, format, options_.split, options_.separator));
-  RawRecord raw;
-  file_shape_.reset();
-  while (true) {
-    SALA_ASSIGN_OR_RETURN(const bool more, reader.Next(&raw));
-    if (!more) break;
-    ++report_.records;
-    SALA_RETURN_IF_ERROR(Take(raw, format, path));
+Status Ingest::EnterSegment(uint64_t segment) {
+  if (entered_ && segment == segment_) return OkStatus();
+  const size_t source = FileOf(segment).source;
+  if (entered_ && source != source_) SALA_RETURN_IF_ERROR(EndSource());
+  // Segments without an event are passed too.
+  for (uint64_t s = entered_ ? segment_ + 1 : 0; s <= segment; ++s)
+    lines_before_ = plan_.segments[s].begin == 0 ? 0 : lines_before_ + segment_lines_[s - 1];
+  if (!entered_ || source != source_) {
+    source_ = source;
+    source_index_ = -1;
+    source_chats_ = source_learned_ = 0;
   }
-  Sha256 sha;
-  SALA_ASSIGN_OR_RETURN(const MappedFile map, MappedFile::Open(path));
-  sha.Update(map.data(), map.size());
-  inputs_.push_back({{"path", path}, {"bytes", map.size()}, {"sha256", sha.HexDigest()}});
+  if (!entered_ || plan_.segments[segment].file != plan_.segments[segment_].file)
+    file_shape_.reset();
+  entered_ = true;
+  segment_ = segment;
   return OkStatus();
 }
 
-Status Ingest::Note(const std::string& rule, const std::string& action, const RawRecord& raw,
-                    const std::string& path, const std::string& id) {
-  log_ << json({{"file", path},
-                {"line", raw.line},
-                {"offset", raw.offset},
-                {"id", id},
+Status Ingest::EndSource() {
+  if (source_chats_ == 0 || source_learned_ > 0) return OkStatus();
+  return MakeError(ExitCode::kData, "CHAT-NOMASK",
+                   "source " + options_.sources[source_].name + ": none of its " +
+                       std::to_string(source_chats_) +
+                       " records has a token to learn; is there an assistant message "
+                       "that is not switched off?");
+}
+
+std::string Ingest::Where(const PieceEvent& event) const {
+  return Place(FileOf(event.place.segment).path, event.place.line + lines_before_,
+               event.place.offset);
+}
+
+Status Ingest::Note(const std::string& rule, const std::string& action, const PieceEvent& event) {
+  log_ << json({{"file", FileOf(event.place.segment).path},
+                {"line", event.place.line + lines_before_},
+                {"offset", event.place.offset},
+                {"id", event.id},
                 {"rule", rule},
                 {"action", action}})
               .dump(-1, ' ', false, json::error_handler_t::replace)
@@ -164,155 +265,123 @@ Status Ingest::Note(const std::string& rule, const std::string& action, const Ra
 
 Status Ingest::CheckRejects(bool end) const {
   if (!options_.max_rejects.has_value() && !end) return OkStatus();
-  const int64_t most = options_.max_rejects.value_or(report_.records / 1000);
+  const int64_t most =
+      options_.max_rejects.value_or(report_.records * options_.max_rejects_ppm / 1'000'000);
   if (rejects_ <= most) return OkStatus();
   return MakeError(ExitCode::kData, "ING-REJECTS",
                    std::to_string(rejects_) + " malformed records of " +
                        std::to_string(report_.records) + " were skipped, at most " +
                        std::to_string(most) + " are allowed; see " + options_.output +
-                       "/ingest.log.jsonl, or raise max_rejects");
+                       "/ingest.log.jsonl, then raise max_rejects and go on with --resume, or "
+                       "remove the directory");
 }
 
-Status Ingest::Open(bool chat) {
+Status Ingest::Open(const PieceEvent& event) {
+  if (!file_shape_) file_shape_ = event.shape;
+  if (const Status shape = CheckShape(*file_shape_, event.shape); !shape.ok())
+    return Annotate(shape, Where(event));
+  const bool chat = event.shape != ChatShape::kNone;
+  if (writer_ != nullptr && chat != chat_) {
+    return MakeError(ExitCode::kData, "ING-KIND",
+                     Where(event) + ": found a " + (chat ? "chat" : "text") + " record among " +
+                         (chat_ ? "chat" : "text") + " records; make one dataset of each kind");
+  }
   if (writer_ == nullptr) {
-    if (chat) SALA_RETURN_IF_ERROR(renderer_->CheckTokens());
     chat_ = chat;
     SALA_ASSIGN_OR_RETURN(writer_, TokenStoreWriter::Create({.directory = options_.output,
                                                              .name = options_.name,
-                                                             .sft = chat,
+                                                             .sft = chat_,
                                                              .add_bos = options_.add_bos,
                                                              .add_eos = options_.add_eos,
                                                              .shard_tokens = options_.shard_tokens},
                                                             tokenizer_));
   }
-  if (source_index_ < 0)
-    source_index_ = writer_->AddSource(source_->name, source_->license, source_->note);
+  if (source_index_ < 0) {
+    const IngestSource& source = options_.sources[source_];
+    source_index_ = writer_->AddSource(source.name, source.license, source.note);
+  }
   return OkStatus();
 }
 
-Status Ingest::Take(const RawRecord& raw, InputFormat format, const std::string& path) {
-  SALA_ASSIGN_OR_RETURN(const RecordChecker::Outcome outcome, checker_.Check(raw, format, path));
-  for (const RecordCase& found : outcome.cases)
-    SALA_RETURN_IF_ERROR(Note(found.rule, found.action, raw, path, outcome.record.id));
-  if (!outcome.keep) return OkStatus();
-  if (!file_shape_) file_shape_ = outcome.record.shape;
-  if (const Status shape = CheckShape(*file_shape_, outcome.record.shape); !shape.ok())
-    return Annotate(shape, Place(path, raw.line, raw.offset));
-  if (writer_ != nullptr && outcome.record.is_chat() != chat_) {
-    return MakeError(ExitCode::kData, "ING-KIND",
-                     Place(path, raw.line, raw.offset) + ": found a " +
-                         (outcome.record.is_chat() ? "chat" : "text") + " record among " +
-                         (chat_ ? "chat" : "text") + " records; make one dataset of each kind");
+Status Ingest::TakeEvent(const PieceEvent& event, Piece::Cursor& cursor) {
+  switch (event.kind) {
+    case PieceEventKind::kOpened:
+      return Open(event);
+    case PieceEventKind::kCase:
+      return Note(event.rule, event.action, event);
+    case PieceEventKind::kDocument:
+      return AddDocument(event, cursor);
   }
-  SALA_RETURN_IF_ERROR(Open(outcome.record.is_chat()));
-  return chat_ ? AddChat(outcome.record, raw, path) : AddText(outcome.record, raw, path);
+  return OkStatus();
 }
 
-StatusOr<bool> Ingest::SkipDuplicate(uint64_t hash, const CheckedRecord& record,
-                                     const RawRecord& raw, const std::string& path) {
-  if (!options_.dedup || seen_.insert(hash).second) return false;
-  if (checker_.RuleOf("duplicate") == RecordRule::kError) {
+Status Ingest::AddDocument(const PieceEvent& event, Piece::Cursor& cursor) {
+  if (options_.dedup && !seen_.insert(event.hash).second) {
+    if (checker_.RuleOf("duplicate") != RecordRule::kError) return Note("duplicate", "skip", event);
     return MakeError(
         ExitCode::kData, "ING-DUP",
-        Place(path, raw.line, raw.offset) +
+        Where(event) +
             ": the text of this record came before; remove it or set the rule duplicate to skip");
   }
-  SALA_RETURN_IF_ERROR(Note("duplicate", "skip", raw, path, record.id));
-  return true;
-}
-
-Status Ingest::AddTokens(EncodedChat document, uint64_t hash) {
-  AddDocumentEnds(options_.add_bos ? tokenizer_.bos_id() : -1,
-                  options_.add_eos ? tokenizer_.eos_id() : -1, &document);
-  return writer_->Add(
-      {.tokens = document.tokens,
-       .loss_mask = chat_ ? std::span<const uint8_t>(document.mask) : std::span<const uint8_t>(),
-       .hash = hash,
-       .source = source_index_});
-}
-
-Status Ingest::AddText(const CheckedRecord& record, const RawRecord& raw, const std::string& path) {
-  const uint64_t hash = Xxh3(record.text);
-  SALA_ASSIGN_OR_RETURN(const bool duplicate, SkipDuplicate(hash, record, raw, path));
-  if (duplicate) return OkStatus();
-  return AddTokens({.tokens = tokenizer_.Encode(record.text), .mask = {}}, hash);
-}
-
-Status Ingest::AddChat(const CheckedRecord& record, const RawRecord& raw, const std::string& path) {
-  auto encoded = renderer_->Encode(record.chat);
-  if (!encoded.ok()) {
-    if (checker_.RuleOf("chat") == RecordRule::kError || !IsRecordError(encoded.status()))
-      return Annotate(encoded.status(), Place(path, raw.line, raw.offset));
-    return Note("chat", "skip", raw, path, record.id);
-  }
-  const uint64_t hash = Xxh3(CanonicalText(record.chat));
-  SALA_ASSIGN_OR_RETURN(const bool duplicate, SkipDuplicate(hash, record, raw, path));
-  if (duplicate) return OkStatus();
-  ++source_chats_;
-  if (std::find(encoded->mask.begin(), encoded->mask.end(), 1) == encoded->mask.end()) {
-    const std::string where = Place(path, raw.line, raw.offset);
-    const bool hopeless = source_learned_ == 0 && source_chats_ >= kNoMaskRecords;
-    if (hopeless || checker_.RuleOf("empty_target") == RecordRule::kError) {
-      return MakeError(
-          ExitCode::kData, "CHAT-NOMASK",
-          where +
-              (hopeless ? ": none of the first " + std::to_string(source_chats_) +
-                              " records of source " + source_->name + " has a token to learn"
-                        : ": the record has no token to learn") +
-              "; is there an assistant message that is not switched off?");
-    }
-    return Note("empty_target", "skip", raw, path, record.id);
-  }
+  source_chats_ += chat_ ? 1 : 0;
+  if (event.tokens == 0) return NothingToLearn(event);
   ++source_learned_;
-  return AddTokens(std::move(*encoded), hash);
+  cursor.CopyTokens(&tokens_, &mask_);
+  return writer_->Add(
+      {.tokens = tokens_, .loss_mask = mask_, .hash = event.hash, .source = source_index_});
 }
 
-json Ingest::IngestJson() const {
+Status Ingest::NothingToLearn(const PieceEvent& event) {
+  const bool hopeless = source_learned_ == 0 && source_chats_ >= kNoMaskRecords;
+  if (!hopeless && checker_.RuleOf("empty_target") != RecordRule::kError)
+    return Note("empty_target", "skip", event);
+  return MakeError(ExitCode::kData, "CHAT-NOMASK",
+                   Where(event) +
+                       (hopeless ? ": none of the first " + std::to_string(source_chats_) +
+                                       " records of source " + options_.sources[source_].name +
+                                       " has a token to learn"
+                                 : ": the record has no token to learn") +
+                       "; is there an assistant message that is not switched off?");
+}
+
+json Ingest::IngestJson(const std::vector<std::string>& hashes) const {
+  const ChatRenderer& chats = encoder_.chats();
   json rules = json::object();
-  for (const auto& [name, rule] : options_.rules)
-    rules[name] = rule == RecordRule::kError ? "error" : rule == RecordRule::kSkip ? "skip" : "fix";
-  return {{"command", "ingest"},
-          {"inputs", inputs_},
-          {"records", report_.records},
-          {"cases", report_.cases},
-          {"rules", rules},
-          {"dedup", options_.dedup ? "exact" : "none"},
-          {"shuffled", false},
-          {"chat_template", chat_ ? json(renderer_->name()) : json()},
-          {"chat_template_sha256",
-           chat_ && !renderer_->sha256().empty() ? json(renderer_->sha256()) : json()}};
+  for (const auto& [name, rule] : options_.rules) rules[name] = NameOfRule(rule);
+  json inputs = json::array();
+  for (size_t f = 0; f < plan_.files.size(); ++f) {
+    const PlannedFile& file = plan_.files[f];
+    inputs.push_back({{"path", file.path}, {"bytes", file.bytes}, {"sha256", hashes[f]}});
+  }
+  return {
+      {"command", "ingest"},
+      {"inputs", inputs},
+      {"records", report_.records},
+      {"cases", report_.cases},
+      {"rules", rules},
+      {"dedup", options_.dedup ? "exact" : "none"},
+      {"shuffled", false},
+      {"chat_template", chat_ ? json(chats.name()) : json()},
+      {"chat_template_sha256", chat_ && !chats.sha256().empty() ? json(chats.sha256()) : json()}};
 }
 
 }  // namespace
 
-StatusOr<std::vector<std::string>> FindInputFiles(const std::vector<std::string>& inputs,
-                                                  const std::vector<std::string>& extensions) {
-  std::vector<std::string> files;
-  for (const std::string& input : inputs) {
-    if (!PathExists(input))
-      return MakeError(ExitCode::kNoInput, "ING-INPUT", input + ": no such file or directory");
-    if (!IsDirectory(input)) {
-      files.push_back(input);
-      continue;
-    }
-    std::vector<std::string> found;
-    std::error_code error;
-    for (auto it = std::filesystem::recursive_directory_iterator(input, error);
-         !error && it != std::filesystem::recursive_directory_iterator(); it.increment(error)) {
-      const bool wanted = std::find(extensions.begin(), extensions.end(),
-                                    it->path().extension().string()) != extensions.end();
-      if (wanted && it->is_regular_file(error)) found.push_back(it->path().string());
-    }
-    if (error) return MakeError(ExitCode::kIo, "FILE-READ", input + ": " + error.message());
-    std::sort(found.begin(), found.end());
-    files.insert(files.end(), found.begin(), found.end());
-  }
-  return files;
+Status CheckDatasetName(const std::string& what, const std::string& name) {
+  if (IsName(name)) return OkStatus();
+  return MakeError(ExitCode::kUsage, "ING-NAME",
+                   what + " name: found \"" + Printable(name) +
+                       "\", expected up to 64 letters, digits, '_', '.' and '-', starting with a "
+                       "letter or digit");
 }
 
 StatusOr<IngestReport> RunIngest(const IngestOptions& options, const Tokenizer& tokenizer) {
   SALA_ASSIGN_OR_RETURN(RecordChecker checker, RecordChecker::Make(options));
-  return Ingest(options, tokenizer, std::move(checker)).Run();
+  SALA_RETURN_IF_ERROR(CheckDatasetName("dataset", options.name));
+  for (const IngestSource& source : options.sources)
+    SALA_RETURN_IF_ERROR(CheckDatasetName("source", source.name));
+  SALA_ASSIGN_OR_RETURN(RecordEncoder encoder, RecordEncoder::Make(options, tokenizer));
+  return Ingest(options, tokenizer, std::move(checker), std::move(encoder)).Run();
 }
 
 }  // namespace sala::data

@@ -7,20 +7,27 @@
 //
 // Read: .txt (one document a file, or cut at blank lines or at separator lines), .jsonl and .ndjson
 // (one record a line: a text field, or a chat in one of the shapes of data/chat_record.h, all
-// records of a file in one). Directories are walked in sorted order. A dataset holds text or chat,
-// never both; the first record decides. Lines are read one by one, so a file may be larger than
-// memory; a .txt that is one document may not.
+// records of a file in one), .json (an array of records), each also with .gz or .zst. Directories
+// are walked in sorted order. A dataset holds text or chat, never both; the first record decides.
+// Records are read one by one, so a file may be larger than memory; a .txt that is one document may
+// not.
 //
-// Every record is checked in this order, each with a rule [default]: not JSON, not an object, field
-// missing, wrong type, invalid UTF-8 [error]; lone surrogate escape [skip]; NUL [fix: dropped];
-// chat role or template [error]; no text [skip]; duplicate (dedup: exact) [skip]; nothing to learn
-// (chat) [skip]. `fix` exists for UTF-8 (U+FFFD), surrogates (U+FFFD) and NUL. Each case goes to
-// ingest.log.jsonl {file, line, offset, id, rule, action}.
+// Every record is checked in this order, each with a rule [default]: lone surrogate escape [skip],
+// invalid UTF-8, not JSON, not an object, field missing, wrong type [error]; NUL [fix: dropped]; no
+// text [skip]; chat role or template [error]; no token [empty: skip]; duplicate (dedup: exact)
+// [skip]; nothing to learn (chat) [skip]. `fix` exists for UTF-8 (U+FFFD), surrogates (U+FFFD) and
+// NUL. Each case goes to ingest.log.jsonl {file, line, offset, id, rule, action}.
+//
+// Threads (data/ingest_workers.h) make durable pieces (data/ingest_piece.h) of units of the inputs
+// (data/ingest_plan.h); one thread puts the pieces together in order, so dataset and log do not
+// depend on the number of workers, and a killed ingest goes on to the same bytes.
+// Tokenizer::Encode and EncodeWithOffsets are called by several threads at once.
 //
 // Errors (65): ING-JSON, ING-FIELD, ING-UTF8, ING-NUL, ING-EMPTY, ING-DUP, ING-FORMAT,
-// ING-MODALITY, ING-REJECTS, ING-KIND, ING-SHAPE, CHAT-ROLE, CHAT-TEMPLATE, CHAT-PREFIX,
-// CHAT-NOMASK; CHAT-HELPER (74); ING-INPUT (66): an input does not exist; ING-RULE (78): a rule
-// that cannot be.
+// ING-MODALITY, ING-REJECTS, ING-KIND, ING-SHAPE, ING-TRUNCATED, ING-CRC, ING-LONG, CHAT-ROLE,
+// CHAT-TEMPLATE, CHAT-PREFIX, CHAT-NOMASK; CHAT-HELPER (74); ING-INPUT (66): an input does not
+// exist; ING-RULE (78): a rule that cannot be; ING-UNFINISHED (74): the output holds an unfinished
+// ingest and `resume` is off; ING-CHANGED (78): it was begun with other inputs or options.
 #pragma once
 
 #include <cstdint>
@@ -48,9 +55,11 @@ struct IngestOptions {
   std::vector<IngestSource> sources = {};
   std::string output = {};
   std::string name = {};
-  std::vector<std::string> extensions = {".txt", ".jsonl",
-                                         ".ndjson"};  // of files found in directories
-  std::string text_field = "text";                    // dotted path
+  // Endings of files taken from directories. Not .json: there it is as often a note as data.
+  std::vector<std::string> extensions = {".txt",     ".jsonl",     ".ndjson",
+                                         ".txt.gz",  ".jsonl.gz",  ".ndjson.gz",
+                                         ".txt.zst", ".jsonl.zst", ".ndjson.zst"};
+  std::string text_field = "text";  // dotted path
   std::string messages_field = "messages";
   std::string id_field = "id";
   TextSplit split = TextSplit::kWholeFile;
@@ -59,14 +68,20 @@ struct IngestOptions {
   // By rule name: not_json, not_object, field_missing, wrong_type, invalid_utf8, lone_surrogate,
   // nul, chat, empty, duplicate, empty_target.
   std::map<std::string, RecordRule> rules = {};
-  std::optional<int64_t> max_rejects =
-      {};  // malformed records skipped; default: a thousandth of the records
+  // Malformed records that may be skipped: a number, else parts in a million of the records.
+  std::optional<int64_t> max_rejects = {};
+  int64_t max_rejects_ppm = 1000;
   std::string chat_template = "chatml";  // as data/chat_renderer.h has it
   std::string tokenizer_path = {};       // where a template may be
   ChatMask chat_mask = ChatMask::kAllAssistant;
   bool add_bos = true;  // where the tokenizer has one; likewise eos
   bool add_eos = true;
   int64_t shard_tokens = int64_t{256} << 20;
+  int64_t piece_bytes = int64_t{16} << 20;  // of text; what a worker holds, and a kill costs it
+  int workers = 0;                          // threads; 0: one for each core
+  int zstd_window_log = 27;                 // largest window of .zst, as a power of two
+  bool resume = false;                      // goes on with what a killed ingest left, or begins
+  bool progress = false;                    // a progress line, where stderr is a terminal
 };
 
 struct IngestReport {
@@ -76,6 +91,9 @@ struct IngestReport {
 };
 
 StatusOr<IngestReport> RunIngest(const IngestOptions& options, const Tokenizer& tokenizer);
+
+// ING-NAME (64) unless a dataset or source may have that name.
+Status CheckDatasetName(const std::string& what, const std::string& name);
 
 // The files named by inputs: files as they are, directories walked in sorted order for the
 // extensions. ING-INPUT (66).

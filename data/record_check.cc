@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
-#include <optional>
+#include <string_view>
 
 #include "core/config.h"
 #include "core/file.h"
@@ -53,7 +53,7 @@ int HexDigit(char c) {
 }
 
 // The value of "\uXXXX" at text[at], or -1.
-int EscapeAt(const std::string& text, size_t at) {
+int EscapeAt(std::string_view text, size_t at) {
   if (at + 6 > text.size() || text[at] != '\\' || text[at + 1] != 'u') return -1;
   int value = 0;
   for (size_t i = at + 2; i < at + 6; ++i) {
@@ -65,10 +65,9 @@ int EscapeAt(const std::string& text, size_t at) {
 }
 
 // Byte offsets of the \uXXXX escapes that are half of a surrogate pair without the other half.
-std::vector<size_t> LoneSurrogates(const std::string& text) {
+std::vector<size_t> LoneSurrogates(std::string_view text) {
   std::vector<size_t> lone;
-  for (size_t at = 0; at < text.size(); ++at) {
-    if (text[at] != '\\') continue;
+  for (size_t at = text.find('\\'); at < text.size(); at = text.find('\\', at + 1)) {
     const int value = EscapeAt(text, at);
     if (value < 0xd800 || value > 0xdfff) {
       ++at;  // the escaped character, so that "\\" does not start another escape
@@ -83,6 +82,25 @@ std::vector<size_t> LoneSurrogates(const std::string& text) {
     }
   }
   return lone;
+}
+
+// Copying and writing out a value call themselves for every level, as does the parser of Python
+// that templates get their conversation from (at most 1000 levels).
+constexpr int64_t kMostLevels = 500;
+
+// How deep arrays and objects lie in each other, at most.
+int64_t Levels(std::string_view text) {
+  int64_t levels = 0, most = 0;
+  bool quoted = false;
+  for (size_t at = 0; at < text.size(); ++at) {
+    const char c = text[at];
+    if (c == '"') quoted = !quoted;
+    if (quoted && c == '\\') ++at;
+    if (quoted) continue;
+    if (c == '[' || c == '{') most = std::max(most, ++levels);
+    if (c == ']' || c == '}') --levels;
+  }
+  return most;
 }
 
 }  // namespace
@@ -128,8 +146,8 @@ Status RecordChecker::Apply(const Failure& failure, const std::string& where,
 
 Status RecordChecker::CheckBytes(std::string* text, int64_t line, const std::string& where,
                                  Outcome* outcome) const {
+  if (IsUtf8Fast(*text)) return OkStatus();
   const int64_t bad = FindInvalidUtf8(*text);
-  if (bad < 0) return OkStatus();
   if (rules_.at("invalid_utf8") == RecordRule::kFix) {
     *text = ReplaceInvalidUtf8(*text);
     outcome->cases.push_back({"invalid_utf8", "fix"});
@@ -159,10 +177,12 @@ Status RecordChecker::CheckNul(std::string* text, const std::string& where,
                where, outcome);
 }
 
-Status RecordChecker::CheckJson(const RawRecord& raw, const std::string& where,
-                                Outcome* outcome) const {
-  std::string bytes = raw.bytes;
-  const std::vector<size_t> lone = LoneSurrogates(bytes);
+Status RecordChecker::CheckJson(const RawRecord& raw, const std::string& where, Outcome* outcome) {
+  const std::vector<size_t> lone = LoneSurrogates(raw.bytes);
+  if (lone.empty() && IsUtf8Fast(raw.bytes) && Levels(raw.bytes) <= kMostLevels &&
+      fields_.Parse(raw.bytes, &outcome->record.text, &outcome->record.id))
+    return OkStatus();
+  std::string bytes(raw.bytes);
   if (!lone.empty()) {
     if (rules_.at("lone_surrogate") == RecordRule::kFix) {
       for (const size_t at : lone) bytes.replace(at, 6, "\\ufffd");
@@ -178,6 +198,11 @@ Status RecordChecker::CheckJson(const RawRecord& raw, const std::string& where,
   // own.
   SALA_RETURN_IF_ERROR(CheckBytes(&bytes, raw.line, where, outcome));
   if (!outcome->keep) return OkStatus();
+  if (Levels(bytes) > kMostLevels)
+    return Apply(
+        {"not_json", "ING-JSON",
+         "arrays and objects are nested deeper than " + std::to_string(kMostLevels) + " levels"},
+        where, outcome);
   json record;
   try {
     record = json::parse(bytes);
@@ -201,7 +226,8 @@ Status RecordChecker::CheckJson(const RawRecord& raw, const std::string& where,
              Printable(keys)},
         where, outcome);
   }
-  if (const json* id = FindField(record, options_.id_field); id != nullptr)
+  // Only plain values name a record.
+  if (const json* id = FindField(record, options_.id_field); id != nullptr && id->is_primitive())
     outcome->record.id = id->is_string() ? id->get<std::string>() : id->dump();
   outcome->record.shape = shape;
   if (shape != ChatShape::kNone) {
@@ -225,7 +251,7 @@ Status RecordChecker::CheckJson(const RawRecord& raw, const std::string& where,
 }
 
 StatusOr<RecordChecker::Outcome> RecordChecker::Check(const RawRecord& raw, InputFormat format,
-                                                      const std::string& path) const {
+                                                      const std::string& path) {
   const std::string where = Place(path, raw.line, raw.offset);
   Outcome outcome;
   CheckedRecord& record = outcome.record;

@@ -11,6 +11,7 @@
 #include "data/chat_record.h"
 #include "data/ingest.h"
 #include "data/record_reader.h"
+#include "data/text_fields.h"
 
 namespace sala::data {
 
@@ -37,13 +38,14 @@ class RecordChecker {
     CheckedRecord record;
     std::vector<RecordCase> cases;
   };
-  // An error when a rule says so; its message starts with FILE:LINE (byte OFFSET).
-  StatusOr<Outcome> Check(const RawRecord& raw, InputFormat format, const std::string& path) const;
+  // An error when a rule says so; its message starts with FILE:LINE (byte OFFSET). One object
+  // belongs to one thread.
+  StatusOr<Outcome> Check(const RawRecord& raw, InputFormat format, const std::string& path);
 
   RecordRule RuleOf(const std::string& name) const { return rules_.at(name); }
 
  private:
-  explicit RecordChecker(const IngestOptions& options) : options_(options) {}
+  explicit RecordChecker(const IngestOptions& options) : options_(options), fields_(options) {}
   struct Failure {
     std::string rule, code, text;
   };
@@ -52,10 +54,11 @@ class RecordChecker {
   Status CheckBytes(std::string* text, int64_t line, const std::string& where,
                     Outcome* outcome) const;
   Status CheckNul(std::string* text, const std::string& where, Outcome* outcome) const;
-  Status CheckJson(const RawRecord& raw, const std::string& where, Outcome* outcome) const;
+  Status CheckJson(const RawRecord& raw, const std::string& where, Outcome* outcome);
 
   const IngestOptions& options_;
   std::map<std::string, RecordRule> rules_;
+  TextFieldParser fields_;
 };
 
 // "books/a.jsonl:12 (byte 3456)".

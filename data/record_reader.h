@@ -1,51 +1,119 @@
-// The raw records of one input file, in order, with their place in it.
+// The raw records of one input file, or of a range of it, in order, with their place in it.
+//
+//   SALA_ASSIGN_OR_RETURN(RecordReader reader, RecordReader::Open({.path = "web.jsonl.zst"}));
+//   RawRecord record;
+//   while (*reader.Next(&record)) ...
+//
+// Offsets are of the text: in an archive they count its unpacked bytes.
+//
+// Errors: ING-FORMAT (65) for a file that is not read; ING-LONG (65) for a line or an element of
+// more than 1 GiB; ING-JSON (65) for a .json file whose array is broken; those of
+// data/byte_source.h.
 #pragma once
 
 #include <cstdint>
-#include <fstream>
+#include <memory>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "core/status.h"
+#include "data/byte_source.h"
 #include "data/ingest.h"
 
 namespace sala::data {
 
+// At least this many readable bytes stand behind a record of JSON, whatever they are: its parser
+// reads in wide steps.
+inline constexpr size_t kRecordPadding = 64;
+
 struct RawRecord {
-  std::string bytes;
-  int64_t line = 1;    // where it starts, from 1
-  int64_t offset = 0;  // byte in the file
+  std::string_view bytes;  // until the next record is asked for
+  int64_t line = 1;        // where it starts, from 1
+  int64_t offset = 0;      // byte in the text
 };
 
-enum class InputFormat { kText, kJsonLines };
+enum class InputFormat { kText, kJsonLines, kJsonArray };
 
-// By the file's name; ING-FORMAT (65) for another one.
-StatusOr<InputFormat> FormatOf(const std::string& path);
+struct FileKind {
+  InputFormat format = InputFormat::kText;
+  Archive archive = Archive::kNone;
+};
+
+// By the file's name: .txt, .jsonl, .ndjson, .json, each also with .gz or .zst. ING-FORMAT (65) for
+// another one; formats that others use for data are named with a way to convert them.
+StatusOr<FileKind> KindOfFile(const std::string& path);
+// Whether the name is one of another format that holds training data (.parquet, .mds, .tar ...).
+bool IsForeignFormat(const std::string& path);
+
+struct ReadOptions {
+  std::string path = {};
+  FileKind kind = {};
+  TextSplit split = TextSplit::kWholeFile;  // of .txt
+  std::string separator = {};
+  int zstd_window_log = kZstdWindowLog;
+  // Records that start in [begin, end) of the text; end -1: to its end. Only lines of JSON can be
+  // cut at any byte; others begin at 0 or where a reader stopped.
+  int64_t begin = 0;
+  int64_t end = -1;
+  bool at_record = true;  // begin is where a reader stopped; false: the rest of a line comes first
+  int64_t lines_before = 0;  // line numbers go on from here
+};
+
+// Buffered text with a place: finds lines, and gives them without a copy.
+class TextBuffer {
+ public:
+  TextBuffer(std::unique_ptr<ByteSource> source, std::string path, int64_t offset);
+  // The next line without its newline; false at the end.
+  StatusOr<bool> ReadLine(std::string_view* line);
+  // The byte `ahead` behind the place, or -1 where the text ends before it.
+  StatusOr<int> Peek(size_t ahead);
+  void Advance(size_t bytes) { begin_ += bytes; }
+  std::string_view Unread() const { return {buffer_.get() + begin_, end_ - begin_}; }
+  int64_t offset() const { return base_ + static_cast<int64_t>(begin_); }  // of the place
+  int64_t file_bytes_read() const { return source_->file_bytes_read(); }
+
+ private:
+  StatusOr<bool> Fill();  // reads more behind what is there; false at the end
+  std::unique_ptr<ByteSource> source_;
+  std::string path_;
+  std::unique_ptr<char[]> buffer_;
+  size_t capacity_ = 0;
+  size_t begin_ = 0, end_ = 0;  // the unread part
+  int64_t base_ = 0;            // offset in the text of buffer_[0]
+  bool ended_ = false;
+};
 
 // A mark of the byte order at the start of a file is dropped.
 class RecordReader {
  public:
-  // `split` and `separator` are for text.
-  static StatusOr<RecordReader> Open(const std::string& path, InputFormat format, TextSplit split,
-                                     const std::string& separator);
-  // False at the end; FILE-READ (74) when reading breaks off.
+  static StatusOr<RecordReader> Open(const ReadOptions& options);
+  // False at the end.
   StatusOr<bool> Next(RawRecord* record);
+  // Where a reader that goes on begins, and the lines before it.
+  int64_t offset() const { return text_->offset(); }
+  int64_t lines() const { return lines_; }
+  int64_t file_bytes_read() const { return text_->file_bytes_read(); }
 
  private:
   RecordReader() = default;
-  bool ReadLine(std::string* line);  // without its newline
+  Status Start();
+  StatusOr<bool> ReadLine(std::string_view* line);  // counts
   StatusOr<bool> NextWhole(RawRecord* record);
-  bool NextLine(RawRecord* record);
-  bool NextPart(RawRecord* record);
-  bool IsBoundary(const std::string& line) const;
+  StatusOr<bool> NextLine(RawRecord* record);
+  StatusOr<bool> NextPart(RawRecord* record);
+  StatusOr<bool> NextElement(RawRecord* record);
+  StatusOr<int> SkipSpace();  // the byte behind white space, -1 at the end
+  StatusOr<size_t> ElementBytes();
+  Status ArrayError(const std::string& text) const;
+  bool IsBoundary(std::string_view line) const;
 
-  std::string path_;
-  InputFormat format_ = InputFormat::kText;
-  TextSplit split_ = TextSplit::kWholeFile;
-  std::string separator_;
-  std::ifstream stream_;
-  int64_t line_ = 0;         // of the line last read
-  int64_t offset_ = 0;       // behind it
-  int64_t line_offset_ = 0;  // of its start
+  ReadOptions options_;
+  std::unique_ptr<TextBuffer> text_;
+  int64_t lines_ = 0;        // read so far
+  int64_t line_offset_ = 0;  // of the line last read
+  std::string joined_;       // a record that is not one piece of the text
+  bool in_array_ = false;    // behind its first element
   bool ended_ = false;
 };
 

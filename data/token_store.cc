@@ -196,6 +196,9 @@ StatusOr<TokenFile*> TokenStore::File(int64_t index) {
 
 Status TokenStore::CheckTokenizer(const Tokenizer& tokenizer) const {
   if (tokenizer.fingerprint() == info_.tokenizer_fingerprint) return OkStatus();
+  if (info_.tokenizer_fingerprint == kUnknownTokenizer &&
+      tokenizer.vocab_size() == info_.vocab_size)
+    return OkStatus();
   return DataError("TOK-MISMATCH",
                    info_.directory + ": made with tokenizer " + info_.tokenizer_name + " " +
                        info_.tokenizer_fingerprint.substr(0, 12) + " (" +

@@ -61,6 +61,9 @@ struct DatasetInfo {
   bool sft() const { return kind == "sft"; }
 };
 
+// In place of the fingerprint in stores of foreign tokens that were imported without a tokenizer.
+inline constexpr char kUnknownTokenizer[] = "unknown";
+
 // dataset.json, checked.
 StatusOr<DatasetInfo> ReadDatasetInfo(const std::string& directory);
 
@@ -85,6 +88,10 @@ class TokenStoreWriter {
   // Refuses a directory that has a dataset.json (DS-EXISTS, 74).
   static StatusOr<std::unique_ptr<TokenStoreWriter>> Create(const TokenStoreOptions& options,
                                                             const Tokenizer& tokenizer);
+  // For documents that are tokens already: vocabulary, tokenizer, bos, eos and kind are those of
+  // `like`, not of the options.
+  static StatusOr<std::unique_ptr<TokenStoreWriter>> CreateLike(const TokenStoreOptions& options,
+                                                                const DatasetInfo& like);
   int64_t AddSource(const std::string& name, const std::string& license, const std::string& note);
   Status Add(const TokenDocument& document);
   int64_t documents() const { return info_.documents; }
@@ -157,7 +164,8 @@ class TokenStore {
   int64_t files() const { return static_cast<int64_t>(info_.files.size()); }
   // Opened and mapped on the first call; owned by the store.
   StatusOr<TokenFile*> File(int64_t index);
-  // TOK-MISMATCH (65) unless the store was made with this tokenizer.
+  // TOK-MISMATCH (65) unless the store was made with this tokenizer. A store whose tokenizer nobody
+  // knows (kUnknownTokenizer) is taken as it is when the sizes of the vocabularies agree.
   Status CheckTokenizer(const Tokenizer& tokenizer) const;
 
   struct Place {

@@ -206,6 +206,23 @@ StatusOr<DatasetInfo> ReadDatasetInfo(const std::string& directory) {
 
 StatusOr<std::unique_ptr<TokenStoreWriter>> TokenStoreWriter::Create(
     const TokenStoreOptions& options, const Tokenizer& tokenizer) {
+  DatasetInfo like;
+  like.kind = options.sft ? "sft" : "pretrain";
+  like.vocab_size = tokenizer.vocab_size();
+  like.bos_id = tokenizer.bos_id();
+  like.eos_id = tokenizer.eos_id();
+  like.pad_id = tokenizer.pad_id();
+  like.unk_id = tokenizer.unk_id();
+  like.tokenizer_name = tokenizer.name();
+  like.tokenizer_fingerprint = tokenizer.fingerprint();
+  like.added_tokens = static_cast<int64_t>(tokenizer.added_tokens().size());
+  like.add_bos = options.add_bos && like.bos_id >= 0;
+  like.add_eos = options.add_eos && like.eos_id >= 0;
+  return CreateLike(options, like);
+}
+
+StatusOr<std::unique_ptr<TokenStoreWriter>> TokenStoreWriter::CreateLike(
+    const TokenStoreOptions& options, const DatasetInfo& like) {
   if (PathExists(options.directory + "/dataset.json")) {
     return MakeError(
         ExitCode::kIo, "DS-EXISTS",
@@ -217,18 +234,18 @@ StatusOr<std::unique_ptr<TokenStoreWriter>> TokenStoreWriter::Create(
   DatasetInfo& info = writer->info_;
   info.directory = options.directory;
   info.name = options.name;
-  info.kind = options.sft ? "sft" : "pretrain";
-  info.vocab_size = tokenizer.vocab_size();
+  info.kind = like.kind;
+  info.vocab_size = like.vocab_size;
   info.token_dtype = info.vocab_size <= 65536 ? "u16" : "u32";
-  info.bos_id = tokenizer.bos_id();
-  info.eos_id = tokenizer.eos_id();
-  info.pad_id = tokenizer.pad_id();
-  info.unk_id = tokenizer.unk_id();
-  info.tokenizer_name = tokenizer.name();
-  info.tokenizer_fingerprint = tokenizer.fingerprint();
-  info.added_tokens = static_cast<int64_t>(tokenizer.added_tokens().size());
-  info.add_bos = options.add_bos && info.bos_id >= 0;
-  info.add_eos = options.add_eos && info.eos_id >= 0;
+  info.bos_id = like.bos_id;
+  info.eos_id = like.eos_id;
+  info.pad_id = like.pad_id;
+  info.unk_id = like.unk_id;
+  info.tokenizer_name = like.tokenizer_name;
+  info.tokenizer_fingerprint = like.tokenizer_fingerprint;
+  info.added_tokens = like.added_tokens;
+  info.add_bos = like.add_bos;
+  info.add_eos = like.add_eos;
   return writer;
 }
 

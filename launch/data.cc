@@ -1,12 +1,16 @@
 // sala data: token stores from text, chat and synthetic tasks; looking into them.
+#include <cmath>
 #include <cstdio>
 #include <map>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "data/commands.h"
 #include "data/ingest.h"
+#include "data/megatron.h"
+#include "data/shuffle.h"
 #include "data/synthetic.h"
 #include "data/tokenizer.h"
 #include "launch/command.h"
@@ -22,6 +26,7 @@ struct IngestCommand {
   std::string license;
   std::string note;
   std::string separator;
+  std::string max_rejects;
   bool blank_lines = false;
   bool no_bos = false;
   bool no_eos = false;
@@ -61,10 +66,37 @@ StatusOr<std::map<std::string, data::RecordRule>> Rules(const std::vector<std::s
   return rules;
 }
 
+// "25" records, or "0.5%" of them to four decimals.
+Status SetMaxRejects(const std::string& text, data::IngestOptions* options) {
+  if (text.empty()) return OkStatus();
+  size_t used = 0;
+  const bool percent = text.back() == '%';
+  const std::string number = percent ? text.substr(0, text.size() - 1) : text;
+  try {
+    if (percent) {
+      const double share = std::stod(number, &used);
+      if (share >= 0 && share <= 100)
+        options->max_rejects_ppm = std::llround(share * 10'000);
+      else
+        used = 0;
+    } else {
+      options->max_rejects = std::stoll(number, &used);
+      if (*options->max_rejects < 0) used = 0;
+    }
+  } catch (const std::logic_error&) {  // no number, or one out of range
+    used = 0;
+  }
+  if (used > 0 && used == number.size()) return OkStatus();
+  return MakeError(ExitCode::kUsage, "USAGE",
+                   "--max-rejects " + text + ": expected a number of records, or 0% to 100%");
+}
+
 Status Ingest(IngestCommand command) {
   data::IngestOptions& options = command.options;
   options.sources = Sources(command);
+  options.progress = true;
   SALA_ASSIGN_OR_RETURN(options.rules, Rules(command.rules));
+  SALA_RETURN_IF_ERROR(SetMaxRejects(command.max_rejects, &options));
   if (command.blank_lines) options.split = data::TextSplit::kBlankLines;
   if (!command.separator.empty()) {
     options.split = data::TextSplit::kSeparator;
@@ -92,7 +124,8 @@ void AddIngest(CommandLine& line, CLI::App& group) {
       "sala data ingest --tokenizer bytes --input texts/ --name books --to corpora/books");
   command
       ->add_option("--input", options->inputs,
-                   ".txt and .jsonl files or directories of them; NAME=PATH names a source")
+                   ".txt, .jsonl, .ndjson and .json files, also with .gz or .zst, or directories "
+                   "of them; NAME=PATH names a source")
       ->required();
   command->add_option("--to", options->options.output, "directory to make")->required();
   command->add_option("--name", options->options.name, "of the dataset")->required();
@@ -115,8 +148,26 @@ void AddIngest(CommandLine& line, CLI::App& group) {
   command->add_flag("--dedup", options->options.dedup, "leave out exact copies");
   command->add_option("--rule", options->rules,
                       "RULE=error|skip|fix for a kind of bad record (docs/formats.md)");
-  command->add_option("--max-rejects", options->options.max_rejects,
-                      "malformed records that may be skipped");
+  command->add_option("--max-rejects", options->max_rejects,
+                      "malformed records that may be skipped: a number, or a share such as 0.1% "
+                      "(the default)");
+  command->add_option("--id-field", options->options.id_field, "names a record in the log")
+      ->capture_default_str();
+  command->add_option("--workers", options->options.workers, "threads; 0: one for each core")
+      ->check(CLI::Range(0, 4096))
+      ->capture_default_str();
+  command->add_flag("--resume", options->options.resume,
+                    "go on with what an ingest that was stopped left, or begin");
+  command
+      ->add_option("--zstd-long", options->options.zstd_window_log,
+                   "largest window of .zst files, as a power of two")
+      ->check(CLI::Range(10, 31))
+      ->capture_default_str();
+  command
+      ->add_option("--piece-bytes", options->options.piece_bytes,
+                   "text that a worker holds, and does again after a kill")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 32))
+      ->capture_default_str();
   AddChatOptions(command, &options->options);
   command->add_flag("--no-bos", options->no_bos, "no start token before a document");
   command->add_flag("--no-eos", options->no_eos, "no end token behind a document");
@@ -126,13 +177,29 @@ void AddIngest(CommandLine& line, CLI::App& group) {
   line.OnUse(command, [options] { return Ingest(*options); });
 }
 
-Status Show(const std::string& directory, int64_t document, const std::string& tokenizer_path) {
-  std::unique_ptr<data::Tokenizer> tokenizer;
-  if (!tokenizer_path.empty()) {
-    SALA_ASSIGN_OR_RETURN(tokenizer, data::LoadTokenizer(tokenizer_path));
+struct ShowCommand {
+  std::string directory, tokenizer, file;
+  int64_t document = 0;
+  bool decode = false;
+};
+
+Status Show(const ShowCommand& command) {
+  std::string path = command.tokenizer;
+  if (command.decode && path.empty()) {
+    SALA_ASSIGN_OR_RETURN(const data::DatasetInfo info, data::ReadDatasetInfo(command.directory));
+    if (info.tokenizer_name != "bytes")
+      return MakeError(ExitCode::kUsage, "USAGE",
+                       "--decode: " + command.directory + " was made with " + info.tokenizer_name +
+                           "; say where that is with --tokenizer");
+    path = "bytes";
   }
-  SALA_ASSIGN_OR_RETURN(const std::string text,
-                        data::ShowDocument(directory, document, tokenizer.get()));
+  std::unique_ptr<data::Tokenizer> tokenizer;
+  if (!path.empty()) {
+    SALA_ASSIGN_OR_RETURN(tokenizer, data::LoadTokenizer(path));
+  }
+  SALA_ASSIGN_OR_RETURN(
+      const std::string text,
+      data::ShowDocument(command.directory, command.document, tokenizer.get(), command.file));
   std::printf("%s\n", text.c_str());
   return OkStatus();
 }
@@ -144,30 +211,115 @@ Status PrintText(const StatusOr<std::string>& text) {
 
 void AddViews(CommandLine& line, CLI::App& group) {
   auto directory = std::make_shared<std::string>();
+  auto json = std::make_shared<bool>(false);
   CLI::App* info =
       AddCommand(group, "info", "what a token store holds", "sala data info corpora/books");
   info->add_option("dataset", *directory, "directory of a token store")->required();
-  line.OnUse(info, [directory] { return PrintText(data::DescribeDataset(*directory)); });
+  info->add_flag("--json", *json, "as one JSON object");
+  line.OnUse(info,
+             [directory, json] { return PrintText(data::DescribeDataset(*directory, *json)); });
 
   auto full = std::make_shared<bool>(false);
   CLI::App* verify = AddCommand(group, "verify", "whether a token store is whole",
                                 "sala data verify corpora/books --full");
   verify->add_option("dataset", *directory, "directory of a token store")->required();
   verify->add_flag("--full", *full, "also every checksum and every token");
-  line.OnUse(verify,
-             [directory, full] { return PrintText(data::VerifyDataset(*directory, *full)); });
+  verify->add_flag("--json", *json, "the result as one JSON object");
+  line.OnUse(verify, [directory, full, json] {
+    return PrintText(data::VerifyDataset(*directory, *full, *json));
+  });
 
-  auto document = std::make_shared<int64_t>(0);
-  auto tokenizer = std::make_shared<std::string>();
-  CLI::App* show = AddCommand(group, "show", "one document: ids, or text with --tokenizer",
+  auto options = std::make_shared<ShowCommand>();
+  CLI::App* show = AddCommand(group, "show", "one document: ids, or text with a tokenizer",
                               "sala data show corpora/books --doc 3 --tokenizer bytes");
-  show->add_option("dataset", *directory, "directory of a token store")->required();
-  show->add_option("--doc", *document, "number of the document, from 0")
+  show->add_option("dataset", options->directory, "directory of a token store")->required();
+  show->add_option("--doc", options->document, "number of the document, from 0")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  show->add_option("--tokenizer", *tokenizer, "shows text instead of ids");
-  line.OnUse(show,
-             [directory, document, tokenizer] { return Show(*directory, *document, *tokenizer); });
+  show->add_option("--file", options->file, "--doc counts in this file: its name or number");
+  show->add_option("--tokenizer", options->tokenizer, "shows text instead of ids");
+  show->add_flag("--decode", options->decode,
+                 "likewise, of a store made with bytes or with --tokenizer");
+  line.OnUse(show, [options] { return Show(*options); });
+}
+
+Status PrintMade(const std::string& output, const StatusOr<data::DatasetInfo>& info) {
+  SALA_RETURN_IF_ERROR(info.status());
+  std::printf("%s: %s documents, %s tokens in %zu files\n", output.c_str(),
+              WithCommas(info->documents).c_str(), WithCommas(info->tokens).c_str(),
+              info->files.size());
+  return OkStatus();
+}
+
+void AddShuffle(CommandLine& line, CLI::App& group) {
+  auto options = std::make_shared<data::ShuffleOptions>();
+  auto memory_mb = std::make_shared<int64_t>(1024);
+  CLI::App* command =
+      AddCommand(group, "shuffle", "the documents of a token store in a random order",
+                 "sala data shuffle corpora/books --to corpora/books-shuffled --seed 1");
+  command->add_option("dataset", options->input, "directory of a token store")->required();
+  command->add_option("--to", options->output, "directory to make")->required();
+  command->add_option("--seed", options->seed, "of the order")->capture_default_str();
+  command->add_option("--name", options->name, "of the new dataset; default: as the old one");
+  command
+      ->add_option("--memory-mb", *memory_mb,
+                   "about the memory to take; does not change the result")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 24))
+      ->capture_default_str();
+  command->add_option("--shard-tokens", options->shard_tokens, "tokens per file")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
+      ->capture_default_str();
+  line.OnUse(command, [options, memory_mb] {
+    options->memory_bytes = *memory_mb << 20;
+    return PrintMade(options->output, data::ShuffleDataset(*options));
+  });
+}
+
+void AddMerge(CommandLine& line, CLI::App& group) {
+  auto options = std::make_shared<data::MergeOptions>();
+  CLI::App* command =
+      AddCommand(group, "merge", "several token stores as one",
+                 "sala data merge corpora/books corpora/web --name all --to corpora/all");
+  command->add_option("datasets", options->inputs, "directories of token stores")->required();
+  command->add_option("--to", options->output, "directory to make")->required();
+  command->add_option("--name", options->name, "of the new dataset")->required();
+  command->add_option("--shard-tokens", options->shard_tokens, "tokens per file")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
+      ->capture_default_str();
+  line.OnUse(command,
+             [options] { return PrintMade(options->output, data::MergeDatasets(*options)); });
+}
+
+void AddImportMegatron(CommandLine& line, CLI::App& group) {
+  auto options = std::make_shared<data::MegatronOptions>();
+  auto path = std::make_shared<std::string>();
+  CLI::App* command = AddCommand(
+      group, "import-megatron", "Megatron's PREFIX.idx and PREFIX.bin to a token store",
+      "sala data import-megatron corpus_text_document --tokenizer tok/ --name c --to corpora/c");
+  command->add_option("prefix", options->prefix, "path without .idx and .bin")->required();
+  command->add_option("--to", options->output, "directory to make")->required();
+  command->add_option("--name", options->name, "of the dataset and its source")->required();
+  CLI::Option* tokenizer = command->add_option(
+      "--tokenizer", *path, "that the tokens were made with: directory, tokenizer.model or bytes");
+  CLI::Option* vocabulary = command
+                                ->add_option("--vocab-size", options->vocab_size,
+                                             "where nobody has the tokenizer: number of its tokens")
+                                ->check(CLI::Range(int64_t{1}, int64_t{1} << 31))
+                                ->excludes(tokenizer);
+  command->add_option("--license", options->license, "of the source, recorded");
+  command->add_option("--note", options->note, "on the source, recorded");
+  command->add_option("--shard-tokens", options->shard_tokens, "tokens per file")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
+      ->capture_default_str();
+  line.OnUse(command, [options, path, vocabulary]() -> Status {
+    if (path->empty() && vocabulary->count() == 0)
+      return MakeError(ExitCode::kUsage, "USAGE", "give --tokenizer or --vocab-size");
+    std::unique_ptr<data::Tokenizer> loaded;
+    if (!path->empty()) {
+      SALA_ASSIGN_OR_RETURN(loaded, data::LoadTokenizer(*path));
+    }
+    return PrintMade(options->output, data::ImportMegatron(*options, loaded.get()));
+  });
 }
 
 struct SynthCommand {
@@ -260,11 +412,15 @@ void AddSynth(CommandLine& line, CLI::App& group) {
 }  // namespace
 
 void AddDataCommands(CommandLine& line) {
-  CLI::App* group = AddCommand(line.app, "data", "token stores: ingest, info, verify, show, synth",
-                               "sala data info corpora/books");
+  CLI::App* group =
+      AddCommand(line.app, "data", "token stores: ingest, import, shuffle, merge, look into",
+                 "sala data info corpora/books");
   group->require_subcommand(1);
   AddIngest(line, *group);
   AddViews(line, *group);
+  AddShuffle(line, *group);
+  AddMerge(line, *group);
+  AddImportMegatron(line, *group);
   AddSynth(line, *group);
   AddDataPlanCommands(line, *group);
 }
