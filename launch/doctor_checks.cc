@@ -234,18 +234,29 @@ DoctorRow CheckMpi() {
   }
   const auto program = OwnProgram();
   const ProbeFile output("/tmp");
+  constexpr double kPatience = 30;  // a network interface that answers nobody makes mpirun wait
+  const double start = ClockSeconds();
+  const auto too_long = [start] { return ClockSeconds() - start > kPatience; };
   const auto code = !program.ok()
                         ? StatusOr<int>(program.status())
                         : RunChild({.words = {mpirun, "-np", "2", *program, "doctor", "--as-rank"},
                                     .output = output.path(),
                                     .stop_when = ""},
-                                   [] { return false; });
+                                   too_long);
   const auto text = ReadFile(output.path());
   if (code.ok() && *code == 0 && text.ok() && text->find(kRankSays) != std::string::npos) {
     row.found += "; mpirun -np 2 works";
     return row;
   }
   row.health = Health::kFails;
+  if (too_long()) {
+    row.found += Format("; mpirun -np 2 did not end in %.0f s", kPatience);
+    row.remedy =
+        "Open MPI may wait for a network interface: name one that works, as with "
+        "OMPI_MCA_btl_tcp_if_include=lo on one machine";
+    row.health = Health::kFails;
+    return row;
+  }
   row.found += "; mpirun -np 2 ends with " +
                (code.ok() ? "exit code " + std::to_string(*code) + ": " + LastLines(output.path())
                           : MessageOf(code.status()));

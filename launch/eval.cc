@@ -59,16 +59,33 @@ StatusOr<std::optional<data::Haystack::Part>> HeldOutPart(const EvalOptions& opt
 
 Status CheckTarget(const EvalOptions& options, const std::string& directory) {
   if (!PathExists(directory + "/summary.jsonl")) return OkStatus();
-  if (options.force) return RemoveTree(directory);
+  if (options.force) return OkStatus();
   return MakeError(ExitCode::kIo, "EVAL-EXISTS",
                    Printable(directory) +
                        ": holds an evaluation; name another directory, or --force replaces it");
 }
 
+// Of an evaluation that is replaced: its files, and no others.
+Status RemoveEvaluation(const std::string& directory) {
+  if (!PathExists(directory + "/summary.jsonl")) return OkStatus();
+  SALA_ASSIGN_OR_RETURN(const auto summary, recipes::ReadSummary(directory));
+  std::vector<std::string> names = {"summary.jsonl", "depths.svg"};
+  for (const nlohmann::ordered_json& line : summary)
+    names.push_back(line["task"].get<std::string>() + "-" +
+                    std::to_string(line["length"].get<int64_t>()) + ".jsonl");
+  for (const std::string& name : names) {
+    if (name.find('/') == std::string::npos && PathExists(directory + "/" + name))
+      SALA_RETURN_IF_ERROR(RemoveTree(directory + "/" + name));
+  }
+  return OkStatus();
+}
+
 Status Print(const EvalOptions& options, const std::vector<nlohmann::ordered_json>& lines,
              const std::string& table) {
   if (options.json) {
-    for (const nlohmann::ordered_json& line : lines) std::printf("%s\n", line.dump().c_str());
+    for (const nlohmann::ordered_json& line : lines)
+      std::printf("%s\n",
+                  line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
   } else {
     std::printf("%s", table.c_str());
   }
@@ -119,6 +136,7 @@ Status EvaluateModel(parallel::Communicator& world, const EvalOptions& options,
   const recipes::EvalIdentity identity = {
       .step = loaded->checkpoint ? loaded->checkpoint->info().global_step : -1, .checkpoint = path};
   const auto write = [&]() -> Status {
+    SALA_RETURN_IF_ERROR(RemoveEvaluation(directory));
     SALA_RETURN_IF_ERROR(
         recipes::WriteEvaluation(directory, results, options.request.config.depths, identity));
     SALA_ASSIGN_OR_RETURN(const auto summary, recipes::ReadSummary(directory));
@@ -138,6 +156,14 @@ Status Evaluate(parallel::Communicator& world, EvalOptions options) {
   const auto part = HeldOutPart(options);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, part.status()));
   options.request.part = *part;
+  if (!options.against.empty()) {
+    // Found out now, not after the first model was measured.
+    const auto second = [&]() -> Status {
+      SALA_RETURN_IF_ERROR(recipes::ModelConfigAt(options.against).status());
+      return CheckTarget(options, options.to + "/against");
+    };
+    SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, world.rank() == 0 ? second() : OkStatus()));
+  }
   SALA_RETURN_IF_ERROR(EvaluateModel(world, options, options.model, options.to));
   if (options.against.empty()) return OkStatus();
   options.first = options.to;
@@ -146,6 +172,12 @@ Status Evaluate(parallel::Communicator& world, EvalOptions options) {
   if (world.rank() == 0 && !options.json)
     std::printf("\na: %s\nb: %s\n", options.model.c_str(), options.against.c_str());
   return parallel::AgreeOnStatus(world, world.rank() == 0 ? Compare(options) : OkStatus());
+}
+
+template <typename T>
+bool HasRepeats(std::vector<T> values) {
+  std::sort(values.begin(), values.end());
+  return std::adjacent_find(values.begin(), values.end()) != values.end();
 }
 
 Status Usage(const std::string& text) {
@@ -160,6 +192,8 @@ Status Run(CommandLine& line, EvalOptions options) {
     return Usage("name --tasks, --prompts or both");
   if (!config.tasks.empty() && config.lengths_tokens.empty())
     return Usage("--tasks needs --lengths");
+  if (HasRepeats(config.tasks)) return Usage("--tasks names a task twice");
+  if (HasRepeats(config.lengths_tokens)) return Usage("--lengths names a length twice");
   return OnAllRanks(line,
                     [&options](parallel::Communicator& world) { return Evaluate(world, options); });
 }

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/file.h"
+#include "recipes/eval_stage.h"
 #include "recipes/halo/distil.h"
 #include "recipes/halo/items.h"
 #include "recipes/halo/settings.h"
@@ -199,6 +200,9 @@ Status CheckInputs(const StageConfig& stage, const RunConfig& run, int ranks,
                    const ModelConfig& model, const data::Tokenizer& tokenizer, bool* data_checked) {
   SALA_RETURN_IF_ERROR(CheckVocabulary(tokenizer, model));
   SALA_RETURN_IF_ERROR(CheckRecallPrompts(stage, tokenizer));
+  if (stage.eval &&
+      (stage.eval->haystack.empty() || PathExists(stage.eval->haystack + "/dataset.json")))
+    SALA_RETURN_IF_ERROR(CheckEvalInputs(stage, tokenizer));
   *data_checked = HasDatasets(stage);
   return *data_checked ? CheckStageInputs(stage, tokenizer, run.device, ranks) : OkStatus();
 }
@@ -269,6 +273,8 @@ StatusOr<DryRunSheet> DryRun(const PipelineConfig& config, int ranks) {
     if (stage.init_from) missing.Check("model", stage.init_from->path, "", stage.name);
     for (const data::ViewConfig& view : stage.data.mixture)
       missing.Check("dataset", view.dataset, "dataset.json", stage.name);
+    if (stage.eval && !stage.eval->haystack.empty())
+      missing.Check("dataset", stage.eval->haystack, "dataset.json", stage.name);
     if (tokenizer != nullptr) {
       const Status inputs =
           CheckInputs(stage, config.run, ranks, model, *tokenizer, &made.data_checked);

@@ -15,6 +15,12 @@ bool Has(const std::vector<std::string>& list, const std::string& word) {
   return std::find(list.begin(), list.end(), word) != list.end();
 }
 
+template <typename T>
+bool HasRepeats(std::vector<T> values) {
+  std::sort(values.begin(), values.end());
+  return std::adjacent_find(values.begin(), values.end()) != values.end();
+}
+
 }  // namespace
 
 bool IsLossTask(const std::string& task) {
@@ -70,6 +76,8 @@ void EvalConfig::Bind(ConfigBinder& b) {
     if (const std::string problem = TaskProblem(task); !problem.empty())
       b.Error("tasks", "EVAL-TASK", problem);
   }
+  if (HasRepeats(tasks)) b.Error("tasks", "CFG-CONFLICT", "names a task twice");
+  if (HasRepeats(lengths_tokens)) b.Error("lengths_tokens", "CFG-CONFLICT", "names a length twice");
   if (b.Present("tasks") && tasks.empty()) b.Error("tasks", "CFG-RANGE", "names no task");
   if (b.Present("lengths_tokens") && lengths_tokens.empty())
     b.Error("lengths_tokens", "CFG-RANGE", "names no length");

@@ -30,9 +30,14 @@ std::string FileOf(const std::string& directory, const std::string& task, int64_
   return directory + "/" + task + "-" + std::to_string(length) + ".jsonl";
 }
 
+// A path need not be UTF-8.
+std::string Dumped(const ordered_json& line) {
+  return line.dump(-1, ' ', false, ordered_json::error_handler_t::replace);
+}
+
 std::string Lines(const std::vector<ordered_json>& lines) {
   std::string text;
-  for (const ordered_json& line : lines) text += line.dump() + "\n";
+  for (const ordered_json& line : lines) text += Dumped(line) + "\n";
   return text;
 }
 
@@ -371,6 +376,11 @@ StatusOr<std::vector<ordered_json>> CompareEvaluations(const std::string& a, con
       return l["task"] == line["task"] && l["length"] == line["length"];
     });
     if (same == other.end()) continue;
+    if (OfLosses(line) != OfLosses(*same)) {
+      return MakeError(ExitCode::kData, "EVAL-COMPARE",
+                       a + " and " + b + ": " + task + " at length " + std::to_string(length) +
+                           " has shares in one and losses in the other; evaluate again");
+    }
     SALA_ASSIGN_OR_RETURN(const std::vector<SampleRow> rows_a, ReadSamples(a, task, length));
     SALA_ASSIGN_OR_RETURN(const std::vector<SampleRow> rows_b, ReadSamples(b, task, length));
     const bool paired =

@@ -1,6 +1,7 @@
 #include "recipes/eval_stage.h"
 
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -126,23 +127,26 @@ Status Write(Session& session, const StageConfig& stage, EvalMoment moment, cons
   return OkStatus();
 }
 
-// The summary of the last evaluation of this stage at this moment in the run.
+// The summary of the last evaluation of this stage at this moment, of no later step than `step`:
+// the directory may hold later ones, of a run that went another way.
 StatusOr<std::vector<ordered_json>> SummaryOfStage(Session& session, const std::string& stage,
-                                                   EvalMoment moment) {
+                                                   EvalMoment moment, int64_t step) {
   const std::string ending = std::string("-") + NameOf(moment) + "-" + stage;
   std::string found;
   if (const auto names = ListDirectory(session.path("eval")); names.ok()) {
     for (const std::string& name : *names) {  // rising steps
       const bool mine = name.size() > ending.size() &&
                         name.find(ending) == name.size() - ending.size() &&
-                        name.find('-') == name.size() - ending.size();
+                        name.find('-') == name.size() - ending.size() &&
+                        std::strtoll(name.c_str(), nullptr, 10) <= step;
       if (mine && PathExists(session.path("eval/" + name + "/summary.jsonl"))) found = name;
     }
   }
   if (found.empty()) {
     return MakeError(ExitCode::kNoInput, "FILE-MISSING",
                      session.path("eval") + ": holds no evaluation " + NameOf(moment) + " stage " +
-                         stage + ", which a gate compares with; evaluate that stage again");
+                         stage + " up to step " + std::to_string(step) +
+                         ", which a gate compares with; evaluate that stage again");
   }
   return ReadSummary(session.path("eval/" + found));
 }
@@ -153,9 +157,9 @@ struct Share {
 };
 
 StatusOr<Share> ShareOf(Session& session, const std::string& stage, EvalMoment moment,
-                        const EvalGate& gate) {
+                        const EvalGate& gate, int64_t step) {
   SALA_ASSIGN_OR_RETURN(const std::vector<ordered_json> summary,
-                        SummaryOfStage(session, stage, moment));
+                        SummaryOfStage(session, stage, moment, step));
   for (const ordered_json& line : summary) {
     if (line["task"] != gate.task || line["length"] != gate.length || !line.contains("share"))
       continue;
@@ -174,9 +178,10 @@ StatusOr<Share> ShareOf(Session& session, const std::string& stage, EvalMoment m
 }
 
 // "" when the gate holds, else the figures.
-StatusOr<std::string> GateProblem(Session& session, const StageConfig& stage,
-                                  const EvalGate& gate) {
-  SALA_ASSIGN_OR_RETURN(const Share now, ShareOf(session, stage.name, EvalMoment::kAfter, gate));
+StatusOr<std::string> GateProblem(Session& session, const StageConfig& stage, const EvalGate& gate,
+                                  int64_t step) {
+  SALA_ASSIGN_OR_RETURN(const Share now,
+                        ShareOf(session, stage.name, EvalMoment::kAfter, gate, step));
   const std::string found = gate.task + " at length " + std::to_string(gate.length) + ": found " +
                             now.text + ", expected ";
   char limit[64];
@@ -187,7 +192,7 @@ StatusOr<std::string> GateProblem(Session& session, const StageConfig& stage,
   const bool own = gate.max_drop_from == "before";
   SALA_ASSIGN_OR_RETURN(const Share then,
                         ShareOf(session, own ? stage.name : gate.max_drop_from,
-                                own ? EvalMoment::kBefore : EvalMoment::kAfter, gate));
+                                own ? EvalMoment::kBefore : EvalMoment::kAfter, gate, step));
   // Shares of counts: a difference that is exactly the limit may be off by a rounding.
   constexpr double kRounding = 1e-12;
   if (then.value - now.value <= gate.max_drop + kRounding) return std::string();
@@ -196,10 +201,11 @@ StatusOr<std::string> GateProblem(Session& session, const StageConfig& stage,
          (own ? "before the stage" : "stage " + gate.max_drop_from);
 }
 
-Status GateStatus(Session& session, const StageConfig& stage) {
+Status GateStatus(Session& session, const StageConfig& stage, const std::string& model_path) {
+  SALA_ASSIGN_OR_RETURN(const Place place, PlaceOf(session, stage, EvalMoment::kAfter, model_path));
   std::string problems;
   for (const EvalGate& gate : stage.eval->gate) {
-    SALA_ASSIGN_OR_RETURN(const std::string problem, GateProblem(session, stage, gate));
+    SALA_ASSIGN_OR_RETURN(const std::string problem, GateProblem(session, stage, gate, place.step));
     if (!problem.empty()) problems += (problems.empty() ? "" : "; ") + problem;
   }
   if (problems.empty()) return OkStatus();
@@ -231,20 +237,24 @@ Status EvaluateStage(Session& session, const StageConfig& stage, EvalMoment mome
   const parallel::Section section(session.watchdog(), parallel::Phase::kEvaluation, place->step);
   session.WriteStatus("evaluating", stage.name, place->step);
   SALA_RETURN_IF_ERROR(session.UseMesh(stage.parallel));
+  // Asked for in the stage's last step: not after a whole task.
+  SALA_RETURN_IF_ERROR(StopWhenAsked(session, stage));
   SALA_ASSIGN_OR_RETURN(const std::vector<TaskResult> results, Measure(session, stage, model_path));
-  return parallel::AgreeOnStatus(
-      session.world(), Write(session, stage, moment, *place, model_path, settings, results));
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(
+      session.world(), Write(session, stage, moment, *place, model_path, settings, results)));
+  session.ShowEvaluations();
+  return OkStatus();
 }
 
-Status CheckStageGates(Session& session, const StageConfig& stage) {
+Status CheckStageGates(Session& session, const StageConfig& stage, const std::string& model_path) {
   if (!stage.eval || stage.eval->gate.empty()) return OkStatus();
-  return parallel::AgreeOnStatus(session.world(),
-                                 session.is_root() ? GateStatus(session, stage) : OkStatus());
+  return parallel::AgreeOnStatus(
+      session.world(), session.is_root() ? GateStatus(session, stage, model_path) : OkStatus());
 }
 
-Status CheckEvalInputs(Session& session, const StageConfig& stage) {
+Status CheckEvalInputs(const StageConfig& stage, const data::Tokenizer& tokenizer) {
   if (!stage.eval) return OkStatus();
-  return Annotate(Evaluation::Open(RequestOf(stage), session.tokenizer()).status(), "eval");
+  return Annotate(Evaluation::Open(RequestOf(stage), tokenizer).status(), "eval");
 }
 
 }  // namespace sala::recipes

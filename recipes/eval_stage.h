@@ -19,11 +19,12 @@ Status EvaluateStage(Session& session, const StageConfig& stage, EvalMoment mome
                      const std::string& model_path);
 
 // EVAL-GATE (76) with the figures when a gate of the stage does not hold after it; logged only when
-// the run ignores gates. Collective.
-Status CheckStageGates(Session& session, const StageConfig& stage);
+// the run ignores gates. `model_path`: the stage's result; evaluations of later steps do not count.
+// Collective.
+Status CheckStageGates(Session& session, const StageConfig& stage, const std::string& model_path);
 
 // What can be known before step one: tasks, haystack, lengths, tokenizer. Every rank checks the
 // same.
-Status CheckEvalInputs(Session& session, const StageConfig& stage);
+Status CheckEvalInputs(const StageConfig& stage, const data::Tokenizer& tokenizer);
 
 }  // namespace sala::recipes

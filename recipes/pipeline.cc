@@ -214,7 +214,8 @@ Status CheckInputs(Session& session, const Continuation& next) {
     const Status status = CheckStageInputs(stage, session.tokenizer(), session.config().run.device,
                                            session.world().size());
     if (!status.ok()) return Annotate(status, "stage " + stage.name);
-    SALA_RETURN_IF_ERROR(Annotate(CheckEvalInputs(session, stage), "stage " + stage.name));
+    SALA_RETURN_IF_ERROR(
+        Annotate(CheckEvalInputs(stage, session.tokenizer()), "stage " + stage.name));
   }
   return OkStatus();
 }
@@ -234,7 +235,7 @@ Status EvaluateAfter(Session& session, int64_t index) {
   if (!stage.eval || !stage.eval->after()) return OkStatus();
   SALA_ASSIGN_OR_RETURN(const std::string path, StageResult(session, index));
   SALA_RETURN_IF_ERROR(EvaluateStage(session, stage, EvalMoment::kAfter, path));
-  return CheckStageGates(session, stage);
+  return CheckStageGates(session, stage, path);
 }
 
 // What checkpoints of the stage say about the folder that its weights came from.
@@ -284,7 +285,8 @@ StatusOr<StageSummary> RunStage(Session& session, int64_t index,
 // A stage with its evaluations.
 Status RunAndEvaluate(Session& session, int64_t index, const std::string& resume,
                       Summaries* summaries) {
-  SALA_RETURN_IF_ERROR(EvaluateBefore(session, index));
+  // A stage that is resumed was evaluated before its first step; what it began from may be gone.
+  if (resume.empty()) SALA_RETURN_IF_ERROR(EvaluateBefore(session, index));
   SALA_ASSIGN_OR_RETURN(const StageSummary row, RunStage(session, index, resume));
   summaries->Add(row);
   return EvaluateAfter(session, index);

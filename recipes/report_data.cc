@@ -19,11 +19,14 @@ using nlohmann::json;
 
 constexpr size_t kWarnings = 200;  // shown
 
-int64_t StepOf(const json& line) {
-  const double step = ReportNumber(line, "step");
+// A count that a line names, or -1.
+int64_t CountIn(const json& line, const char* key) {
+  const double count = ReportNumber(line, key);
   // Beyond 2^53 a double has no steps of one; no run gets there.
-  return step >= 0 && step < 9e15 ? static_cast<int64_t>(step) : -1;
+  return count >= 0 && count < 9e15 ? static_cast<int64_t>(count) : -1;
 }
+
+int64_t StepOf(const json& line) { return CountIn(line, "step"); }
 
 bool IsOfStep(const json& line) { return StepOf(line) >= 0 && !ReportText(line, "stage").empty(); }
 
@@ -112,7 +115,10 @@ void Reader::ReadMetrics() {
     const std::string stage = ReportText(line, "stage");
     if (data_.StageOf(stage) == data_.stages.size()) data_.stages.push_back({.name = stage});
     ReportStage& of = data_.stages[data_.StageOf(stage)];
-    if (of.first == 0) of.first = StepOf(line);
+    // Not every step need be logged.
+    const auto within = CountIn(line, "stage_step");
+    if (of.first == 0)
+      of.first = within >= 1 && within <= StepOf(line) ? StepOf(line) - within + 1 : StepOf(line);
     of.last = StepOf(line);
   }
   for (json& line : LinesOf("metrics/gates.jsonl")) {

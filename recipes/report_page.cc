@@ -41,7 +41,7 @@ std::string Chip(size_t stage) {
   return "<i class=\"chip\" style=\"background:var(--c" + std::to_string(stage % 10) + ")\"></i>";
 }
 
-// Steps of a stage that are done: all up to its last line, counted from its first.
+// Steps of a stage that are done: all up to its last line, counted from its first step.
 int64_t StepsDone(const ReportStage& stage) {
   return stage.last == 0 ? 0 : stage.last - stage.first + 1;
 }

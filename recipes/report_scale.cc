@@ -68,6 +68,12 @@ std::vector<double> NiceTicks(double low, double high, int wanted) {
     low -= room;
     high += room;
   }
+  // Closer together than this, numbers of float64 leave no room for ticks between them.
+  const double least = 1e-9 * std::max(std::abs(low), std::abs(high));
+  if (high - low < least) {
+    low -= least;
+    high += least;
+  }
   const double raw = (high - low) / std::max(1, wanted);
   const double power = PortablePow(10, Exponent(raw));
   double spacing = 10 * power;

@@ -255,7 +255,10 @@ void Session::WriteGates(const nlohmann::ordered_json& line) {
 void Session::WriteSummary(const nlohmann::ordered_json& rows) {
   if (!is_root()) return;
   WarnOnce(WriteFileAtomically(path("summary.json"), rows.dump(1) + "\n"));
-  WarnOnce(dashboards_.Evaluations());
+}
+
+void Session::ShowEvaluations() {
+  if (is_root()) WarnOnce(dashboards_.Evaluations());
 }
 
 void Session::BeginSteps(bool resumed) {

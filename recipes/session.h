@@ -67,7 +67,8 @@ class Session {
   void WriteGates(const nlohmann::ordered_json& line);       // metrics/gates.jsonl
   void WriteStatus(const std::string& state, const std::string& stage,
                    int64_t step);                         // status.json, metrics.prom
-  void WriteSummary(const nlohmann::ordered_json& rows);  // summary.json, and evaluations to tb/
+  void WriteSummary(const nlohmann::ordered_json& rows);  // summary.json
+  void ShowEvaluations();                                 // what is new in eval/, to tb/
   // Before the first step of a step loop: where this start of the run goes on, in
   // metrics/train.jsonl and tb/.
   void BeginSteps(bool resumed);
