@@ -45,10 +45,10 @@ class OwnData(unittest.TestCase):
         shown = sala("data", "render", "chats.jsonl.gz", "--tokenizer", "corpora/tokenizer").out
         self.assertIn("ANSWER", shown)
         sala("data", "ingest", "--input", "chats.jsonl.gz", "--tokenizer", "corpora/tokenizer", "--name", "chat", "--to", "corpora/chat")
-        plan = sala("data", "plan", "configs/own/pipeline.yaml", "--set", "pretrain.batch.steps=100").out
+        plan = sala("data", "plan", "configs/own/pipeline.yaml", "--set", "pretrain.batch.steps=30").out
         self.assertIn("pretrain", plan)
         # Fewer steps on text than a user takes: what is checked is the chat.
-        sala("train", "configs/own/pipeline.yaml", "--run", "runs/own", "--set", "pretrain.batch.steps=100")
+        sala("train", "configs/own/pipeline.yaml", "--run", "runs/own", "--set", "pretrain.batch.steps=30", "--set", "sft.batch.steps=80")
         newest = sorted((folder / "runs/own/checkpoints").iterdir())[-1]
 
         # The form is what so few steps teach; that the words are those of the question is not asked for.
