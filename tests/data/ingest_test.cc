@@ -12,6 +12,7 @@ class IngestTest : public ::testing::Test {
  protected:
   IngestOptions Options(const std::vector<std::string>& inputs) {
     std::vector<std::string> paths;
+    paths.reserve(inputs.size());
     for (const std::string& name : inputs) paths.push_back(dir_ / name);
     return {.sources = {{.name = "src", .license = "CC0-1.0", .note = "a test", .inputs = paths}},
             .output = dir_ / ("out" + std::to_string(++runs_)),
