@@ -123,7 +123,8 @@ bool BytesOfByteLevel(std::string_view characters, std::string* bytes) {
   return true;
 }
 
-StatusOr<std::unique_ptr<Bpe>> Bpe::Read(const HfNode& model, bool byte_level) {
+StatusOr<std::unique_ptr<Bpe>> Bpe::Read(const HfNode& model, bool byte_level,
+                                         size_t added_tokens) {
   if (!model.json().is_object()) return model.Malformed("an object");
   if (!model["type"].is_null()) {
     SALA_ASSIGN_OR_RETURN(const std::string type, model["type"].Text());
@@ -147,7 +148,7 @@ StatusOr<std::unique_ptr<Bpe>> Bpe::Read(const HfNode& model, bool byte_level) {
   SALA_ASSIGN_OR_RETURN(bpe->byte_fallback_, model["byte_fallback"].Flag(false));
   SALA_ASSIGN_OR_RETURN(bpe->fuse_unk_, model["fuse_unk"].Flag(false));
   SALA_ASSIGN_OR_RETURN(bpe->ignore_merges_, model["ignore_merges"].Flag(false));
-  SALA_RETURN_IF_ERROR(bpe->ReadVocabulary(model["vocab"]));
+  SALA_RETURN_IF_ERROR(bpe->ReadVocabulary(model["vocab"], added_tokens));
   SALA_RETURN_IF_ERROR(bpe->ReadMerges(model["merges"]));
   SALA_RETURN_IF_ERROR(bpe->ReadUnknown(model["unk_token"]));
   bpe->MakeSymbols();
@@ -155,7 +156,7 @@ StatusOr<std::unique_ptr<Bpe>> Bpe::Read(const HfNode& model, bool byte_level) {
   return bpe;
 }
 
-Status Bpe::ReadVocabulary(const HfNode& vocab) {
+Status Bpe::ReadVocabulary(const HfNode& vocab, size_t added_tokens) {
   if (!vocab.json().is_object()) return vocab.Malformed("an object of pieces and ids");
   if (vocab.json().empty()) return vocab.Malformed("at least one piece");
   int64_t largest = 0;
@@ -163,6 +164,13 @@ Status Bpe::ReadVocabulary(const HfNode& vocab) {
     const bool fits = id.is_number_unsigned() && id.get<uint64_t>() < kMaxVocabulary;
     if (!fits) return vocab[piece].Number(kMaxVocabulary).status();
     largest = std::max(largest, id.get<int64_t>());
+  }
+  // Ids without a piece are rare, and each takes memory.
+  const auto most = static_cast<int64_t>(4 * (vocab.json().size() + added_tokens) + 65536);
+  if (largest > most) {
+    return vocab.Malformed("ids up to " + std::to_string(most) + " for " +
+                           std::to_string(vocab.json().size()) + " pieces, found " +
+                           std::to_string(largest));
   }
   pieces_.resize(static_cast<size_t>(largest) + 1);
   std::vector<bool> used(pieces_.size(), false);

@@ -67,8 +67,10 @@ class Bpe {
   };
 
   // `model`: the "model" of a tokenizer.json. With `byte_level` a piece is bytes and the vocabulary
-  // spells them as the characters of ByteLevel. TOK-FORMAT, TOK-UNSUPPORTED.
-  static StatusOr<std::unique_ptr<Bpe>> Read(const HfNode& model, bool byte_level);
+  // spells them as the characters of ByteLevel. `added_tokens`: how many there are beside the
+  // model. TOK-FORMAT, TOK-UNSUPPORTED.
+  static StatusOr<std::unique_ptr<Bpe>> Read(const HfNode& model, bool byte_level,
+                                             size_t added_tokens);
 
   // One past the largest id; ids between may be unused.
   int32_t size() const { return static_cast<int32_t>(pieces_.size()); }
@@ -92,7 +94,7 @@ class Bpe {
   struct Space;
 
   Bpe() = default;
-  Status ReadVocabulary(const HfNode& vocab);
+  Status ReadVocabulary(const HfNode& vocab, size_t added_tokens);
   Status ReadMerges(const HfNode& merges);
   Status ReadUnknown(const HfNode& unk_token);
   void MakeSymbols();

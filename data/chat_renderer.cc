@@ -193,7 +193,13 @@ Status ChatRenderer::OpenTemplate(const std::string& text, const std::string& to
   }
   sha256_ = Sha256Hex(source);
   SALA_ASSIGN_OR_RETURN(template_, JinjaTemplate::Open(name_, source, folder.variables));
-  if (const auto bos = folder.variables.find("bos_token"); bos != folder.variables.end())
+  special_sha256_ = Sha256Hex(json({folder.variables, folder.special})
+                                  .dump(-1, ' ', false, json::error_handler_t::replace));
+  // Where its text is the token, it stays in front: what follows is not the start of a text then.
+  const std::vector<int32_t> bos_alone = {tokenizer_.bos_id()};
+  const auto bos = folder.variables.find("bos_token");
+  if (bos != folder.variables.end() && tokenizer_.bos_id() >= 0 &&
+      tokenizer_.Encode(bos->second) != bos_alone)
     bos_text_ = bos->second;
   for (const std::string& token : folder.special) {
     if (tokenizer_.Encode(token).size() > 1) no_tokens_.push_back(token);
@@ -288,9 +294,7 @@ StatusOr<RenderedChat> ChatRenderer::RenderTemplate(const ChatRecord& record) co
 
 StatusOr<EncodedChat> ChatRenderer::Encode(const ChatRecord& record) const {
   SALA_ASSIGN_OR_RETURN(RenderedChat chat, Render(record));
-  // Tokenizers that know bos as a number only would cut its text into pieces.
-  if (tokenizer_.bos_id() < 0 || bos_text_.empty() || !StartsWith(chat.text, bos_text_))
-    return EncodeChat(chat, tokenizer_);
+  if (bos_text_.empty() || !StartsWith(chat.text, bos_text_)) return EncodeChat(chat, tokenizer_);
   const auto shift = static_cast<int64_t>(bos_text_.size());
   const bool bos_learned = !chat.learned.empty() && chat.learned[0].begin < shift;
   chat.text.erase(0, bos_text_.size());

@@ -53,6 +53,8 @@ class ChatRenderer {
 
   const std::string& name() const { return name_; }      // "chatml", or that of the file
   const std::string& sha256() const { return sha256_; }  // of a template's text; "": a family
+  // Of the special tokens that the tokenizer's folder names to a template; "": a family.
+  const std::string& special_sha256() const { return special_sha256_; }
 
  private:
   ChatRenderer(const Tokenizer& tokenizer, ChatMask mask) : tokenizer_(tokenizer), mask_(mask) {}
@@ -62,10 +64,12 @@ class ChatRenderer {
 
   const Tokenizer& tokenizer_;
   ChatMask mask_;
-  std::string name_, sha256_;
+  std::string name_, sha256_, special_sha256_;
   const ChatFamily* family_ = nullptr;  // either this or a template
   std::unique_ptr<JinjaTemplate> template_;
-  std::string bos_text_;                // as the template writes it; "": unknown
+  // As the template writes bos, where the tokenizer knows bos as a number only and would cut this
+  // text into pieces; else "".
+  std::string bos_text_;
   std::vector<std::string> markers_;    // special tokens that no content may contain
   std::vector<std::string> no_tokens_;  // special texts that the tokenizer would cut into pieces
 };

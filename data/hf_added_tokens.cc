@@ -47,8 +47,9 @@ bool IsWordAt(std::string_view text, size_t at) {
   return at < text.size() && IsWord(NextOfAnyText(text, &at));
 }
 
-size_t SpaceBegin(std::string_view text, size_t at) {
-  while (at > 0) {
+// The start of the space that ends at `at`, `from` at the earliest.
+size_t SpaceBegin(std::string_view text, size_t from, size_t at) {
+  while (at > from) {
     const size_t before = CharacterBefore(text, at);
     size_t next = before;
     if (!IsWhiteSpace(NextOfAnyText(text, &next))) break;
@@ -149,7 +150,7 @@ std::vector<HfAddedTokenFinder::Span> HfAddedTokenFinder::Split(std::string_view
     at = end;
     if (token.single_word && (IsWordBefore(text, begin) || IsWordAt(text, end))) continue;
     // Space that the token before took already stays with that one.
-    if (token.lstrip) begin = std::max(SpaceBegin(text, begin), done);
+    if (token.lstrip) begin = SpaceBegin(text, done, begin);
     if (token.rstrip) end = SpaceEnd(text, end);
     if (done < begin) spans.push_back({done, begin, -1});
     spans.push_back({begin, end, token.id});

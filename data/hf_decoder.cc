@@ -52,8 +52,15 @@ void JoinBytes(std::vector<std::string>* pieces) {
 }
 
 void ReplaceAll(const std::string& pattern, const std::string& content, std::string* text) {
-  for (size_t at = 0; (at = text->find(pattern, at)) != std::string::npos; at += content.size())
-    text->replace(at, pattern.size(), content);
+  size_t hit = text->find(pattern);
+  if (hit == std::string::npos) return;
+  std::string made;
+  size_t begin = 0;
+  for (; hit != std::string::npos; hit = text->find(pattern, begin)) {
+    made.append(*text, begin, hit - begin).append(content);
+    begin = hit + pattern.size();
+  }
+  *text = made.append(*text, begin);
 }
 
 void StripEnds(const std::string& mark, int64_t start, int64_t stop, std::string* text) {

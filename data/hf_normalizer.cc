@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
+#include <cstddef>
 #include <string_view>
 #include <utility>
 
@@ -171,15 +171,34 @@ class ComposedForm {
     return (Kind(NextCodePoint(text, &after)) & kAlone) != 0 ? at : before;
   }
 
+  // utf8proc_map, whose own sort takes the square of the length of a run of marks.
   std::string Compose(std::string_view text) const {
-    utf8proc_uint8_t* made = nullptr;
-    const utf8proc_ssize_t size =
-        utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
-                     static_cast<utf8proc_ssize_t>(text.size()), &made, options_);
+    std::vector<int32_t> points;
+    std::vector<int32_t> parts(kLongest);
+    for (size_t at = 0; at < text.size();) {
+      const size_t count = Decompose(NextCodePoint(text, &at), &parts);
+      points.insert(points.end(), parts.begin(),
+                    parts.begin() + static_cast<std::ptrdiff_t>(count));
+    }
+    SortMarks(&points);
+    const utf8proc_ssize_t size = utf8proc_normalize_utf32(
+        points.data(), static_cast<utf8proc_ssize_t>(points.size()), options_);
     SALA_CHECK(size >= 0) << utf8proc_errmsg(size);
-    std::string composed(reinterpret_cast<const char*>(made), static_cast<size_t>(size));
-    std::free(made);  // NOLINT(cppcoreguidelines-no-malloc): utf8proc allocates it so
+    std::string composed;
+    for (size_t i = 0; i < static_cast<size_t>(size); ++i)
+      AppendCodePoint(static_cast<uint32_t>(points[i]), &composed);
     return composed;
+  }
+
+  // The canonical order: marks between two characters of class 0 by their class.
+  static void SortMarks(std::vector<int32_t>* points) {
+    const auto class_of = [](int32_t c) { return utf8proc_get_property(c)->combining_class; };
+    const auto starts = [&](int32_t c) { return class_of(c) == 0; };
+    for (auto begin = points->begin(); begin != points->end();) {
+      const auto end = std::find_if(begin, points->end(), starts);
+      std::stable_sort(begin, end, [&](int32_t a, int32_t b) { return class_of(a) < class_of(b); });
+      begin = end == points->end() ? end : end + 1;
+    }
   }
 
   utf8proc_option_t options_;
@@ -288,6 +307,7 @@ Status HfNormalizer::Add(const HfNode& node) {
   } else if (type == "Prepend") {
     SALA_RETURN_IF_ERROR(node.OnlyKeys({"type", "prepend"}));
     SALA_ASSIGN_OR_RETURN(const std::string prefix, node["prepend"].Text());
+    if (prefix.empty()) return node["prepend"].Unsupported("texts that are not empty are");
     steps_.emplace_back([prefix](AlignedText* text) { PrependText(prefix, text); });
   } else if (type == "Replace") {
     SALA_RETURN_IF_ERROR(node.OnlyKeys({"type", "pattern", "content"}));

@@ -115,6 +115,8 @@ class Rewriter {
       at_ += 6;
     } else if (c == 'x') {
       if (HexDigits(at_ + 2) < 2) return Refuse(2);
+      // From 80 on a byte there, a character here.
+      if (in_[at_ + 2] >= '8') return Refuse(4);
       Copy(4);
     } else if (std::string_view("dDrntf").find(c) != std::string_view::npos) {
       Copy(2);

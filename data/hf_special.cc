@@ -22,6 +22,17 @@ constexpr std::array<Wanted, 4> kWanted = {{
     {"unk_token", nullptr, &HfSpecialIds::unk, false},
 }};
 
+constexpr const char* kTokenizerConfig = "tokenizer_config.json";
+
+// Whether texts do not begin with bos, whatever ids the model's files name: it was left out when
+// the model was trained.
+bool SaysNoBos(const nlohmann::json& tokenizer_config) {
+  const auto token = tokenizer_config.find("bos_token");
+  const auto added = tokenizer_config.find("add_bos_token");
+  return (token != tokenizer_config.end() && token->is_null()) ||
+         (added != tokenizer_config.end() && *added == false);
+}
+
 StatusOr<nlohmann::json> ReadObject(const std::string& path) {
   if (!PathExists(path)) return nlohmann::json::object();
   SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
@@ -40,10 +51,13 @@ StatusOr<HfSpecialIds> ReadSpecialIds(
     const std::string& directory, int64_t vocab_size,
     const std::function<std::optional<int32_t>(const std::string&)>& find) {
   HfSpecialIds ids;
-  for (const char* name : {"tokenizer_config.json", "special_tokens_map.json"}) {
+  bool no_bos = false;
+  for (const char* name : {kTokenizerConfig, "special_tokens_map.json"}) {
     const std::string path = directory + "/" + name;
     SALA_ASSIGN_OR_RETURN(const nlohmann::json json, ReadObject(path));
+    if (name == kTokenizerConfig) no_bos = SaysNoBos(json);
     for (const Wanted& wanted : kWanted) {
+      if (no_bos && wanted.place == &HfSpecialIds::bos) continue;
       const auto value = json.find(wanted.token);
       if (ids.*wanted.place >= 0 || value == json.end() || value->is_null()) continue;
       HfNode token(&*value, &path, wanted.token);
@@ -60,6 +74,7 @@ StatusOr<HfSpecialIds> ReadSpecialIds(
     SALA_ASSIGN_OR_RETURN(const nlohmann::json json, ReadObject(path));
     for (const Wanted& wanted : kWanted) {
       if (wanted.id == nullptr || ids.*wanted.place >= 0) continue;
+      if (no_bos && wanted.place == &HfSpecialIds::bos) continue;
       auto value = json.find(wanted.id);
       if (value == json.end() || value->is_null()) continue;
       // Several ids that end a text: the first is the one to write.

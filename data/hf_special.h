@@ -18,6 +18,7 @@ struct HfSpecialIds {
   bool of_model = false;  // some are known from generation_config.json or config.json only
 };
 
+// No bos where tokenizer_config.json has "bos_token": null or "add_bos_token": false.
 // `find`: the id of a token. TOK-FORMAT: a file is damaged, or bos or eos is no token; TOK-VOCAB:
 // an id beyond the vocabulary.
 StatusOr<HfSpecialIds> ReadSpecialIds(

@@ -224,8 +224,9 @@ StatusOr<std::unique_ptr<Tokenizer>> HfTokenizer::Load(const std::string& path) 
   }
   SALA_ASSIGN_OR_RETURN(made->normalizer_, HfNormalizer::Read(root["normalizer"]));
   SALA_ASSIGN_OR_RETURN(made->pretokenizer_, HfPretokenizer::Read(root["pre_tokenizer"]));
-  SALA_ASSIGN_OR_RETURN(made->bpe_, Bpe::Read(root["model"], made->pretokenizer_.byte_level()));
   SALA_ASSIGN_OR_RETURN(std::vector<HfAddedToken> added, ReadAddedTokens(root["added_tokens"]));
+  SALA_ASSIGN_OR_RETURN(made->bpe_,
+                        Bpe::Read(root["model"], made->pretokenizer_.byte_level(), added.size()));
   SALA_RETURN_IF_ERROR(made->AddTokens(std::move(added), root["added_tokens"]));
   SALA_ASSIGN_OR_RETURN(made->decoder_, HfDecoder::Read(root["decoder"]));
   SALA_ASSIGN_OR_RETURN(made->template_,

@@ -316,7 +316,7 @@ Status Ingest::TakeEvent(const PieceEvent& event, Piece::Cursor& cursor) {
 }
 
 Status Ingest::AddDocument(const PieceEvent& event, Piece::Cursor& cursor) {
-  if (options_.dedup && !seen_.insert(event.hash).second) {
+  if (options_.dedup && seen_.count(event.hash) > 0) {
     if (checker_.RuleOf("duplicate") != RecordRule::kError) return Note("duplicate", "skip", event);
     return MakeError(
         ExitCode::kData, "ING-DUP",
@@ -326,6 +326,8 @@ Status Ingest::AddDocument(const PieceEvent& event, Piece::Cursor& cursor) {
   source_chats_ += chat_ ? 1 : 0;
   if (event.tokens == 0) return NothingToLearn(event);
   ++source_learned_;
+  // Only now: a chat that was left out for it teaches nothing makes no other one a copy.
+  if (options_.dedup) seen_.insert(event.hash);
   cursor.CopyTokens(&tokens_, &mask_);
   return writer_->Add(
       {.tokens = tokens_, .loss_mask = mask_, .hash = event.hash, .source = source_index_});

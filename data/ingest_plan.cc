@@ -15,7 +15,7 @@ namespace {
 using nlohmann::json;
 
 // Raised whenever the same inputs and options give other pieces than before.
-constexpr int kPlanVersion = 1;
+constexpr int kPlanVersion = 2;
 
 bool EndsWithOneOf(const std::string& path, const std::vector<std::string>& endings) {
   return std::any_of(endings.begin(), endings.end(), [&](const std::string& ending) {
@@ -148,6 +148,11 @@ json OptionsJson(const IngestOptions& options, const Tokenizer& tokenizer,
   json rules = json::object();
   for (const auto& [name, rule] : options.rules) rules[name] = NameOfRule(rule);
   return {{"tokenizer", tokenizer.fingerprint()},
+          // Files beside a vocabulary say these, so its fingerprint does not cover them.
+          {"bos_id", tokenizer.bos_id()},
+          {"eos_id", tokenizer.eos_id()},
+          {"pad_id", tokenizer.pad_id()},
+          {"unk_id", tokenizer.unk_id()},
           {"sources", sources},
           {"name", options.name},
           {"text_field", options.text_field},
@@ -159,8 +164,7 @@ json OptionsJson(const IngestOptions& options, const Tokenizer& tokenizer,
           {"rules", rules},
           {"chat_template", chats.name()},
           {"chat_template_sha256", chats.sha256()},
-          // What a template sees of special tokens comes from there.
-          {"tokenizer_path", chats.sha256().empty() ? "" : options.tokenizer_path},
+          {"chat_special_sha256", chats.special_sha256()},
           {"chat_mask", static_cast<int>(options.chat_mask)},
           {"add_bos", options.add_bos},
           {"add_eos", options.add_eos},

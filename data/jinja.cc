@@ -117,6 +117,7 @@ class JinjaTemplate::Helper {
     SALA_RETURN_IF_ERROR(Receive(&body));
     json answer = json::parse(body, nullptr, /*allow_exceptions=*/false);
     if (!answer.is_object()) return HelperError(name_, "the helper's answer is not JSON");
+    started_ = true;
     return answer;
   }
 
@@ -137,11 +138,8 @@ class JinjaTemplate::Helper {
       const auto left =
           std::chrono::duration_cast<std::chrono::milliseconds>(deadline_ - steady_clock::now());
       pollfd waited{socket_, event, 0};
-      if (left.count() <= 0 || poll(&waited, 1, static_cast<int>(left.count())) == 0) {
-        return HelperError(name_, "did not end within " +
-                                      std::to_string(static_cast<int64_t>(timeout_seconds_)) +
-                                      " s; look for a loop without end in it");
-      }
+      if (left.count() <= 0 || poll(&waited, 1, static_cast<int>(left.count())) == 0)
+        return TookTooLong();
       const ssize_t moved = move(at);
       if (moved > 0) {
         at += static_cast<size_t>(moved);
@@ -150,6 +148,16 @@ class JinjaTemplate::Helper {
       }
     }
     return OkStatus();
+  }
+
+  // Of the helper itself before its first answer, later of the record.
+  Status TookTooLong() const {
+    const std::string limit = std::to_string(static_cast<int64_t>(timeout_seconds_)) + " s";
+    if (!started_)
+      return HelperError(name_, "the Python process that renders it did not start within " + limit);
+    return MakeError(ExitCode::kData, "CHAT-TEMPLATE",
+                     "template " + name_ + ": did not end within " + limit +
+                         " for the record; look for a loop without end in it");
   }
 
   Status Died() {
@@ -176,6 +184,7 @@ class JinjaTemplate::Helper {
   double timeout_seconds_;
   int socket_;
   pid_t pid_ = -1;
+  bool started_ = false;  // its first answer came
   steady_clock::time_point deadline_;
 };
 

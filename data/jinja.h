@@ -8,8 +8,9 @@
 // Render may be called from several threads: each call has a helper of its own, which is kept for
 // the next call.
 //
-// Errors: CHAT-TEMPLATE (65): the template is wrong or refuses the conversation; CHAT-HELPER (74):
-// python3 or Jinja2 is missing, a helper died, or a template did not end in time.
+// Errors: CHAT-TEMPLATE (65): the template is wrong or refuses the conversation, or rendering
+// one takes too much time or memory; CHAT-HELPER (74): python3 or Jinja2 is missing, or a helper
+// died.
 #pragma once
 
 #include <cstdint>

@@ -22,9 +22,11 @@ import os
 import re
 import resource
 import secrets
+import select
 import struct
+import threading
 
-MEMORY_BYTES = 4 << 30  # a template that builds more than this is wrong
+MEMORY_GIB = 4  # a template that builds more than this is wrong
 
 
 def read_request():
@@ -32,6 +34,17 @@ def read_request():
     if len(head) < 8:
         sys.exit(0)
     return json.loads(sys.stdin.buffer.read(struct.unpack("<Q", head)[0]))
+
+
+def end_with_parent():
+    """Ends this process when the other end of the socket is closed, also in the middle of a render.
+
+    The kernel's signal at a parent's death would not do: it comes when the thread that started this process ends.
+    """
+    poll = select.poll()
+    poll.register(sys.stdin.buffer.fileno(), 0)  # hang-up only
+    poll.poll()
+    os._exit(0)
 
 
 def answer(value):
@@ -115,7 +128,8 @@ def render_all(template, variables, marks, request):
 
 
 def main():
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_GIB << 30, MEMORY_GIB << 30))
     start = read_request()
     key = secrets.token_hex(16)
     marks = {"begin": f"\ue000{key}\ue001", "end": f"\ue002{key}\ue003", "on": False}
@@ -128,10 +142,11 @@ def main():
     while True:
         request = read_request()
         try:
-            result = render_all(template, start["variables"], marks, request)
+            answer(render_all(template, start["variables"], marks, request))
+        except MemoryError as error:
+            answer({"error": f"the record takes more than the {MEMORY_GIB} GiB of memory that one may", "line": line_of(error)})
         except Exception as error:
-            result = {"error": str(error) or type(error).__name__, "line": line_of(error)}
-        answer(result)
+            answer({"error": str(error) or type(error).__name__, "line": line_of(error)})
 
 
 try:

@@ -83,6 +83,7 @@ class Index {
 
   Status CheckSequences(const std::string& bin, int64_t bin_bytes) const {
     const int64_t item = TokenBytes(code_);
+    int64_t all_bytes = 0;
     for (int64_t s = 0; s < sequences_; ++s) {
       const std::string where = "sequence " + std::to_string(s);
       if (length(s) < 0) return Bad(path_, where + " has length " + std::to_string(length(s)));
@@ -91,6 +92,14 @@ class Index {
         return Bad(path_, where + " lies at byte " + std::to_string(pointer(s)) + " with " +
                               std::to_string(bytes) + " bytes, outside " + bin + " of " +
                               std::to_string(bin_bytes) + " bytes; copy both files again");
+      }
+      // Else a small file could stand for any number of tokens.
+      all_bytes += bytes;
+      if (all_bytes > bin_bytes) {
+        return Bad(path_, "the sequences up to " + std::to_string(s) + " have " +
+                              std::to_string(all_bytes) + " bytes, " + bin + " has " +
+                              std::to_string(bin_bytes) +
+                              "; sequences that overlap are not read, copy both files again");
       }
       if (modes_ != nullptr && modes_[s] != 0) {
         return MakeError(ExitCode::kData, "ING-MODALITY",

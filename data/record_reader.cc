@@ -40,6 +40,15 @@ constexpr ForeignFormat kForeignFormats[] = {
     {".tar", "WebDataset (tar)",
      "mkdir FOLDER && tar -xf FILE.tar -C FOLDER, then --input FOLDER for the .txt files in it"}};
 
+// Packings and endings of data that would be read otherwise.
+constexpr ForeignFormat kForeignPackings[] = {
+    {".xz", "an xz archive", "xz -dc FILE.xz | gzip > FILE.gz"},
+    {".bz2", "a bzip2 archive", "bzip2 -dc FILE.bz2 | gzip > FILE.gz"},
+    {".zip", "a zip archive", "unzip FILE.zip"},
+    {".zstd", "another ending of zstd archives", "mv FILE.zstd FILE.zst"}};
+constexpr ForeignFormat kCapitals = {"", "an ending in capitals",
+                                     "mv FILE.JSONL FILE.jsonl, and so on"};
+
 // The file's name without .gz, .zst and the like.
 std::string_view WithoutArchive(std::string_view path) {
   for (const char* ending : {".gz", ".zst", ".zstd"}) {
@@ -48,12 +57,25 @@ std::string_view WithoutArchive(std::string_view path) {
   return path;
 }
 
+// Not .json: in a directory it is as often a note.
+bool IsDataName(std::string_view name) {
+  return EndsWith(name, ".txt") || EndsWith(name, ".jsonl") || EndsWith(name, ".ndjson");
+}
+
 const ForeignFormat* ForeignFormatOf(std::string_view path) {
-  const std::string_view name = WithoutArchive(path);
+  std::string lower(path);
+  for (char& c : lower) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+  const std::string_view name = WithoutArchive(lower);
   for (const ForeignFormat& format : kForeignFormats) {
     if (EndsWith(name, format.ending)) return &format;
   }
-  return nullptr;
+  for (const ForeignFormat& packing : kForeignPackings) {
+    const size_t ending = std::strlen(packing.ending);
+    if (EndsWith(lower, packing.ending) &&
+        IsDataName(std::string_view(lower).substr(0, lower.size() - ending)))
+      return &packing;
+  }
+  return IsDataName(name) && !IsDataName(WithoutArchive(path)) ? &kCapitals : nullptr;
 }
 
 Status ForeignError(const std::string& path, const ForeignFormat& format) {
@@ -185,6 +207,8 @@ Status RecordReader::Start() {
     if (byte != static_cast<unsigned char>(kByteOrderMark[i])) return OkStatus();
   }
   text_->Advance(3);
+  // The line behind the mark is that of the range with byte 0, also where that ends in the mark.
+  if (options_.end >= 0) options_.end = std::max<int64_t>(options_.end, 4);
   return OkStatus();
 }
 

@@ -43,7 +43,8 @@ struct FileKind {
 // By the file's name: .txt, .jsonl, .ndjson, .json, each also with .gz or .zst. ING-FORMAT (65) for
 // another one; formats that others use for data are named with a way to convert them.
 StatusOr<FileKind> KindOfFile(const std::string& path);
-// Whether the name is one of another format that holds training data (.parquet, .mds, .tar ...).
+// Whether the name is one of another format that holds training data (.parquet, .mds, .tar ...), or
+// data in a packing (.xz, .bz2, .zip) or with an ending (.zstd, .JSONL) that is not read.
 bool IsForeignFormat(const std::string& path);
 
 struct ReadOptions {

@@ -210,12 +210,18 @@ Status CheckMergeable(const TokenStore& first, const TokenStore& other) {
                          a.kind + "; a store holds one kind");
   }
   if (a.tokenizer_fingerprint == b.tokenizer_fingerprint && a.vocab_size == b.vocab_size &&
-      a.add_bos == b.add_bos && a.add_eos == b.add_eos)
+      a.bos_id == b.bos_id && a.eos_id == b.eos_id && a.add_bos == b.add_bos &&
+      a.add_eos == b.add_eos)
     return OkStatus();
-  const auto words = [](const DatasetInfo& info) {
+  const auto end = [](const char* name, int32_t id, bool added) {
+    const std::string token =
+        id < 0 ? std::string("no ") + name : name + (" " + std::to_string(id));
+    return ", " + token + (added || id < 0 ? "" : " (not in the documents)");
+  };
+  const auto words = [&](const DatasetInfo& info) {
     return info.tokenizer_name + " " + info.tokenizer_fingerprint.substr(0, 12) + " of " +
-           std::to_string(info.vocab_size) + " tokens" + (info.add_bos ? ", bos" : "") +
-           (info.add_eos ? ", eos" : "");
+           std::to_string(info.vocab_size) + " tokens" + end("bos", info.bos_id, info.add_bos) +
+           end("eos", info.eos_id, info.add_eos);
   };
   return MakeError(ExitCode::kData, "TOK-MISMATCH",
                    b.directory + ": made with " + words(b) + ", " + a.directory + " with " +

@@ -275,6 +275,10 @@ TEST_F(MegatronTest, EveryDamageIsNamed) {
   m.pointers[2] = std::numeric_limits<int64_t>::max();
   Refused(m, "ING-FOREIGN", {"sequence 2 lies at byte 9223372036854775807"});
   m = {};
+  m.pointers = {0, 4, 8};
+  m.lengths = {3, 3, 4};
+  Refused(m, "ING-FOREIGN", {"sequences up to 2", "20 bytes", "has 18;", "overlap"});
+  m = {};
   m.modes = std::string("\0\1\0", 3);
   Refused(m, "ING-MODALITY", {"sequence 1 has mode 1"});
   m = {};

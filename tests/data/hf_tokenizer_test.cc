@@ -84,6 +84,15 @@ TEST_F(HfTokenizerTest, AddedTokensAndTheirFlags) {
   EXPECT_EQ(Ids(flags, "a <l> b"), (List{7, 12, 1, 1, 3}));
   EXPECT_EQ(Ids(flags, "a <r> b"), (List{7, 1, 13, 1, 3}));
   EXPECT_EQ(Ids(flags, "w wa"), (List{14, 1, 1, 0, 2}));
+  // Space belongs to the token before where both want it.
+  EXPECT_EQ(Ids(flags, "a <l> <l>  <r>  <l>b"), (List{7, 12, 12, 1, 1, 1, 13, 12, 1, 3}));
+}
+
+TEST_F(HfTokenizerTest, ReplacedTextIsNotReplacedAgain) {
+  json doubled = Fallback();
+  doubled["decoder"] = {{"type", "Replace"}, {"pattern", {{"String", "b"}}}, {"content", "bb"}};
+  const auto tokenizer = Value(Load(doubled));
+  EXPECT_EQ(tokenizer->Decode(List{6, 3, 3, 2}), "abbcbbbba");
 }
 
 TEST_F(HfTokenizerTest, PlacesAreThoseOfTheOriginalText) {
@@ -109,6 +118,15 @@ TEST_F(HfTokenizerTest, WhatIsNotReadIsNamed) {
   refuse("/normalizer", {{"type", "NFD"}}, {"normalizer.type", "NFD"});
   refuse("/normalizer/normalizers/1/pattern", {{"Regex", " +"}},
          {"normalizer.normalizers[1].pattern", "Regex"});
+  refuse("/normalizer/normalizers/0/prepend", "", {"normalizer.normalizers[0].prepend", "empty"});
+  for (const std::string byte : {"\\x80", "[\\xFf]"}) {
+    refuse("/pre_tokenizer",
+           {{"type", "Split"},
+            {"pattern", {{"Regex", byte}}},
+            {"behavior", "Isolated"},
+            {"invert", false}},
+           {"pre_tokenizer.pattern.Regex", "\\x"});
+  }
   refuse("/pre_tokenizer", {{"type", "Punctuation"}, {"behavior", "Isolated"}},
          {"pre_tokenizer.type", "Punctuation"});
   refuse("/pre_tokenizer",
@@ -140,6 +158,8 @@ TEST_F(HfTokenizerTest, DamagedFilesAreRefused) {
   refuse("/model/merges/0", "a", {"model.merges[0]", "one space"});
   refuse("/model/vocab/ab", 2, {"model.vocab", "an id of its own"});
   refuse("/model/vocab/ab", 1 << 30, {"model.vocab.ab", "16777215"});
+  // 4 x (10 pieces + 0 added tokens) + 65536.
+  refuse("/model/vocab/ab", 65577, {"model.vocab", "65576", "10 pieces", "65577"});
   refuse("/model/vocab/ab", -1, {"model.vocab.ab"});
   refuse("/model/unk_token", "none", {"model.unk_token", "none"});
   refuse("/added_tokens", json::array({Added(77, "<x>")}), {"added_tokens[0].id", "77", "10"});

@@ -12,6 +12,7 @@ class IngestTest : public ::testing::Test {
  protected:
   IngestOptions Options(const std::vector<std::string>& inputs) {
     std::vector<std::string> paths;
+    paths.reserve(inputs.size());
     for (const std::string& name : inputs) paths.push_back(dir_ / name);
     return {.sources = {{.name = "src", .license = "CC0-1.0", .note = "a test", .inputs = paths}},
             .output = dir_ / ("out" + std::to_string(++runs_)),
@@ -208,6 +209,29 @@ TEST_F(IngestTest, InputsThatAreMissingEmptyOrOfAnotherKind) {
               {"b.jsonl:2", "chat record among text"});
 }
 
+TEST_F(IngestTest, DirectoriesWithPackingsThatAreNotRead) {
+  std::filesystem::create_directories(dir_ / "in");
+  WriteText(dir_ / "in/a.txt", "text");
+  for (const std::string passed :
+       {"b.json", "b.json.gz", "b.json.xz", "B.JSON", "notes.xz", "notes.zip", "README.MD"})
+    WriteText(dir_ / ("in/" + passed), "x");
+  EXPECT_EQ(Value(Run(Options({"in"}))).info.documents, 1);
+  for (const auto& [name, way] : {std::pair<std::string, std::string>{"b.jsonl.xz", "xz -dc"},
+                                  {"b.txt.bz2", "bzip2 -dc"},
+                                  {"b.ndjson.zip", "unzip"},
+                                  {"b.jsonl.zstd", "mv FILE.zstd FILE.zst"},
+                                  {"b.JSONL.XZ", "xz -dc"},
+                                  {"B.TXT", "in capitals"},
+                                  {"b.JsonL.gz", "in capitals"},
+                                  {"b.jsonl.GZ", "in capitals"},
+                                  {"B.PARQUET", "Parquet"}}) {
+    WriteText(dir_ / ("in/" + name), "x");
+    ExpectError(Run(Options({"in"})).status(), "ING-FORMAT", ExitCode::kData, {name, way});
+    ExpectError(Run(Options({"in/" + name})).status(), "ING-FORMAT", ExitCode::kData, {name, way});
+    std::filesystem::remove(dir_ / ("in/" + name));
+  }
+}
+
 TEST_F(IngestTest, NamesAndExistingOutputAreChecked) {
   WriteText(dir_ / "a.txt", "x");
   IngestOptions options = Options({"a.txt"});
@@ -272,6 +296,16 @@ TEST_F(IngestTest, RecordsWithNothingToLearn) {
   const IngestReport report = Value(Run(Options({"a.jsonl"})));
   EXPECT_EQ(report.info.documents, 1);
   EXPECT_EQ(report.cases.at("empty_target"), 1);
+  IngestOptions dedup = Options({"a.jsonl"});  // the text of both is one
+  dedup.dedup = true;
+  EXPECT_EQ(Value(Run(dedup)).info.documents, 1);
+  WriteText(dir_ / "twice.jsonl", silent + Chat() + Chat() + silent);
+  dedup = Options({"twice.jsonl"});
+  dedup.dedup = true;
+  const IngestReport twice = Value(Run(dedup));
+  EXPECT_EQ(twice.info.documents, 1);
+  EXPECT_EQ(twice.cases.at("empty_target"), 1);
+  EXPECT_EQ(twice.cases.at("duplicate"), 2);
   IngestOptions strict = Options({"a.jsonl"});
   strict.rules["empty_target"] = RecordRule::kError;
   ExpectError(Run(strict).status(), "CHAT-NOMASK", ExitCode::kData, {"a.jsonl:1"});

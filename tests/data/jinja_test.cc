@@ -1,8 +1,15 @@
 // Templates in Jinja: what is rendered, what is learned, and what goes wrong.
 #include "data/jinja.h"
 
+#include <fcntl.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <array>
 #include <chrono>
+#include <csignal>
 #include <nlohmann/json.hpp>
 #include <thread>
 
@@ -181,10 +188,54 @@ TEST_F(JinjaTest, HelpersThatFail) {
       {.python = "python3", .timeout_seconds = 1}));
   const JinjaRequest request{
       .messages = "[]", .tools = "", .spans = false, .renders = {{0, false}}};
-  ExpectError(endless->Render(request).status(), "CHAT-HELPER", ExitCode::kIo, {"within 1 s"});
+  ExpectError(endless->Render(request).status(), "CHAT-TEMPLATE", ExitCode::kData, {"within 1 s"});
+  // A helper that does not start is no fault of a record.
+  WriteText(dir_ / "slow", "#!/bin/sh\nexec sleep 60\n");
+  std::filesystem::permissions(dir_ / "slow", std::filesystem::perms::owner_all);
+  ExpectError(
+      JinjaTemplate::Open("t", "x", none, {.python = dir_ / "slow", .timeout_seconds = 1}).status(),
+      "CHAT-HELPER", ExitCode::kIo, {"did not start within 1 s"});
   // What is not text is no answer, and the next request gets a helper of its own.
   const auto large = Value(JinjaTemplate::Open("t", "{{ 'x' * 9999999999 }}", none));
-  ExpectError(large->Render(request).status(), "CHAT-TEMPLATE", ExitCode::kData, {"MemoryError"});
+  ExpectError(large->Render(request).status(), "CHAT-TEMPLATE", ExitCode::kData, {"4 GiB"});
+}
+
+TEST_F(JinjaTest, AHelperEndsWithItsProgramAlsoWhileItRenders) {
+  WriteText(dir_ / "python",
+            "#!/bin/sh\necho $$ > '" + (dir_ / "pid") + "'\nexec python3 \"$@\"\n");
+  std::filesystem::permissions(dir_ / "python", std::filesystem::perms::owner_all);
+  // The helper becomes a child of this process when the program between is gone.
+  ASSERT_EQ(prctl(PR_SET_CHILD_SUBREAPER, 1), 0);
+  std::array<int, 2> ready{};
+  ASSERT_EQ(pipe2(ready.data(), O_CLOEXEC), 0);
+  const pid_t program = fork();
+  if (program == 0) {
+    const auto endless = JinjaTemplate::Open(
+        "t", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", {},
+        {.python = dir_ / "python", .timeout_seconds = 300});
+    if (!endless.ok() || write(ready[1], "x", 1) != 1) _exit(1);
+    (*endless)
+        ->Render({.messages = "[]", .tools = "", .spans = false, .renders = {{0, false}}})
+        .status()
+        .IgnoreError();
+    _exit(0);
+  }
+  close(ready[1]);
+  char byte = 0;
+  EXPECT_EQ(read(ready[0], &byte, 1), 1);
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));  // now it renders
+  kill(program, SIGKILL);
+  EXPECT_EQ(waitpid(program, nullptr, 0), program);
+  const pid_t helper = std::stoi(ReadText(dir_ / "pid"));
+  pid_t ended = 0;
+  for (int tries = 0; tries < 300 && ended == 0; ++tries) {
+    ended = waitpid(helper, nullptr, WNOHANG);
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  }
+  EXPECT_EQ(ended, helper);
+  if (ended == 0) kill(helper, SIGKILL);
+  close(ready[0]);
+  EXPECT_EQ(prctl(PR_SET_CHILD_SUBREAPER, 0), 0);
 }
 
 TEST_F(JinjaTest, SeveralThreads) {
@@ -260,6 +311,27 @@ TEST_F(JinjaTest, IngestKeepsToTheRules) {
   EXPECT_EQ(report.info.target_tokens, 3);  // b, the end of the turn, its newline
   EXPECT_EQ(report.info.ingest["chat_template"], dir_ / "t.jinja");
   EXPECT_EQ(report.info.ingest["chat_template_sha256"], Sha256Hex(kForgetful));
+}
+
+TEST_F(JinjaTest, IngestMayLeaveOutARecordThatTakesTooMuch) {
+  WriteText(dir_ / "t.jinja",
+            "{% if messages[0].content == 'big' %}{{ 'x' * 9999999999 }}{% endif %}"
+            "{% for m in messages %}{{ m.content }}{% endfor %}");
+  std::string lines;
+  for (const std::string question : {"small", "big", "tiny"}) {
+    lines += R"({"messages":[{"role":"user","content":")" + question +
+             R"("},{"role":"assistant","content":"b"}]})" + "\n";
+  }
+  WriteText(dir_ / "c.jsonl", lines);
+  IngestOptions options{.sources = {{.name = "s", .inputs = {dir_ / "c.jsonl"}}},
+                        .output = dir_ / "out",
+                        .name = "c"};
+  options.chat_template = dir_ / "t.jinja";
+  ExpectError(RunIngest(options, *tokenizer_).status(), "CHAT-TEMPLATE", ExitCode::kData,
+              {"c.jsonl:2", "4 GiB"});
+  options.rules = {{"chat", RecordRule::kSkip}};
+  options.max_rejects = 1;
+  EXPECT_EQ(Value(RunIngest(options, *tokenizer_)).info.documents, 2);
 }
 
 }  // namespace
