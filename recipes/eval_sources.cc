@@ -321,6 +321,7 @@ StatusOr<std::vector<std::unique_ptr<EvalSource>>> ReadPromptSources(
   }
   if (groups.empty()) return MakeError(ExitCode::kData, "EVAL-PROMPTS", path + ": holds no record");
   std::vector<std::unique_ptr<EvalSource>> sources;
+  sources.reserve(groups.size());
   for (auto& [group, source] : groups) sources.push_back(std::move(source));
   return sources;
 }
