@@ -119,7 +119,15 @@ class Command(unittest.TestCase):
         result = h.run(arguments(target))
         self.assertEqual(result.code, 74)
         self.assertIn("EVAL-EXISTS", result.err)
+        (target / "mine.txt").write_text("not of an evaluation")
+        result = h.run([*arguments(target, "--force", samples=2), "--tokenizer", "nowhere"])
+        self.assertEqual(result.code, 66, result)
+        self.assertTrue((target / "summary.jsonl").exists(), "removed before it was known that there is something to write")
         h.succeed(arguments(target, "--force", samples=2))
+        self.assertTrue((target / "mine.txt").exists())
+        result = h.run(arguments(h.ROOT / "twice", tasks="passkey,passkey"))
+        self.assertEqual(result.code, 64)
+        self.assertIn("names a task twice", result.err)
         self.assertEqual(summary(target)[0]["count"], 2)
 
 
@@ -163,6 +171,10 @@ class InRuns(unittest.TestCase):
         holds = {"task": "passkey", "length": 400, "max_drop_from": "before", "max_drop": 0}
         config = self.pipeline("gated", [holds, {"task": "passkey", "length": 400, "min": 0.5}])
         run = h.ROOT / "runs" / "gated"
+        # Of a run that went another way, and further.
+        stale = run / "eval" / "000000099-after-second"
+        stale.mkdir(parents=True)
+        (stale / "summary.jsonl").write_text(json.dumps({"task": "passkey", "length": 400, "count": 3, "right": 3, "share": 1.0}) + "\n")
         for _ in range(2):  # also when all is measured
             result = h.run(h.train(config, run))
             self.assertEqual(result.code, 76, result)

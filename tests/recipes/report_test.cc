@@ -59,6 +59,8 @@ TEST(ReportScale, TicksAreRoundAndCoverTheValues) {
       EXPECT_LE(ticks.size(), 11U);
     }
   }
+  // Neighbours among the numbers of float64: adding one spacing must still move.
+  EXPECT_LE(NiceTicks(1e17, 1e17 + 16, 5).size(), 11U);
   EXPECT_THAT(LogTicks(0.03, 40), ElementsAre(0.01, 0.1, 1, 10, 100));
   EXPECT_LE(LogTicks(0.3, 0.4).front(), 0.3);
   EXPECT_GE(LogTicks(0.3, 0.4).back(), 0.4);
