@@ -379,7 +379,8 @@ void Bpe::EncodeWord(std::string_view word, size_t begin, Space& space, const Ou
     if (space.cache().Find(word, hash, &entry)) {
       const size_t old = out.ids->size();
       out.ids->resize(old + entry.tokens);
-      std::memcpy(out.ids->data() + old, entry.ids, entry.tokens * sizeof(int32_t));
+      if (entry.tokens > 0)
+        std::memcpy(out.ids->data() + old, entry.ids, entry.tokens * sizeof(int32_t));
       if (out.begins == nullptr) return;
       for (size_t i = 0; i < entry.tokens; ++i)
         out.begins->push_back(static_cast<uint32_t>(begin + static_cast<uint8_t>(entry.begins[i])));

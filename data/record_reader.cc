@@ -140,7 +140,7 @@ StatusOr<bool> TextBuffer::Fill() {
     }
     const size_t larger = capacity_ * 2;
     std::unique_ptr<char[]> buffer(new char[larger + kRecordPadding]);
-    std::memcpy(buffer.get(), buffer_.get(), end_);
+    if (end_ > 0) std::memcpy(buffer.get(), buffer_.get(), end_);
     std::memset(buffer.get() + larger, 0, kRecordPadding);
     buffer_ = std::move(buffer);
     capacity_ = larger;

@@ -150,7 +150,7 @@ Status AddBucket(const std::string& path, TokenStoreWriter* writer) {
   for (const Found& f : found) {
     const char* content = bytes.data() + f.at;
     document.tokens.resize(f.entry.tokens);
-    std::memcpy(document.tokens.data(), content, f.entry.tokens * 4);
+    if (f.entry.tokens > 0) std::memcpy(document.tokens.data(), content, f.entry.tokens * 4);
     document.mask.clear();
     if (f.entry.masked != 0)
       document.mask.assign(content + f.entry.tokens * 4, content + f.entry.bytes());

@@ -152,7 +152,7 @@ Status TokenFile::CopyTokens(int64_t begin, int64_t count, int32_t* out) {
   SALA_RETURN_IF_ERROR(Touch(tokens_, begin, count));
   if (tokens_.array.item_bytes == 2) {
     std::copy_n(Array<uint16_t>(tokens_) + begin, count, out);
-  } else {
+  } else if (count > 0) {
     std::memcpy(out, Array<uint32_t>(tokens_) + begin, static_cast<size_t>(count) * 4);
   }
   return OkStatus();
@@ -162,7 +162,7 @@ Status TokenFile::CopyMask(int64_t begin, int64_t count, uint8_t* out) {
   SALA_CHECK(mask_.crc != nullptr && begin >= 0 && count >= 0 && begin + count <= tokens())
       << path_;
   SALA_RETURN_IF_ERROR(Touch(mask_, begin, count));
-  std::memcpy(out, Array<uint8_t>(mask_) + begin, static_cast<size_t>(count));
+  if (count > 0) std::memcpy(out, Array<uint8_t>(mask_) + begin, static_cast<size_t>(count));
   return OkStatus();
 }
 
