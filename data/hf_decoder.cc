@@ -107,16 +107,10 @@ Status HfDecoder::Add(const HfNode& node, bool* fused) {
     steps_.push_back({&Join, false});
     *fused = true;
   } else if (type == "Replace") {
-    SALA_RETURN_IF_ERROR(node.OnlyKeys({"type", "pattern", "content"}));
-    const HfNode pattern = node["pattern"];
-    if (pattern.json().is_object() && pattern["String"].is_null())
-      return pattern.Unsupported("a literal text is, {\"String\": ...}");
-    SALA_RETURN_IF_ERROR(pattern.OnlyKeys({"String"}));
-    SALA_ASSIGN_OR_RETURN(const std::string literal, pattern["String"].Text());
-    SALA_ASSIGN_OR_RETURN(const std::string content, node["content"].Text());
-    if (literal.empty()) return pattern.Unsupported("texts that are not empty are");
+    SALA_ASSIGN_OR_RETURN(const LiteralReplace replace, ReadLiteralReplace(node));
     steps_.push_back({[=](Pieces* pieces) {
-                        for (std::string& piece : *pieces) ReplaceAll(literal, content, &piece);
+                        for (std::string& piece : *pieces)
+                          ReplaceAll(replace.pattern, replace.content, &piece);
                       },
                       false});
   } else if (type == "Strip") {

@@ -87,4 +87,17 @@ Status HfNode::Malformed(std::string_view expected) const {
                        "; copy the tokenizer's files again");
 }
 
+StatusOr<LiteralReplace> ReadLiteralReplace(const HfNode& node) {
+  SALA_RETURN_IF_ERROR(node.OnlyKeys({"type", "pattern", "content"}));
+  const HfNode pattern = node["pattern"];
+  if (pattern.json().is_object() && pattern["String"].is_null())
+    return pattern.Unsupported("a literal text is, {\"String\": ...}");
+  SALA_RETURN_IF_ERROR(pattern.OnlyKeys({"String"}));
+  LiteralReplace replace;
+  SALA_ASSIGN_OR_RETURN(replace.pattern, pattern["String"].Text());
+  SALA_ASSIGN_OR_RETURN(replace.content, node["content"].Text());
+  if (replace.pattern.empty()) return pattern.Unsupported("texts that are not empty are");
+  return replace;
+}
+
 }  // namespace sala::data

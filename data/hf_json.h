@@ -45,4 +45,12 @@ class HfNode {
   std::string path_;
 };
 
+// {"type": "Replace", "pattern": {"String": ...}, "content": ...}, as normalizers and decoders have
+// it.
+struct LiteralReplace {
+  std::string pattern;  // not empty
+  std::string content;
+};
+StatusOr<LiteralReplace> ReadLiteralReplace(const HfNode& node);
+
 }  // namespace sala::data

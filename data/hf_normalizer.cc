@@ -310,16 +310,9 @@ Status HfNormalizer::Add(const HfNode& node) {
     if (prefix.empty()) return node["prepend"].Unsupported("texts that are not empty are");
     steps_.emplace_back([prefix](AlignedText* text) { PrependText(prefix, text); });
   } else if (type == "Replace") {
-    SALA_RETURN_IF_ERROR(node.OnlyKeys({"type", "pattern", "content"}));
-    const HfNode pattern = node["pattern"];
-    if (pattern.json().is_object() && pattern["String"].is_null())
-      return pattern.Unsupported("a literal text is, {\"String\": ...}");
-    SALA_RETURN_IF_ERROR(pattern.OnlyKeys({"String"}));
-    SALA_ASSIGN_OR_RETURN(const std::string literal, pattern["String"].Text());
-    SALA_ASSIGN_OR_RETURN(const std::string content, node["content"].Text());
-    if (literal.empty()) return pattern.Unsupported("texts that are not empty are");
+    SALA_ASSIGN_OR_RETURN(const LiteralReplace replace, ReadLiteralReplace(node));
     steps_.emplace_back(
-        [literal, content](AlignedText* text) { ReplaceText(literal, content, text); });
+        [replace](AlignedText* text) { ReplaceText(replace.pattern, replace.content, text); });
   } else if (type == "Lowercase") {
     SALA_RETURN_IF_ERROR(node.OnlyKeys({"type"}));
     steps_.emplace_back(&Lowercase);

@@ -232,41 +232,42 @@ std::pair<std::string, std::string> UuidPair(const std::string& name, int64_t un
   return {std::move(key), Uuid(own)};
 }
 
-Riddle AmongUuids(const std::string& name, PhiloxStream& rng, Lines* lines) {
-  const std::string key = Uuid(rng);
-  const std::string value = Uuid(rng);
-  lines->at = [name](int64_t unit) {
-    const auto [other, code] = UuidPair(name, unit);
-    return CodeLine(other, code);
-  };
-  return {.opening = "This text is a list of codes. Remember them.",
-          .needles = {CodeLine(key, value)},
-          .steps = Depths(rng, 1),
-          .asked = 0,
-          .question = "What is the code of " + key + "?",
-          .lead = "The code of " + key + " is",
-          .answer = " " + value};
-}
-
 std::string JsonLine(const std::string& key, const std::string& value) {
   return "\"" + key + "\": \"" + value + "\"";
 }
 
-Riddle KeyValue(const std::string& name, PhiloxStream& rng, Lines* lines) {
+// A pair of UUIDs among lines of other such pairs; the words around it are the caller's.
+std::pair<Riddle, std::string> UuidRiddle(const std::string& name, PhiloxStream& rng, Lines* lines,
+                                          std::string (*line)(const std::string&,
+                                                              const std::string&)) {
   const std::string key = Uuid(rng);
   const std::string value = Uuid(rng);
-  lines->at = [name](int64_t unit) {
+  lines->at = [name, line](int64_t unit) {
     const auto [other, code] = UuidPair(name, unit);
-    return JsonLine(other, code);
+    return line(other, code);
   };
-  return {.opening = "This is a JSON object with keys and values.\n{",
-          .needles = {JsonLine(key, value)},
-          .steps = Depths(rng, 1),
-          .asked = 0,
-          .question = "}\nWhich value has the key " + key + "?",
-          .lead = "The value of the key " + key + " is",
-          .answer = " " + value,
-          .join = ",\n"};
+  Riddle riddle;
+  riddle.needles = {line(key, value)};
+  riddle.steps = Depths(rng, 1);
+  riddle.answer = " " + value;
+  return {std::move(riddle), key};
+}
+
+Riddle AmongUuids(const std::string& name, PhiloxStream& rng, Lines* lines) {
+  auto [riddle, key] = UuidRiddle(name, rng, lines, &CodeLine);
+  riddle.opening = "This text is a list of codes. Remember them.";
+  riddle.question = "What is the code of " + key + "?";
+  riddle.lead = "The code of " + key + " is";
+  return std::move(riddle);
+}
+
+Riddle KeyValue(const std::string& name, PhiloxStream& rng, Lines* lines) {
+  auto [riddle, key] = UuidRiddle(name, rng, lines, &JsonLine);
+  riddle.opening = "This is a JSON object with keys and values.\n{";
+  riddle.question = "}\nWhich value has the key " + key + "?";
+  riddle.lead = "The value of the key " + key + " is";
+  riddle.join = ",\n";
+  return std::move(riddle);
 }
 
 class NeedlePuzzle : public Puzzle {

@@ -174,12 +174,6 @@ Status Evaluate(parallel::Communicator& world, EvalOptions options) {
   return parallel::AgreeOnStatus(world, world.rank() == 0 ? Compare(options) : OkStatus());
 }
 
-template <typename T>
-bool HasRepeats(std::vector<T> values) {
-  std::sort(values.begin(), values.end());
-  return std::adjacent_find(values.begin(), values.end()) != values.end();
-}
-
 Status Usage(const std::string& text) {
   return MakeError(ExitCode::kUsage, "USAGE", text + "; see `sala eval --help`");
 }
@@ -192,8 +186,8 @@ Status Run(CommandLine& line, EvalOptions options) {
     return Usage("name --tasks, --prompts or both");
   if (!config.tasks.empty() && config.lengths_tokens.empty())
     return Usage("--tasks needs --lengths");
-  if (HasRepeats(config.tasks)) return Usage("--tasks names a task twice");
-  if (HasRepeats(config.lengths_tokens)) return Usage("--lengths names a length twice");
+  if (recipes::HasRepeats(config.tasks)) return Usage("--tasks names a task twice");
+  if (recipes::HasRepeats(config.lengths_tokens)) return Usage("--lengths names a length twice");
   return OnAllRanks(line,
                     [&options](parallel::Communicator& world) { return Evaluate(world, options); });
 }

@@ -15,12 +15,6 @@ bool Has(const std::vector<std::string>& list, const std::string& word) {
   return std::find(list.begin(), list.end(), word) != list.end();
 }
 
-template <typename T>
-bool HasRepeats(std::vector<T> values) {
-  std::sort(values.begin(), values.end());
-  return std::adjacent_find(values.begin(), values.end()) != values.end();
-}
-
 }  // namespace
 
 bool IsLossTask(const std::string& task) {

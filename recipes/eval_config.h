@@ -2,6 +2,7 @@
 // (docs/evaluation.md).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -38,6 +39,13 @@ struct EvalConfig {
   bool after() const;
   void Bind(ConfigBinder& b);
 };
+
+// Whether a list of tasks or lengths names one twice.
+template <typename T>
+bool HasRepeats(std::vector<T> values) {
+  std::sort(values.begin(), values.end());
+  return std::adjacent_find(values.begin(), values.end()) != values.end();
+}
 
 // Tasks of `sala eval` and `eval.tasks`: those of data/synthetic.h and the two that measure losses.
 inline constexpr char kLossByPosition[] = "loss_by_position";
