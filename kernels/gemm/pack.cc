@@ -36,40 +36,68 @@ void ZeroPadding(int64_t k, int64_t columns, int64_t width, float* to) {
   for (int64_t p = 0; p < k; ++p) std::fill(to + p * width + columns, to + (p + 1) * width, 0.0F);
 }
 
+constexpr int64_t kFloatsOfLine = 16;  // of a cache line
+// Each row of `from` may lie in another page, where no processor guesses ahead.
+constexpr int64_t kRowsAhead = 12;
+
+// Whole panels; a row of `from` is read once from end to end.
 template <int kWidth>
-void CopyRows(int64_t k, const float* from, int64_t row, float* to) {
-  for (int64_t p = 0; p < k; ++p)
-    std::memcpy(to + p * kWidth, from + p * row, kWidth * sizeof(float));
+void CopyPanels(int64_t k, int64_t columns, const float* from, int64_t row, float* to) {
+  for (int64_t p = 0; p < k; ++p) {
+    const float* source = from + p * row;
+    const float* ahead = from + std::min(p + kRowsAhead, k - 1) * row;
+    for (int64_t j = 0; j < columns; j += kFloatsOfLine) __builtin_prefetch(ahead + j);
+    float* panel = to + p * kWidth;
+    for (int64_t j = 0; j + kWidth <= columns; j += kWidth, panel += k * kWidth) {
+      std::memcpy(panel, source + j, kWidth * sizeof(float));
+    }
+  }
+}
+
+// The same for a width that is known at run time only.
+void CopyPanelsOfAnyWidth(int64_t k, int64_t columns, const float* from, int64_t row, int64_t width,
+                          float* to) {
+  for (int64_t j = 0; j < columns; ++j) {
+    float* panel = to + j / width * k * width + j % width;
+    for (int64_t p = 0; p < k; ++p) panel[p * width] = from[p * row + j];
+  }
 }
 
 }  // namespace
 
 void PackRows(int64_t k, int64_t columns, const float* from, int64_t row, int64_t width,
               float* to) {
-  switch (columns == width ? width : 0) {  // widths of whole panels
+  const int64_t whole = columns / width * width;
+  switch (width) {  // those of the micro-kernels
     case 6:
-      return CopyRows<6>(k, from, row, to);
+      CopyPanels<6>(k, whole, from, row, to);
+      break;
     case 12:
-      return CopyRows<12>(k, from, row, to);
+      CopyPanels<12>(k, whole, from, row, to);
+      break;
     case 16:
-      return CopyRows<16>(k, from, row, to);
+      CopyPanels<16>(k, whole, from, row, to);
+      break;
     case 32:
-      return CopyRows<32>(k, from, row, to);
+      CopyPanels<32>(k, whole, from, row, to);
+      break;
     default:
+      CopyPanelsOfAnyWidth(k, whole, from, row, width, to);
       break;
   }
-  for (int64_t p = 0; p < k; ++p) {
-    for (int64_t j = 0; j < columns; ++j) to[p * width + j] = from[p * row + j];
-  }
-  ZeroPadding(k, columns, width, to);
+  if (whole == columns) return;
+  CopyPanelsOfAnyWidth(k, columns - whole, from + whole, row, width, to + whole * k);
+  ZeroPadding(k, columns - whole, width, to + whole * k);
 }
 
 void PackTransposed(int64_t k, int64_t columns, const float* from, int64_t row, int64_t width,
                     float* to) {
   const int64_t whole_columns = columns / kBlock * kBlock;
   const int64_t whole_k = k / kBlock * kBlock;
-  for (int64_t p = 0; p < whole_k; p += kBlock) {
-    for (int64_t j = 0; j < whole_columns; j += kBlock) {
+  // Along k first: each cache line of `from` is used up before the next one, also where rows lie a
+  // multiple of a page apart and would drive each other out.
+  for (int64_t j = 0; j < whole_columns; j += kBlock) {
+    for (int64_t p = 0; p < whole_k; p += kBlock) {
       TransposeBlock(from + j * row + p, row, width, to + p * width + j);
     }
   }

@@ -6,10 +6,12 @@
 
 namespace sala::kernels {
 
-// to[k * width + j] = from[k * row + j], j < columns; zero for columns <= j < width.
+// Panels of `width` columns side by side: to[j / width * k * width + p * width + j % width] =
+// from[p * row + j], p < k, j < columns. The last panel is filled up with zeros.
 void PackRows(int64_t k, int64_t columns, const float* from, int64_t row, int64_t width, float* to);
 
-// to[k * width + j] = from[j * row + k], j < columns; zero for columns <= j < width.
+// One panel: to[p * width + j] = from[j * row + p], p < k, j < columns; zero for columns <= j <
+// width.
 void PackTransposed(int64_t k, int64_t columns, const float* from, int64_t row, int64_t width,
                     float* to);
 
