@@ -17,7 +17,8 @@ using nlohmann::json;
 constexpr char kNoCrc[] = "00000000";
 
 Status FormatError(const std::string& path, const std::string& text) {
-  return MakeError(ExitCode::kData, "DS-FORMAT", path + ": " + text);
+  return MakeError(ExitCode::kData, "DS-FORMAT",
+                   path + ": " + text + "; restore the file or ingest again");
 }
 
 json IdOrNull(int32_t id) { return id < 0 ? json() : json(id); }
