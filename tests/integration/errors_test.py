@@ -159,6 +159,19 @@ class Program(ErrorCase):
         result = self.refuse(["verify", one_stage("launcher"), "--only", "ranks"], 76, "VERIFY-FAILED", "ranks", env={"PATH": f"{folder}:{os.environ['PATH']}"})
         self.assertRegex(result.out, r"VERIFY-RUN: run \S+ ended with exit code 9, expected 0: FILE-MISSING: it is Sunday")
 
+    def test_the_second_exit_code_of_a_row(self):
+        synth = ["data", "synth", "--task", "passkey", "--tokenizer", "bytes", "--name", "s", "--to", h.ROOT / "synth", "--documents", "4"]
+        self.refuse([*synth, "--length", "300", "--min-length", "301"], 64, "EVAL-TASK", "synthetic dataset s", "4 documents of 301 to 300 tokens", "a rising range")
+        self.assertFalse((h.ROOT / "synth").exists())
+        alone = h.copy_run(checkpoint(), h.ROOT / "alone" / "checkpoint")
+        self.refuse(["export", "--ckpt", alone, "--to", h.ROOT / "alone" / "exported"], 66, "EXP-TOKENIZER", alone, "no tokenizer", "--tokenizer")
+        text = h.ROOT / "alone" / "text.txt"
+        text.write_text("a text\n")
+        train = ["tokenizer", "train", "--input", text, "--to", h.ROOT / "alone" / "tokenizer", "--vocab-size", "262"]
+        self.refuse([*train, "--added-token", "<a>", "<b>", "<c>"], 78, "TOK-TRAIN", "found 262", "expected at least 263")
+        text.write_text("")
+        self.refuse(train, 65, "TOK-TRAIN", text, "no text to train")
+
     def test_a_name_that_a_terminal_would_obey(self):
         self.refuse(["ckpt", "list", "red\x1b[31m\x07"], 66, "CKPT-NONE", r"red\x1b[31m\x07: no such directory")
 

@@ -57,39 +57,49 @@ class Raised:
         self.code, self.exits, self.name, self.number = code, exits, name, number
 
 
+def before(text, position):
+    """The end of what stands before a place, for patterns that end with it."""
+    return text[max(0, position - 40):position]
+
+
+def assigned_exits(tree, room, variable):
+    """What the room assigns to a variable, or a field, of this name."""
+    pattern = re.compile(rf"\b{variable}\s*=\s*(?:sala::)?ExitCode::(k\w+)")
+    return {value for name in tree.sources(room) for value in pattern.findall(tree.text(name))} - {"kOk"}
+
+
+def codes_of_make_error(tree, name, text):
+    """{position: (code, exits)} of the calls of MakeError with codes of their own, and the exits of those that are given one."""
+    found, handed_on = {}, set()
+    for call in re.finditer(r"\bMakeError\s*\(", text):
+        parts = list(arguments(text, call.end() - 1))
+        if len(parts) < 3:
+            continue
+        (_, first), (begin, second) = parts[:2]
+        exits = set(re.findall(r"\bExitCode::(k\w+)", first))
+        codes = {begin + literal.start(): literal.group(1) for literal in re.finditer(r'"([A-Z][A-Z0-9-]*)"', second)}
+        if not codes:
+            handed_on |= exits
+        elif not exits and re.fullmatch(r"\w+", first.strip()) and re.fullmatch(r'\s*"[^"]*"', second):
+            exits = assigned_exits(tree, name.split("/")[0], first.strip()) or None
+        found.update({position: (code, exits) for position, code in codes.items()})
+    return found, handed_on
+
+
 def raised_codes(tree):
     for name in tree.sources(*rooms_of(tree)):
         text = without_comments(tree.text(name))
-        found = {}
-        handed_on = set()  # exit codes of codes that a function of this file was given
-        for call in re.finditer(r"\bMakeError\s*\(", text):
-            parts = list(arguments(text, call.end() - 1))
-            if len(parts) < 3:
-                continue
-            exits = set(re.findall(r"\bExitCode::(k\w+)", parts[0][1]))
-            variable = parts[0][1].strip()
-            begin, second = parts[1]
-            codes = list(re.finditer(r'"([A-Z][A-Z0-9-]*)"', second))
-            if not exits and re.fullmatch(r"\w+", variable) and re.fullmatch(r'\s*"[^"]*"', second):
-                # A variable, or a field of that name: what the room assigns to it.
-                assigned = re.compile(rf"\b{variable}\s*=\s*(?:sala::)?ExitCode::(k\w+)")
-                exits = {value for other in tree.sources(name.split("/")[0]) for value in assigned.findall(tree.text(other))} - {"kOk"} or None
-            for literal in codes:
-                found[begin + literal.start()] = (literal.group(1), exits)
-            if not codes and exits:
-                handed_on |= exits
+        found, handed_on = codes_of_make_error(tree, name, text)
         for position, value, callees in string_literals(text):
+            printed = re.match(r"(?:sala: error: )?([A-Z]{4,}): ", value)  # a line that is printed without a Status
+            if printed:
+                found[position] = (printed.group(1), set())
             if position in found or not re.fullmatch(CODE, value) or (name, value) in MENTIONS:
                 continue
-            if re.search(r"[!=]=\s*$", text[:position]):
+            if re.search(r"[!=]=\s*$", before(text, position)):
                 continue  # asked for, not raised
             forwarder = next((callee for callee in reversed(callees) if callee in FORWARDERS), None)
             found[position] = (value, {FORWARDERS[forwarder]} if forwarder else handed_on or None)
-        for position, value, _ in string_literals(text):
-            # The lines that are printed without a Status.
-            printed = re.match(r"(?:sala: error: )?([A-Z]{4,}): ", value)
-            if printed:
-                found[position] = (printed.group(1), set())
         for position, (code, exits) in sorted(found.items()):
             yield Raised(code, exits, name, line_of(text, position))
 
@@ -149,7 +159,7 @@ def expectations_of_cc(text):
     for position, value, callees in string_literals(text):
         if MAKERS.intersection(callees):
             made.append(value)
-        elif not any(REFUSALS.match(callee) for callee in callees) and not re.search(r"!=\s*$", text[:position]):
+        elif not any(REFUSALS.match(callee) for callee in callees) and not re.search(r"!=\s*$", before(text, position)):
             expected.append(value)
     return expected, made
 
