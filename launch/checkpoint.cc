@@ -104,7 +104,7 @@ Status Diff(const std::string& a, const std::string& b) {
   if (equal == total) return OkStatus();
   return MakeError(ExitCode::kData, "CKPT-DIFFERENT",
                    a + " and " + b + ": " + std::to_string(total - equal) + " of " +
-                       std::to_string(total) + " tensors differ");
+                       std::to_string(total) + " tensors differ; the lines above name them");
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ Status MpiError(const char* operation, int code) {
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   return MakeError(ExitCode::kDevice, "COMM-FAILED",
                    std::string(operation) + ": on rank " + std::to_string(rank) + "@" + HostName() +
-                       ": " + text);
+                       ": " + text + "; run again, and look at that host if it repeats");
 }
 
 #define SALA_RETURN_IF_MPI_ERROR(call)                                                          \

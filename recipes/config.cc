@@ -40,8 +40,9 @@ struct TrainFile {
       return;
     }
     if (b.reading() && in_pipeline && b.Present("run")) {
-      b.Error("run", "CFG-CONFLICT",
-              "`run` belongs to the pipeline file when a stage is part of a pipeline");
+      b.Error(
+          "run", "CFG-CONFLICT",
+          "`run` belongs to the pipeline file when a stage is part of a pipeline; move it there");
     }
     if (!in_pipeline) b.Section("run", &run, {.required = true});
     stage.kind = kind == FileKind::kHalo  ? StageKind::kHalo
