@@ -202,8 +202,9 @@ Status Checkpoint::CheckFiles() const {
     const StatusOr<int64_t> size = FileSize(path);
     if (!size.ok()) {
       return DataError("CKPT-SIZE",
-                       MessageOf(size.status()) +
-                           "; the manifest lists it: restore it or use another checkpoint");
+                       path +
+                           ": cannot be found, the manifest lists it; restore it or use another "
+                           "checkpoint");
     }
     if (*size != expected) {
       return DataError("CKPT-SIZE", path + ": the file has " + std::to_string(*size) +

@@ -42,7 +42,8 @@ def main():
 
 # ---- commands ----
 
-ERROR_LINE = re.compile(r"sala: error: ([A-Z]+(?:-[A-Z0-9]+)*): \S")
+# Behind the code comes what was wrong, not a second code.
+ERROR_LINE = re.compile(r"sala: error: ([A-Z]+(?:-[A-Z0-9]+)*): (?![A-Z]+(?:-[A-Z0-9]+)+: )\S")
 
 
 @functools.cache
