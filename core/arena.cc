@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/check.h"
+#include "core/exception.h"
 
 namespace sala {
 namespace {
@@ -28,7 +29,7 @@ Arena::Arena(size_t block_bytes, Device* device)
 void Arena::AddBlock(size_t bytes) {
   const size_t size = (bytes + alignment_ - 1) / alignment_ * alignment_;
   void* data = device_ == nullptr ? std::aligned_alloc(alignment_, size) : device_->Allocate(size);
-  SALA_CHECK(data != nullptr) << "out of memory: arena asked for " << size << " bytes";
+  if (data == nullptr) throw HostMemoryError(size);  // a device says so itself
   blocks_.push_back({{data, FreeDeleter{device_}}, size});
 }
 

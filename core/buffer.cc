@@ -8,7 +8,7 @@
 #include <cstring>
 #include <utility>
 
-#include "core/check.h"
+#include "core/exception.h"
 #include "core/memory.h"
 
 namespace sala {
@@ -53,7 +53,7 @@ Buffer::Buffer(size_t bytes, Device* device) : bytes_(bytes) {
   constexpr size_t kAlignment = 64;
   data_ = {std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment),
            BufferFree{}};
-  SALA_CHECK(data_ != nullptr) << "out of memory: " << bytes << " bytes";
+  if (data_ == nullptr) throw HostMemoryError(bytes);
   CountHost(data_.get(), 1);
   std::memset(data_.get(), 0, bytes);
 }

@@ -26,8 +26,8 @@ void SetProcessIdentity(int rank, const char* host) {
 }
 
 CheckFailure::CheckFailure(const char* file, int line, const char* condition) {
-  text_ << "INTERNAL: " << file << ":" << line << ": check failed on rank " << process_rank << "@"
-        << ProcessHost() << ": " << condition << " ";
+  text_ << "sala: error: INTERNAL: " << file << ":" << line << ": check failed on rank "
+        << process_rank << "@" << ProcessHost() << ": " << condition << " ";
 }
 
 CheckFailure::~CheckFailure() {

@@ -25,6 +25,8 @@ int64_t StoredTensor::numel() const { return checkpoint::CheckedElements(shape);
 namespace checkpoint {
 namespace {
 
+constexpr char kUseAnother[] = "; use another checkpoint";
+
 constexpr uint8_t kKinds = 5;
 // Codes of number types in the index. Their order is part of the format.
 constexpr std::array<DType, 7> kDTypes = {DType::kF32, DType::kBF16, DType::kF64, DType::kI32,
@@ -90,7 +92,7 @@ Status WriteSliceColumns(const SliceColumns& c, Hdf5Writer* file) {
 
 Status IndexError(const std::string& path, const std::string& what) {
   return MakeError(ExitCode::kData, "CKPT-MANIFEST",
-                   path + ": the index contradicts itself: " + what);
+                   path + ": the index contradicts itself: " + what + "; use another checkpoint");
 }
 
 template <typename T>
@@ -307,7 +309,7 @@ Status CheckCover(const StoredTensor& tensor, const StoredSlice* first, const St
                            std::string(NameOf(tensor.kind)) + "): elements [" +
                            std::to_string(std::min(a, at)) + ", " +
                            std::to_string(std::max(a, at)) + ") are " +
-                           (a < at ? "stored more than once" : "not stored"));
+                           (a < at ? "stored more than once" : "not stored") + kUseAnother);
     }
     at = b;
   }
@@ -315,7 +317,7 @@ Status CheckCover(const StoredTensor& tensor, const StoredSlice* first, const St
     return MakeError(ExitCode::kData, "CKPT-COVER",
                      "tensor `" + Printable(tensor.name) + "` (" +
                          std::string(NameOf(tensor.kind)) + "): elements [" + std::to_string(at) +
-                         ", " + std::to_string(end) + ") are not stored");
+                         ", " + std::to_string(end) + ") are not stored" + kUseAnother);
   }
   return OkStatus();
 }

@@ -17,6 +17,8 @@ Status DataError(const std::string& code, const std::string& text) {
   return MakeError(ExitCode::kData, code, text);
 }
 
+constexpr char kOtherModel[] = "; the checkpoint is of another model, name the right one";
+
 bool IsHdf5(const std::string& name) {
   return name.size() > 3 && name.compare(name.size() - 3, 3, ".h5") == 0;
 }
@@ -67,7 +69,9 @@ StatusOr<json> ReadManifest(const std::string& directory, CheckpointInfo* info) 
   try {
     json manifest = json::parse(*text);
     if (manifest.at("format") != "checkpoint") {
-      return DataError("CKPT-MANIFEST", path + ": not the manifest of a checkpoint");
+      return DataError(
+          "CKPT-MANIFEST",
+          path + ": not the manifest of a checkpoint; restore it or use another checkpoint");
     }
     const auto version = manifest.at("version").get<int64_t>();
     if (version > checkpoint::kVersion) {
@@ -79,7 +83,9 @@ StatusOr<json> ReadManifest(const std::string& directory, CheckpointInfo* info) 
     ReadInfo(manifest, info);
     return manifest;
   } catch (const json::exception& e) {
-    return DataError("CKPT-MANIFEST", path + ": " + Printable(e.what()));
+    return DataError("CKPT-MANIFEST",
+                     path + ": a field is missing or damaged: " + Printable(e.what()) +
+                         "; restore it or use another checkpoint");
   }
 }
 
@@ -92,7 +98,7 @@ Status CheckSaveId(const std::string& path, const std::string& save_id, int64_t 
   if (head.find(save_id) != std::string::npos) return OkStatus();
   if (head.find("save_id") != std::string::npos) {
     return DataError("CKPT-MIXED", path + ": belongs to another save than the manifest (save_id " +
-                                       save_id +
+                                       Printable(save_id) +
                                        "), or its header is damaged; restore the right file");
   }
   return DataError("CKPT-CRC",
@@ -116,7 +122,7 @@ Status CheckFileCrc(const std::string& directory, const json& record) {
   SALA_ASSIGN_OR_RETURN(const uint32_t crc, FileCrc(path, record["bytes"].get<int64_t>()));
   if (Hex32(crc) == record["crc32c"].get<std::string>()) return OkStatus();
   return DataError("CKPT-CRC", path + ": the file's CRC is " + Hex32(crc) + ", the manifest says " +
-                                   record["crc32c"].get<std::string>() +
+                                   Printable(record["crc32c"].get<std::string>()) +
                                    "; restore the file or use another checkpoint");
 }
 
@@ -171,7 +177,7 @@ StatusOr<Checkpoint> Checkpoint::Open(const std::string& directory) {
   }
   if (index_record == nullptr) {
     return DataError("CKPT-MANIFEST", directory + "/" + checkpoint::kManifestName + ": lists no " +
-                                          checkpoint::kIndexName);
+                                          checkpoint::kIndexName + "; use another checkpoint");
   }
   SALA_RETURN_IF_ERROR(
       CheckFileCrc(directory, *index_record));  // before the HDF5 library parses it
@@ -196,8 +202,9 @@ Status Checkpoint::CheckFiles() const {
     const StatusOr<int64_t> size = FileSize(path);
     if (!size.ok()) {
       return DataError("CKPT-SIZE",
-                       MessageOf(size.status()) +
-                           "; the manifest lists it: restore it or use another checkpoint");
+                       path +
+                           ": cannot be found, the manifest lists it; restore it or use another "
+                           "checkpoint");
     }
     if (*size != expected) {
       return DataError("CKPT-SIZE", path + ": the file has " + std::to_string(*size) +
@@ -264,7 +271,7 @@ Status Checkpoint::ReadRanges(const StoredTensor& tensor, const std::vector<Want
       return DataError("CKPT-TENSOR", directory_ + ": " + TensorText(tensor.name, tensor.kind) +
                                           " has " + std::to_string(elements) +
                                           " elements, asked for [" + std::to_string(range.begin) +
-                                          ", " + std::to_string(range.end) + ")");
+                                          ", " + std::to_string(range.end) + ")" + kOtherModel);
     }
   }
   if (wanted.empty()) return OkStatus();
@@ -306,8 +313,8 @@ Status Checkpoint::ReadRangesF32(const std::string& name, TensorKind kind,
                                  const std::vector<Wanted>& wanted, float* out) const {
   const StoredTensor* tensor = Find(name, kind);
   if (tensor == nullptr) {
-    return DataError("CKPT-TENSOR",
-                     directory_ + ": no " + TensorText(name, kind) + " in this checkpoint");
+    return DataError("CKPT-TENSOR", directory_ + ": no " + TensorText(name, kind) +
+                                        " in this checkpoint" + kOtherModel);
   }
   if (tensor->dtype == DType::kF32) return ReadRanges(*tensor, wanted, out);
   int64_t elements = 0;
@@ -331,7 +338,8 @@ Status Checkpoint::ReadBoxF32(const std::string& name, TensorKind kind,
   if (tensor != nullptr && tensor->shape.size() != box.size()) {
     return DataError("CKPT-TENSOR", directory_ + ": " + TensorText(name, kind) + " has " +
                                         std::to_string(tensor->shape.size()) +
-                                        " dimensions, expected " + std::to_string(box.size()));
+                                        " dimensions, expected " + std::to_string(box.size()) +
+                                        kOtherModel);
   }
   const bool rows_are_whole = tensor == nullptr || box.size() == 1 || box[1] == tensor->shape[1];
   const int64_t width = box.back();
@@ -359,7 +367,8 @@ StatusOr<std::string> Checkpoint::ReadExtra(const std::string& name) const {
     SALA_RETURN_IF_ERROR(CheckFileCrc(directory_, file));
     return ReadFile(directory_ + "/" + name);
   }
-  return DataError("CKPT-MANIFEST", directory_ + ": the manifest lists no file " + Printable(name));
+  return DataError("CKPT-MANIFEST", directory_ + ": the manifest lists no file " + Printable(name) +
+                                        "; use another checkpoint");
 }
 
 Status Checkpoint::CheckSlice(const StoredSlice& slice, bool finite) const {
@@ -371,7 +380,7 @@ Status Checkpoint::CheckSlice(const StoredSlice& slice, bool finite) const {
   const auto bad_at = [&](int64_t i) {
     return DataError("CKPT-TENSOR", Describe(slice) + ": element " +
                                         std::to_string(slice.flat_begin + i) +
-                                        " is not finite (NaN or Inf)");
+                                        " is not finite (NaN or Inf); use an earlier checkpoint");
   };
   if (tensor.dtype == DType::kF64) {  // a large finite double is no Inf
     for (int64_t i = 0; i < n; ++i) {

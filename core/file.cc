@@ -209,7 +209,7 @@ Status ReadAt(const std::string& path, int64_t offset, void* data, size_t bytes)
     return MakeError(ExitCode::kIo, "FILE-READ",
                      path + ": file ends early: asked for " + std::to_string(bytes) +
                          " bytes at offset " + std::to_string(offset) + ", got " +
-                         std::to_string(done));
+                         std::to_string(done) + "; it was cut, restore it");
   }
   return OkStatus();
 }

@@ -129,19 +129,21 @@ StatusOr<Index> ParseIndex(const std::string& text, const std::string& path) {
   if (!root.ok()) return Annotate(root.status(), path);
   const auto map = root->find("weight_map");
   if (map == root->end() || !map->is_object())
-    return DataError("ST-JSON", path + ": no object weight_map");
+    return DataError("ST-JSON", path + ": no object weight_map; fetch the file again");
   Index index;
   for (const auto& [tensor, file] : map->items()) {
     if (!file.is_string() || !IsWeightsFileName(file.get<std::string>())) {
       return DataError("ST-PATH",
                        path + ": tensor `" + Printable(tensor) + "`: " + Printable(file.dump()) +
-                           " is not a plain file name NAME.safetensors inside the folder");
+                           " is not a plain file name NAME.safetensors inside the folder; "
+                           "fetch the folder again");
     }
     index.weight_map[tensor] = file.get<std::string>();
   }
   const json metadata = root->value("metadata", json());
   if (metadata.is_null()) return index;
-  if (!metadata.is_object()) return DataError("ST-JSON", path + ": metadata is not an object");
+  if (!metadata.is_object())
+    return DataError("ST-JSON", path + ": metadata is not an object; fetch the file again");
   const json total = metadata.value("total_size", json());
   if (total.is_null()) return index;
   // Some programs write it as 1234.0.
@@ -149,7 +151,7 @@ StatusOr<Index> ParseIndex(const std::string& text, const std::string& path) {
   constexpr double kExactIntegers = 9007199254740992.0;  // 2^53
   if (!(size >= 0 && size < kExactIntegers && size == std::floor(size))) {
     return DataError("ST-SIZE", path + ": metadata.total_size is " + Printable(total.dump()) +
-                                    ", expected a number of bytes");
+                                    ", expected a number of bytes; fetch the file again");
   }
   index.total_size = static_cast<int64_t>(size);
   return index;
@@ -185,7 +187,7 @@ Status NoModel(const std::string& directory) {
   }
   return MakeError(ExitCode::kNoInput, "FILE-MISSING",
                    directory + ": neither " + SafetensorsModel::kSingleName + " nor " +
-                       SafetensorsModel::kIndexName + " is here");
+                       SafetensorsModel::kIndexName + " is here; name the folder of a model");
 }
 
 // Header and tensors in this order under a temporary name, then renamed.
@@ -346,8 +348,9 @@ StatusOr<SafetensorsModel> SafetensorsModel::Open(const std::string& directory) 
     for (const SafetensorsEntry& entry : file.entries()) {
       const auto listed = index.weight_map.find(entry.name);
       if (sharded && (listed == index.weight_map.end() || listed->second != name)) {
-        return DataError("ST-PATH", path + ": holds tensor `" + Printable(entry.name) +
-                                        "`, which the index does not place there");
+        return DataError("ST-PATH",
+                         path + ": holds tensor `" + Printable(entry.name) +
+                             "`, which the index does not place there; fetch the folder again");
       }
       model.where_[entry.name] = {model.files_.size(), entry};
     }
@@ -356,7 +359,7 @@ StatusOr<SafetensorsModel> SafetensorsModel::Open(const std::string& directory) 
   for (const auto& [tensor, file] : index.weight_map) {
     if (model.where_.count(tensor) == 0) {
       return DataError("ST-PATH", index_path + ": tensor `" + Printable(tensor) + "` is not in " +
-                                      Printable(file));
+                                      Printable(file) + "; fetch the folder again");
     }
   }
   SALA_RETURN_IF_ERROR(CheckTotalSize(index, model.files_, index_path));
@@ -410,7 +413,7 @@ Status SafetensorsModel::ReadBoxF32(const std::string& name, const std::vector<i
     const int64_t element = first + row * stride + at % width;
     if (!ConvertToF32(entry->dtype, from + element * item, n, out + (at - begin))) {
       return DataError("ST-DTYPE", "tensor `" + Printable(name) + "` is " + entry->dtype +
-                                       ", expected F32, BF16, F16 or F64");
+                                       ", expected F32, BF16, F16 or F64; convert the weights");
     }
     at += n;
   }

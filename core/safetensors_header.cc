@@ -40,8 +40,9 @@ constexpr std::array<std::pair<const char*, int64_t>, 15> kDTypes = {{{"U64", 8}
                                                                       {"U8", 1},
                                                                       {"BOOL", 1}}};
 
+// About a file whose bytes are not what its writer meant or what the format allows.
 Status DataError(const std::string& code, const std::string& text) {
-  return MakeError(ExitCode::kData, code, text);
+  return MakeError(ExitCode::kData, code, text + "; fetch the file again, or write it anew");
 }
 
 // nlohmann keeps the last of duplicate keys silently and recurses without limit; this looks at the
@@ -109,13 +110,13 @@ StatusOr<std::string_view> HeaderText(std::string_view bytes) {
   if (n > kMaxHeaderBytes) {
     return DataError("ST-HEADER", "header length " + std::to_string(n) + " is above " +
                                       std::to_string(kMaxHeaderBytes) +
-                                      "; this is no safetensors file");
+                                      " bytes, so this is no safetensors file");
   }
   if (n > bytes.size() - kLengthBytes) {
     return DataError("ST-HEADER", "header length " + std::to_string(n) +
                                       " goes past the end of a file of " +
                                       std::to_string(bytes.size()) +
-                                      " bytes; the file is cut or no safetensors file");
+                                      " bytes: the file is cut or no safetensors file");
   }
   const std::string_view header = bytes.substr(kLengthBytes, n);
   if (header.empty() || header[0] != '{')
@@ -136,7 +137,9 @@ StatusOr<SafetensorsEntry> ReadEntry(const std::string& name, const json& value,
   entry.name = name;
   if (!value["dtype"].is_string() ||
       SafetensorsElementBytes(value["dtype"].get<std::string>()) == 0) {
-    return DataError("ST-DTYPE", where + "unknown dtype " + Printable(value["dtype"].dump()));
+    return MakeError(ExitCode::kData, "ST-DTYPE",
+                     where + "unknown dtype " + Printable(value["dtype"].dump()) +
+                         "; convert the weights to BF16 or F32");
   }
   entry.dtype = value["dtype"].get<std::string>();
   const json& shape = value["shape"];

@@ -89,7 +89,7 @@ StatusOr<std::string> VerifyDataset(const std::string& directory, bool full, boo
     if (found != entry.sha256) {
       return MakeError(ExitCode::kData, "DS-CRC",
                        directory + "/" + entry.name + ": SHA-256 is " + found +
-                           ", dataset.json says " + entry.sha256 +
+                           ", dataset.json says " + Printable(entry.sha256) +
                            "; restore the file or ingest again");
     }
   }

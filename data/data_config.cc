@@ -1,6 +1,9 @@
 #include "data/data_config.h"
 
 #include <algorithm>
+#include <string>
+
+#include "core/file.h"
 
 namespace sala::data {
 
@@ -11,8 +14,11 @@ void ViewConfig::Bind(ConfigBinder& b) {
   b.Field("min_tokens", &min_tokens, {.min = 0});
   b.Field("max_tokens", &max_tokens, {.min = 1});
   b.Field("max_epochs", &max_epochs, {.min = 1});
-  if (max_tokens.has_value() && *max_tokens <= min_tokens)
-    b.Error("max_tokens", "CFG-CONFLICT", "must be greater than min_tokens");
+  if (max_tokens.has_value() && *max_tokens <= min_tokens) {
+    b.Error("max_tokens", "CFG-CONFLICT",
+            "found " + std::to_string(*max_tokens) + ", expected more than min_tokens " +
+                std::to_string(min_tokens));
+  }
 }
 
 void ValidationConfig::Bind(ConfigBinder& b) {
@@ -45,7 +51,8 @@ void DataConfig::Bind(ConfigBinder& b) {
     const auto named = [&dataset](const ViewConfig& view) { return view.dataset == dataset; };
     if (std::none_of(mixture.begin(), mixture.end(), named)) {
       b.Error("validation", "CFG-CONFLICT",
-              "validation.datasets names '" + dataset + "', which no entry of mixture has");
+              "validation.datasets names '" + Printable(dataset) +
+                  "', which no entry of mixture has; name one of those");
     }
   }
 }

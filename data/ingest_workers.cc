@@ -6,6 +6,7 @@
 #include <limits>
 #include <utility>
 
+#include "core/exception.h"
 #include "core/hash.h"
 #include "data/record_check.h"
 #include "data/record_reader.h"
@@ -293,7 +294,7 @@ void IngestWorkers::RunUnit(size_t unit) {
     try {
       result = run.Run();
     } catch (const std::exception& error) {  // memory that is not there, above all
-      result = MakeError(ExitCode::kInternal, "INTERNAL", error.what());
+      result = ErrorOf(error);
     }
     if (!result.ok()) tail = std::move(run.piece());
     return result;

@@ -10,7 +10,6 @@ namespace {
 
 constexpr char kByteOrderMark[] = "\xef\xbb\xbf";
 constexpr size_t kFirstCapacity = size_t{1} << 20;
-constexpr size_t kLongestRecord = size_t{1} << 30;
 
 bool EndsWith(std::string_view text, std::string_view end) {
   return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
@@ -115,10 +114,12 @@ StatusOr<FileKind> KindOfFile(const std::string& path) {
   return kind;
 }
 
-TextBuffer::TextBuffer(std::unique_ptr<ByteSource> source, std::string path, int64_t offset)
+TextBuffer::TextBuffer(std::unique_ptr<ByteSource> source, std::string path, int64_t offset,
+                       size_t longest)
     : source_(std::move(source)),
       path_(std::move(path)),
       buffer_(new char[kFirstCapacity + kRecordPadding]),
+      longest_(longest),
       capacity_(kFirstCapacity),
       base_(offset) {
   std::memset(buffer_.get() + capacity_, 0, kRecordPadding);
@@ -133,12 +134,13 @@ StatusOr<bool> TextBuffer::Fill() {
     begin_ = 0;
   }
   if (end_ == capacity_) {
-    if (capacity_ > kLongestRecord) {
+    if (capacity_ >= longest_) {
       return MakeError(ExitCode::kData, "ING-LONG",
                        path_ + ": the record at byte " + std::to_string(offset()) +
-                           " is longer than 1 GiB; cut it into several");
+                           " is longer than " + std::to_string(longest_ >> 20) +
+                           " MiB; cut it into several");
     }
-    const size_t larger = capacity_ * 2;
+    const size_t larger = std::min(capacity_ * 2, longest_);
     std::unique_ptr<char[]> buffer(new char[larger + kRecordPadding]);
     if (end_ > 0) std::memcpy(buffer.get(), buffer_.get(), end_);
     std::memset(buffer.get() + larger, 0, kRecordPadding);
@@ -189,7 +191,8 @@ StatusOr<RecordReader> RecordReader::Open(const ReadOptions& options) {
   const int64_t from = options.begin - (options.at_record ? 0 : 1);
   SALA_ASSIGN_OR_RETURN(auto source, OpenByteSource(options.path, options.kind.archive, from,
                                                     options.zstd_window_log));
-  reader.text_ = std::make_unique<TextBuffer>(std::move(source), options.path, from);
+  reader.text_ =
+      std::make_unique<TextBuffer>(std::move(source), options.path, from, options.longest_record);
   SALA_RETURN_IF_ERROR(reader.Start());
   return reader;
 }

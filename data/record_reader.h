@@ -47,6 +47,8 @@ StatusOr<FileKind> KindOfFile(const std::string& path);
 // data in a packing (.xz, .bz2, .zip) or with an ending (.zstd, .JSONL) that is not read.
 bool IsForeignFormat(const std::string& path);
 
+constexpr size_t kLongestRecord = size_t{1} << 30;
+
 struct ReadOptions {
   std::string path = {};
   FileKind kind = {};
@@ -58,13 +60,15 @@ struct ReadOptions {
   int64_t begin = 0;
   int64_t end = -1;
   bool at_record = true;  // begin is where a reader stopped; false: the rest of a line comes first
-  int64_t lines_before = 0;  // line numbers go on from here
+  int64_t lines_before = 0;                // line numbers go on from here
+  size_t longest_record = kLongestRecord;  // bytes; ING-LONG (65) for a longer one
 };
 
-// Buffered text with a place: finds lines, and gives them without a copy.
+// Buffered text with a place: finds lines, and gives them without a copy. `longest`: bytes that it
+// holds at most, where that is more than 1 MiB.
 class TextBuffer {
  public:
-  TextBuffer(std::unique_ptr<ByteSource> source, std::string path, int64_t offset);
+  TextBuffer(std::unique_ptr<ByteSource> source, std::string path, int64_t offset, size_t longest);
   // The next line without its newline; false at the end.
   StatusOr<bool> ReadLine(std::string_view* line);
   // The byte `ahead` behind the place, or -1 where the text ends before it.
@@ -79,6 +83,7 @@ class TextBuffer {
   std::unique_ptr<ByteSource> source_;
   std::string path_;
   std::unique_ptr<char[]> buffer_;
+  size_t longest_;
   size_t capacity_ = 0;
   size_t begin_ = 0, end_ = 0;  // the unread part
   int64_t base_ = 0;            // offset in the text of buffer_[0]

@@ -129,7 +129,7 @@ StatusOr<std::map<std::string, int32_t>> ReadAddedTokens(const std::string& path
   std::map<std::string, int32_t> added;
   if (!PathExists(path)) return added;
   const auto bad = [&](const std::string& text) {
-    return MakeError(ExitCode::kData, "TOK-FORMAT", path + ": " + text);
+    return MakeError(ExitCode::kData, "TOK-FORMAT", path + ": " + text + "; copy the files again");
   };
   SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
   const nlohmann::json json = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
@@ -243,23 +243,26 @@ Status TrainSentencePiece(const TrainTokenizerOptions& options) {
                            "); name another directory, or remove it");
     }
   }
-  const auto failed = [&](ExitCode exit_code, const std::string& text) {
-    return MakeError(exit_code, "TOK-TRAIN", text);
+  const auto failed = [](const std::string& text) {
+    return MakeError(ExitCode::kData, "TOK-TRAIN", text);
   };
   int64_t total = 0;
   for (const std::string& input : options.inputs) {
     SALA_ASSIGN_OR_RETURN(const int64_t bytes, FileSize(input));
     total += bytes;
   }
-  if (total == 0) return failed(ExitCode::kData, "no input text to train a tokenizer on");
+  if (total == 0) {
+    return failed((options.inputs.empty() ? std::string("no input") : options.inputs[0]) +
+                  ": no text to train a tokenizer on; give files with text");
+  }
   const int64_t added = static_cast<int64_t>(options.added_tokens.size());
   constexpr int64_t kSmallest = 3 + 256 + 1;  // unk, bos, eos, the bytes, one piece
   if (options.vocab_size - added < kSmallest || options.vocab_size > (1 << 24)) {
-    return failed(ExitCode::kConfig, "vocab_size: found " + std::to_string(options.vocab_size) +
-                                         ", expected at least " +
-                                         std::to_string(kSmallest + added) +
-                                         " (256 bytes, 3 special, " + std::to_string(added) +
-                                         " added tokens and one piece) and at most 2^24");
+    return MakeError(ExitCode::kConfig, "TOK-TRAIN",
+                     "vocab_size: found " + std::to_string(options.vocab_size) +
+                         ", expected at least " + std::to_string(kSmallest + added) +
+                         " (256 bytes, 3 special, " + std::to_string(added) +
+                         " added tokens and one piece) and at most 2^24");
   }
   TrainingLines lines(options, total);
   std::string model;
@@ -268,9 +271,9 @@ Status TrainSentencePiece(const TrainTokenizerOptions& options) {
   const std::string error = TrainSentencePieceModel(
       training, [&](std::string* s) { return lines.Next(s); }, &model);
   if (!error.empty()) {
-    return failed(ExitCode::kData, "vocab_size " + std::to_string(options.vocab_size) + " on " +
-                                       std::to_string(total) + " bytes of text: " +
-                                       Printable(error) + "; use more text or another vocab_size");
+    return failed("vocab_size " + std::to_string(options.vocab_size) + " on " +
+                  std::to_string(total) + " bytes of text: " + Printable(error) +
+                  "; use more text or another vocab_size");
   }
   const auto write = [&]() -> Status {
     SALA_RETURN_IF_ERROR(MakeDirectories(options.output));
@@ -282,11 +285,9 @@ Status TrainSentencePiece(const TrainTokenizerOptions& options) {
     SALA_RETURN_IF_ERROR(WriteFileAtomically(options.output + "/" + kSentencePieceFile, model));
     SALA_ASSIGN_OR_RETURN(const auto tokenizer, LoadTokenizer(options.output));
     if (tokenizer->vocab_size() != options.vocab_size) {
-      return failed(ExitCode::kData, "the text of " + std::to_string(total) + " bytes gives only " +
-                                         std::to_string(tokenizer->vocab_size()) +
-                                         " tokens, asked were " +
-                                         std::to_string(options.vocab_size) +
-                                         "; use more text or a smaller vocab_size");
+      return failed("the text of " + std::to_string(total) + " bytes gives only " +
+                    std::to_string(tokenizer->vocab_size()) + " tokens, asked were " +
+                    std::to_string(options.vocab_size) + "; use more text or a smaller vocab_size");
     }
     return tokenizer->SaveTo(options.output);
   };

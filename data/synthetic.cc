@@ -4,6 +4,7 @@
 #include <memory>
 #include <utility>
 
+#include "core/file.h"
 #include "core/rng.h"
 #include "data/chat.h"
 #include "data/puzzle.h"
@@ -129,7 +130,7 @@ StatusOr<RecallTask> RecallTaskNamed(const std::string& name) {
     if (name == known) return task;
     all += (all.empty() ? "" : ", ") + std::string(known);
   }
-  return ConfigError("EVAL-TASK", "found task \"" + name + "\", expected one of " + all);
+  return ConfigError("EVAL-TASK", "found task \"" + Printable(name) + "\", expected one of " + all);
 }
 
 bool WantsRunningText(RecallTask task) {

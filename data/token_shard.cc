@@ -11,8 +11,10 @@
 namespace sala::data {
 namespace {
 
+constexpr char kRestore[] = "; restore the file or ingest again";
+
 Status FormatError(const std::string& path, const std::string& text) {
-  return MakeError(ExitCode::kData, "DS-FORMAT", path + ": " + text);
+  return MakeError(ExitCode::kData, "DS-FORMAT", path + ": " + text + kRestore);
 }
 
 std::vector<uint32_t> BlockCrcs(const void* data, int64_t bytes) {
@@ -75,7 +77,7 @@ StatusOr<ShardHeader> ReadHeader(const Hdf5Reader& file, const std::string& path
   if (version != kShardVersion) {
     return MakeError(ExitCode::kData, "DS-VERSION",
                      path + ": version " + std::to_string(version) + ", this program reads " +
-                         std::to_string(kShardVersion));
+                         std::to_string(kShardVersion) + "; use a newer program");
   }
   SALA_ASSIGN_OR_RETURN(const int64_t block, file.IntAttribute("crc_block_bytes"));
   if (block != kCrcBlockBytes)
@@ -101,7 +103,7 @@ Status AsFormat(const Status& status) {
   std::string text = MessageOf(status);
   const std::string code = "HDF5-FORMAT: ";
   if (text.rfind(code, 0) == 0) text.erase(0, code.size());
-  return MakeError(ExitCode::kData, "DS-FORMAT", text);
+  return MakeError(ExitCode::kData, "DS-FORMAT", text + kRestore);
 }
 
 Status AddArray(const Hdf5Reader& file, const std::string& path, const std::string& name,

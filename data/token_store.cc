@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "core/check.h"
+#include "core/file.h"
 #include "core/hash.h"
 
 namespace sala::data {
@@ -13,6 +14,8 @@ Status DataError(const char* code, const std::string& text) {
   return MakeError(ExitCode::kData, code, text);
 }
 
+constexpr char kRestore[] = "; restore the file or ingest again";
+
 }  // namespace
 
 Status TokenFile::Map(const std::string& name, Blocks* blocks) {
@@ -20,19 +23,20 @@ Status TokenFile::Map(const std::string& name, Blocks* blocks) {
   const auto array = find(name);
   const auto crc = find("crc/" + name);
   if (array == layout_.arrays.end() || crc == layout_.arrays.end())
-    return DataError("DS-FORMAT", path_ + ": no dataset /" + name + " or /crc/" + name);
+    return DataError("DS-FORMAT", path_ + ": no dataset /" + name + " or /crc/" + name + kRestore);
   for (const auto& a : {array->second, crc->second}) {
     if (a.offset < 0 || a.bytes() > static_cast<int64_t>(map_.size()) ||
         a.offset > static_cast<int64_t>(map_.size()) - a.bytes())
-      return DataError("DS-FORMAT", path_ + ": /" + name + " lies outside the file");
+      return DataError("DS-FORMAT", path_ + ": /" + name + " lies outside the file" + kRestore);
     if (a.bytes() > 0 && a.offset % a.item_bytes != 0)
-      return DataError("DS-FORMAT", path_ + ": /" + name + " is not aligned in the file");
+      return DataError("DS-FORMAT",
+                       path_ + ": /" + name + " is not aligned in the file" + kRestore);
   }
   const int64_t n_blocks = (array->second.bytes() + kCrcBlockBytes - 1) / kCrcBlockBytes;
   if (crc->second.count != n_blocks || crc->second.item_bytes != 4) {
     return DataError("DS-FORMAT", path_ + ": /crc/" + name + " has " +
                                       std::to_string(crc->second.count) + " values, expected " +
-                                      std::to_string(n_blocks));
+                                      std::to_string(n_blocks) + kRestore);
   }
   blocks->array = array->second;
   blocks->name = name;
@@ -68,7 +72,8 @@ Status TokenFile::CheckRange(int64_t first, int64_t last) const {
     if (at(i) >= layout_.header.vocab_size) {
       return DataError("DS-RANGE", path_ + ": token " + std::to_string(i) + " has id " +
                                        std::to_string(at(i)) + ", expected below vocab_size " +
-                                       std::to_string(layout_.header.vocab_size));
+                                       std::to_string(layout_.header.vocab_size) +
+                                       "; ingest again with the right tokenizer");
     }
   }
   return OkStatus();
@@ -90,7 +95,7 @@ Status TokenFile::Touch(Blocks& blocks, int64_t begin, int64_t count) {
 Status TokenFile::CheckOffsets() const {
   const int64_t documents = layout_.header.documents;
   const auto bad = [&](const std::string& text) {
-    return DataError("DS-OFFSETS", path_ + ": /doc_offsets " + text);
+    return DataError("DS-OFFSETS", path_ + ": /doc_offsets " + text + kRestore);
   };
   if (offsets_[0] != 0) return bad("starts with " + std::to_string(offsets_[0]) + ", expected 0");
   for (int64_t d = 0; d < documents; ++d) {
@@ -122,8 +127,8 @@ StatusOr<std::unique_ptr<TokenFile>> TokenFile::Open(const DatasetInfo& info, in
     if (found == expected) return OkStatus();
     const nlohmann::json f = found;
     const nlohmann::json e = expected;
-    return DataError("DS-FORMAT", file->path_ + ": " + what + " is " + f.dump() +
-                                      ", dataset.json says " + e.dump());
+    return DataError("DS-FORMAT", file->path_ + ": " + what + " is " + Printable(f.dump()) +
+                                      ", dataset.json says " + Printable(e.dump()) + kRestore);
   };
   SALA_RETURN_IF_ERROR(same("kind", header.kind, info.kind));
   SALA_RETURN_IF_ERROR(same("vocab_size", header.vocab_size, info.vocab_size));
@@ -200,8 +205,8 @@ Status TokenStore::CheckTokenizer(const Tokenizer& tokenizer) const {
       tokenizer.vocab_size() == info_.vocab_size)
     return OkStatus();
   return DataError("TOK-MISMATCH",
-                   info_.directory + ": made with tokenizer " + info_.tokenizer_name + " " +
-                       info_.tokenizer_fingerprint.substr(0, 12) + " (" +
+                   info_.directory + ": made with tokenizer " + Printable(info_.tokenizer_name) +
+                       " " + info_.tokenizer_fingerprint.substr(0, 12) + " (" +
                        std::to_string(info_.vocab_size) + " tokens), the run uses " +
                        tokenizer.name() + " " + tokenizer.fingerprint().substr(0, 12) + " (" +
                        std::to_string(tokenizer.vocab_size()) +

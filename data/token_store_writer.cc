@@ -17,7 +17,8 @@ using nlohmann::json;
 constexpr char kNoCrc[] = "00000000";
 
 Status FormatError(const std::string& path, const std::string& text) {
-  return MakeError(ExitCode::kData, "DS-FORMAT", path + ": " + text);
+  return MakeError(ExitCode::kData, "DS-FORMAT",
+                   path + ": " + text + "; restore the file or ingest again");
 }
 
 json IdOrNull(int32_t id) { return id < 0 ? json() : json(id); }
@@ -264,8 +265,10 @@ Status TokenStoreWriter::Add(const TokenDocument& document) {
   for (const int32_t id : document.tokens) {
     if (id < 0 || id >= info_.vocab_size) {
       return MakeError(ExitCode::kData, "DS-RANGE",
-                       "token id " + std::to_string(id) + ", expected below vocab_size " +
-                           std::to_string(info_.vocab_size));
+                       options_.directory + ": document " + std::to_string(info_.documents) +
+                           " has token id " + std::to_string(id) + ", expected 0 to " +
+                           std::to_string(info_.vocab_size - 1) +
+                           "; name the tokenizer it was made with");
     }
   }
   if (!shard_.tokens.empty() &&

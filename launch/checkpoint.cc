@@ -20,11 +20,15 @@ std::string Text(const nlohmann::json& object, const char* key) {
 // A run directory, its checkpoints/ or one checkpoint's parent.
 Status List(const std::string& path) {
   if (!IsDirectory(path))
-    return MakeError(ExitCode::kNoInput, "CKPT-NONE", path + ": no such directory");
+    return MakeError(ExitCode::kNoInput, "CKPT-NONE",
+                     path + ": no such directory; name that of a run");
   const std::string root = IsDirectory(path + "/checkpoints") ? path + "/checkpoints" : path;
   const std::vector<CheckpointListing> list = ListCheckpoints(root);
   if (list.empty())
-    return MakeError(ExitCode::kData, "CKPT-NONE", root + ": no complete checkpoint");
+    return MakeError(ExitCode::kData, "CKPT-NONE",
+                     root +
+                         ": no complete checkpoint; name the directory of a run, or wait for its "
+                         "first save");
   std::printf("%12s  %-20s %-6s %s\n", "step", "stage", "final", "directory");
   for (const CheckpointListing& entry : list) {
     std::printf("%12s  %-20s %-6s %s\n", WithCommas(entry.global_step).c_str(), entry.stage.c_str(),
@@ -100,7 +104,7 @@ Status Diff(const std::string& a, const std::string& b) {
   if (equal == total) return OkStatus();
   return MakeError(ExitCode::kData, "CKPT-DIFFERENT",
                    a + " and " + b + ": " + std::to_string(total - equal) + " of " +
-                       std::to_string(total) + " tensors differ");
+                       std::to_string(total) + " tensors differ; the lines above name them");
 }
 
 }  // namespace

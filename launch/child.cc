@@ -61,9 +61,10 @@ void EndGroup(pid_t child) {
   kill(-child, SIGKILL);  // what outlived it
 }
 
-Status StartError(const std::string& file, int error) {
+Status StartError(const std::string& file, const char* action, int error) {
   return MakeError(ExitCode::kIo, "CHILD-START",
-                   file + ": cannot be started: " + std::strerror(error));
+                   file + ": cannot be " + action + ": " + std::strerror(error) +
+                       "; look at its permissions, and at the space and limits of this host");
 }
 
 }  // namespace
@@ -74,7 +75,7 @@ StatusOr<int> RunChild(const ChildProgram& program, const std::function<bool()>&
   const std::vector<char*> argv = Pointers(words);
   const std::vector<char*> envp = Pointers(environment);
   const int output = open(program.output.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
-  if (output < 0) return StartError(program.output, errno);
+  if (output < 0) return StartError(program.output, "written", errno);
   const int input = open("/dev/null", O_RDONLY | O_CLOEXEC);
   const pid_t child = fork();
   if (child == 0) {
@@ -90,7 +91,7 @@ StatusOr<int> RunChild(const ChildProgram& program, const std::function<bool()>&
   const int error = errno;
   close(output);
   close(input);
-  if (child < 0) return StartError(program.words[0], error);
+  if (child < 0) return StartError(program.words[0], "started", error);
   setpgid(child, child);  // here too: whoever is first
   bool stopped = program.stop_when.empty();
   int status = 0;
@@ -121,7 +122,7 @@ std::string FindInPath(const std::string& name) {
 StatusOr<std::string> OwnProgram() {
   std::error_code error;
   const std::filesystem::path path = std::filesystem::read_symlink("/proc/self/exe", error);
-  if (error) return StartError("/proc/self/exe", error.value());
+  if (error) return StartError("/proc/self/exe", "read", error.value());
   return path.string();
 }
 

@@ -20,9 +20,16 @@ CLI::App* AddCommand(CLI::App& parent, const std::string& name, const std::strin
 }
 
 void PrintError(const Status& status) {
+  std::string text;
+  // Names of files may hold what a terminal obeys. A message about several mistakes has lines.
+  for (const char c : MessageOf(status)) {
+    const auto byte = static_cast<unsigned char>(c);
+    text +=
+        (byte < 0x20 && c != '\n') || byte == 0x7F ? Format("\\x%02x", byte) : std::string(1, c);
+  }
   std::fflush(stdout);  // what was printed before stands before it
   std::fprintf(stderr, "sala: %s %s\n", Tinted(STDERR_FILENO, Tint::kBad, "error:").c_str(),
-               MessageOf(status).c_str());
+               text.c_str());
 }
 
 std::string WithCommas(int64_t value) {

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/file.h"
 #include "data/commands.h"
 #include "data/ingest.h"
 #include "data/megatron.h"
@@ -58,8 +59,9 @@ StatusOr<std::map<std::string, data::RecordRule>> Rules(const std::vector<std::s
     const size_t equals = text.find('=');
     const auto action = actions.find(equals == std::string::npos ? "" : text.substr(equals + 1));
     if (action == actions.end()) {
-      return MakeError(ExitCode::kUsage, "USAGE",
-                       "--rule " + text + ": expected RULE=error, RULE=skip or RULE=fix");
+      return MakeError(
+          ExitCode::kUsage, "USAGE",
+          "--rule " + Printable(text) + ": expected RULE=error, RULE=skip or RULE=fix");
     }
     rules[text.substr(0, equals)] = action->second;
   }
@@ -87,8 +89,9 @@ Status SetMaxRejects(const std::string& text, data::IngestOptions* options) {
     used = 0;
   }
   if (used > 0 && used == number.size()) return OkStatus();
-  return MakeError(ExitCode::kUsage, "USAGE",
-                   "--max-rejects " + text + ": expected a number of records, or 0% to 100%");
+  return MakeError(
+      ExitCode::kUsage, "USAGE",
+      "--max-rejects " + Printable(text) + ": expected a number of records, or 0% to 100%");
 }
 
 Status Ingest(IngestCommand command) {

@@ -57,7 +57,7 @@ StatusOr<Prompt> MakePrompt(const GenerateOptions& options, const std::string& t
   if (im_end != tokenizer.added_tokens().end()) prompt.stop.push_back(im_end->second);
   if (prompt.ids.empty())
     return MakeError(ExitCode::kUsage, "USAGE",
-                     "--prompt is empty and the tokenizer has no start token");
+                     "--prompt is empty and the tokenizer has no start token; give some text");
   return prompt;
 }
 

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/file.h"
 #include "data/tokenizer.h"
 #include "launch/command.h"
 #include "launch/plan_text.h"
@@ -103,8 +104,12 @@ Status Plan(const PlanOptions& options) {
                         recipes::LoadPipeline(options.config, sets));
   const auto named = [&](const recipes::StageConfig& stage) { return stage.name == options.stage; };
   if (!options.stage.empty() && std::none_of(config.stages.begin(), config.stages.end(), named)) {
-    return MakeError(ExitCode::kUsage, "USAGE",
-                     options.config + " has no stage '" + options.stage + "'");
+    std::string names;
+    for (const recipes::StageConfig& stage : config.stages)
+      names += (names.empty() ? "" : ", ") + stage.name;
+    return MakeError(
+        ExitCode::kUsage, "USAGE",
+        "--stage: found '" + Printable(options.stage) + "', " + options.config + " has " + names);
   }
   SALA_ASSIGN_OR_RETURN(model::ModelConfig model,
                         recipes::StartingConfig(config.stages[0], recipes::MissingModel::kDescribe,

@@ -10,7 +10,7 @@
 #include <thread>
 #include <utility>
 
-#include "core/device.h"
+#include "core/exception.h"
 #include "core/log.h"
 #include "parallel/comm_log.h"
 #include "parallel/mpi_communicator.h"
@@ -67,13 +67,11 @@ Status AsRank(CommandLine& line, const std::function<Status(parallel::Communicat
   Status status = OkStatus();
   try {
     status = run(*world);
-  } catch (const DeviceError& error) {
-    status = MakeError(ExitCode::kDevice, error.code(), error.what());
   } catch (const parallel::CommError& error) {
     status = error.status();
   } catch (const std::exception& error) {
     // Unwinding further would end in MPI_Finalize, which waits for ranks that still compute.
-    status = MakeError(ExitCode::kInternal, "INTERNAL", std::string("exception: ") + error.what());
+    status = ErrorOf(error);
   }
   if (status.ok() || mpi->size() == 1) return status;
   const EndTogether end(status);

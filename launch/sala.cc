@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "core/device.h"
+#include "core/exception.h"
 #include "core/file.h"
 #include "core/terminal.h"
 #include "kernels/common/instruction_set.h"
@@ -102,13 +102,7 @@ int Run(int argc, char** argv) {
   }
   if (const std::string problem = sala::kernels::InstructionSetProblem(); !problem.empty())
     return UsageError(line, sala::Printable(problem));
-  const sala::Status status = [&line]() -> sala::Status {
-    try {
-      return line.action();
-    } catch (const sala::DeviceError& error) {
-      return sala::MakeError(sala::ExitCode::kDevice, error.code(), error.what());
-    }
-  }();
+  const sala::Status status = line.action();
   if (status.ok()) return 0;
   if (line.print_error) sala::launch::PrintError(status);
   return static_cast<int>(sala::ExitCodeOf(status));
@@ -120,8 +114,8 @@ int main(int argc, char** argv) {
   try {
     return Run(argc, argv);
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "sala: error: INTERNAL: %s; this is a defect of the program\n",
-                 error.what());
-    return static_cast<int>(sala::ExitCode::kInternal);
+    const sala::Status status = sala::ErrorOf(error);
+    sala::launch::PrintError(status);
+    return static_cast<int>(sala::ExitCodeOf(status));
   }
 }

@@ -223,9 +223,11 @@ Status WriteJson(const VerifyOptions& options, const recipes::ScaledPipeline& sc
   return WriteFileAtomically(options.json, all.dump(1) + "\n");
 }
 
-// A check that could not be done at all fails with the reason.
-VerifyRow RunCheck(const recipes::VerifyCheck& check, const VerifyContext& context) {
+// A check that could not be done at all fails with the reason; CHILD-START says nothing of what is
+// checked and ends all.
+StatusOr<VerifyRow> RunCheck(const recipes::VerifyCheck& check, const VerifyContext& context) {
   StatusOr<VerifyRow> done = check.run(context);
+  if (ErrorCodeOf(done.status()) == "CHILD-START") return done;
   VerifyRow row;
   if (done.ok()) {
     row = *std::move(done);
@@ -292,9 +294,10 @@ Status RunChecks(const VerifyOptions& options) {
     const auto& only = options.only;
     if (!only.empty() && std::find(only.begin(), only.end(), check.name) == only.end()) continue;
     const double began = Seconds();
-    VerifyRow row = RunCheck(check, context);
+    StatusOr<VerifyRow> row = RunCheck(check, context);
     if (Interrupted()) return OkStatus();
-    rows.push_back({std::move(row), Seconds() - began});
+    SALA_RETURN_IF_ERROR(row.status());
+    rows.push_back({*std::move(row), Seconds() - began});
     PrintRow(rows.back());
   }
   if (!options.keep.empty()) std::printf("kept in %s\n", work->path().c_str());

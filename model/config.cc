@@ -60,7 +60,7 @@ Status ModelConfig::Resolve() {
   if (num_attention_heads % num_key_value_heads != 0) {
     return error("model.num_attention_heads " + std::to_string(num_attention_heads) +
                  " is not a multiple of model.num_key_value_heads " +
-                 std::to_string(num_key_value_heads));
+                 std::to_string(num_key_value_heads) + "; change one of them");
   }
   if (lightning_nh == 0) lightning_nh = num_attention_heads;
   if (lightning_head_dim == 0) lightning_head_dim = head_dim;

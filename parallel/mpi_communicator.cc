@@ -37,7 +37,7 @@ Status MpiError(const char* operation, int code) {
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   return MakeError(ExitCode::kDevice, "COMM-FAILED",
                    std::string(operation) + ": on rank " + std::to_string(rank) + "@" + HostName() +
-                       ": " + text);
+                       ": " + text + "; run again, and look at that host if it repeats");
 }
 
 #define SALA_RETURN_IF_MPI_ERROR(call)                                                          \
@@ -238,8 +238,9 @@ StatusOr<std::unique_ptr<MpiSession>> MpiSession::Start(int* argc, char*** argv)
   int provided = 0;
   if (const int code = MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided);
       code != MPI_SUCCESS) {
-    return MakeError(ExitCode::kDevice, "COMM-FAILED",
-                     "MPI_Init_thread returned " + std::to_string(code));
+    return MakeError(
+        ExitCode::kDevice, "COMM-FAILED",
+        "MPI_Init_thread returned " + std::to_string(code) + "; sala doctor tries MPI alone");
   }
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
   std::unique_ptr<MpiSession> session(new MpiSession());

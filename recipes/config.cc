@@ -40,8 +40,9 @@ struct TrainFile {
       return;
     }
     if (b.reading() && in_pipeline && b.Present("run")) {
-      b.Error("run", "CFG-CONFLICT",
-              "`run` belongs to the pipeline file when a stage is part of a pipeline");
+      b.Error(
+          "run", "CFG-CONFLICT",
+          "`run` belongs to the pipeline file when a stage is part of a pipeline; move it there");
     }
     if (!in_pipeline) b.Section("run", &run, {.required = true});
     stage.kind = kind == FileKind::kHalo  ? StageKind::kHalo
@@ -132,7 +133,8 @@ StatusOr<std::vector<std::string>> OverridesFor(const std::string& stem,
       if (for_pipeline) mine.push_back(set);
     } else if (head == stem || head == "all") {
       if (set.size() <= head.size() + 1 || set[head.size()] != '.') {
-        return ConfigError("CFG-SET", "--set " + set + ": expected " + head + ".KEY=VALUE");
+        return ConfigError("CFG-SET",
+                           "--set " + Printable(set) + ": expected " + head + ".KEY=VALUE");
       }
       mine.push_back(set.substr(head.size() + 1));
     }
@@ -149,7 +151,7 @@ Status CheckOverrideHeads(const std::vector<std::string>& stems,
     if (std::find(allowed.begin(), allowed.end(), head) != allowed.end()) continue;
     const std::string near = NearestWord(head, allowed);
     return ConfigError("CFG-SET",
-                       "--set " + set + ": '" + head +
+                       "--set " + Printable(set) + ": '" + Printable(head) +
                            "' is neither a stage of the pipeline nor run, tokenizer or all" +
                            (near.empty() ? "" : "; did you mean '" + near + "'?"));
   }
@@ -431,7 +433,9 @@ StatusOr<PipelineConfig> LoadPipeline(const std::string& path,
   TrainFile file;
   SALA_ASSIGN_OR_RETURN(const ConfigDocument document, ConfigDocument::Load(path, own));
   SALA_RETURN_IF_ERROR(BindConfig(document, &file));
-  if (file.stages.empty()) return ConfigError("CFG-MISSING", path + ": `stages` is empty");
+  if (file.stages.empty())
+    return ConfigError("CFG-MISSING",
+                       path + ": `stages` is empty; name the file of one stage at least");
   pipeline.name = file.name;
   pipeline.run = file.run;
   std::vector<std::string> stems;
@@ -470,7 +474,8 @@ StatusOr<PipelineConfig> LoadPipeline(const std::string& path,
                              "optimizer state (the model has changed); turn it off");
     }
     if (!names.insert(stage.name).second) {
-      return ConfigError("CFG-CONFLICT", path + ": two stages are named '" + stage.name + "'");
+      return ConfigError("CFG-CONFLICT",
+                         path + ": two stages are named '" + stage.name + "'; rename one");
     }
     pipeline.stages.push_back(std::move(stage));
   }

@@ -243,7 +243,7 @@ StatusOr<EvalSample> EncodePrompt(const Prompt& prompt, bool chat,
   const std::vector<int32_t> before = tokenizer.Encode(text);
   const std::vector<int32_t> whole = tokenizer.Encode(text + prompt.answer);
   if (before.size() >= whole.size() || !std::equal(before.begin(), before.end(), whole.begin())) {
-    return MakeError(ExitCode::kData, "EVAL-BOUNDARY",
+    return MakeError(ExitCode::kConfig, "EVAL-BOUNDARY",
                      "with this tokenizer the answer does not start on a token; let the prompt "
                      "end in a word and the answer begin with a space");
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <iterator>
 #include <optional>
 
@@ -188,7 +189,7 @@ class FieldReader {
 
   void WrongType(const char* key, const char* expected) {
     Fail("IMP-FIELD", std::string("field ") + key + " is " + Printable(json_[key].dump()) +
-                          ", expected " + expected);
+                          ", expected " + expected + "; correct the file");
   }
 
   const nlohmann::json& json_;
@@ -282,14 +283,22 @@ void ReadShapes(FieldReader& in, const std::string& type, model::ModelConfig* c)
           sala ? std::nullopt : std::optional<bool>(type == kMiniCpm));
   in.Read("initializer_range", &c->initializer_range,
           sala ? std::nullopt : std::optional<double>(0.02));
-  for (const int64_t n :
-       {c->vocab_size, c->hidden_size, c->intermediate_size, c->num_hidden_layers,
-        c->num_attention_heads, c->num_key_value_heads, c->head_dim, c->max_position_embeddings}) {
-    if (n < 1 || n > int64_t{1} << 31)
-      in.Fail("IMP-FIELD", "a size is " + std::to_string(n) + ", expected 1 to 2^31");
+  const auto limit = [&in](const char* key, int64_t n, int64_t most) {
+    if (n >= 1 && n <= most) return;
+    in.Fail("IMP-FIELD", std::string("field ") + key + " is " + std::to_string(n) +
+                             ", expected 1 to " + std::to_string(most) + "; correct the file");
+  };
+  for (const auto& [key, n] : std::initializer_list<std::pair<const char*, int64_t>>{
+           {"vocab_size", c->vocab_size},
+           {"hidden_size", c->hidden_size},
+           {"intermediate_size", c->intermediate_size},
+           {"num_attention_heads", c->num_attention_heads},
+           {"num_key_value_heads", c->num_key_value_heads},
+           {"head_dim", c->head_dim},
+           {"max_position_embeddings", c->max_position_embeddings}}) {
+    limit(key, n, int64_t{1} << 31);
   }
-  if (c->num_hidden_layers > 100000)
-    in.Fail("IMP-FIELD", "num_hidden_layers is " + std::to_string(c->num_hidden_layers));
+  limit("num_hidden_layers", c->num_hidden_layers, 100000);
 }
 
 void ReadRope(FieldReader& in, const std::string& type, const std::string& path,
@@ -301,8 +310,8 @@ void ReadRope(FieldReader& in, const std::string& type, const std::string& path,
   // Newer files keep the rotary numbers in one object.
   const nlohmann::json& rope = in.json()["rope_parameters"];
   if (!rope.is_object())
-    return in.Fail("IMP-FIELD",
-                   "rope_parameters is " + Printable(rope.dump()) + ", expected an object");
+    return in.Fail("IMP-FIELD", "rope_parameters is " + Printable(rope.dump()) +
+                                    ", expected an object; correct the file");
   FieldReader inner(rope, path + ": rope_parameters");
   std::string rope_type;
   inner.Read("rope_type", &rope_type, "default");
@@ -325,8 +334,8 @@ void ReadScales(FieldReader& in, const std::string& type, model::ModelConfig* c)
     in.Read("scale_depth", &c->scale_depth);
     in.Read("dim_model_base", &c->dim_model_base);
     if (c->dim_model_base < 1)
-      in.Fail("IMP-FIELD",
-              "dim_model_base is " + std::to_string(c->dim_model_base) + ", expected at least 1");
+      in.Fail("IMP-FIELD", "dim_model_base is " + std::to_string(c->dim_model_base) +
+                               ", expected at least 1; correct the file");
     return;
   }
   // No muP: factors that change nothing, so that there is one code path.
@@ -348,7 +357,8 @@ void ReadTokenIds(FieldReader& in, const std::string& type, model::ModelConfig* 
 
 void ReadSparse(FieldReader& in, model::ModelConfig* c, const std::string& path) {
   if (!in.Has("sparse_config") || !in.json()["sparse_config"].is_object()) {
-    return in.Fail("IMP-FIELD", "field sparse_config is missing or not an object");
+    return in.Fail("IMP-FIELD",
+                   "field sparse_config is missing or not an object; correct the file");
   }
   FieldReader sparse(in.json()["sparse_config"], path + ": sparse_config");
   sparse.Read("kernel_size", &c->sparse.kernel_size);
@@ -360,7 +370,7 @@ void ReadSparse(FieldReader& in, model::ModelConfig* c, const std::string& path)
   sparse.Read("dense_len", &c->sparse.dense_len);
   bool use_nope = false;
   sparse.Read("use_nope", &use_nope, false);
-  if (use_nope) sparse.Fail("IMP-ARCH", "use_nope true is not supported");
+  if (use_nope) sparse.Fail("IMP-ARCH", "use_nope is true; only false is supported");
   in.Adopt(sparse.status());
 }
 
@@ -489,7 +499,8 @@ nlohmann::json HfGenerationConfig(const model::ModelConfig& config,
 StatusOr<model::ModelConfig> ModelConfigFromHf(const nlohmann::json& json,
                                                const std::string& path) {
   if (!json.is_object())
-    return MakeError(ExitCode::kData, "IMP-FIELD", path + ": not a JSON object");
+    return MakeError(ExitCode::kData, "IMP-FIELD",
+                     path + ": not a JSON object; fetch the file again");
   FieldReader in(json, path);
   std::string type;
   in.Read("model_type", &type);

@@ -41,7 +41,8 @@ std::string ShapeText(const std::vector<int64_t>& shape) { return nlohmann::json
 StatusOr<nlohmann::json> ParseConfig(const std::string& text, const std::string& path) {
   nlohmann::json json = ParseJson(text);
   if (json.is_discarded())
-    return DataError("IMP-FIELD", path + ": not valid JSON, or nested more than 64 deep");
+    return DataError("IMP-FIELD",
+                     path + ": not valid JSON, or nested more than 64 deep; fetch the file again");
   return json;
 }
 
@@ -55,7 +56,8 @@ StatusOr<ModelFolder> ModelFolder::Open(const std::string& directory,
                                         const ModelFolderOptions& options) {
   const std::string config_path = directory + "/config.json";
   if (!IsDirectory(directory))
-    return MakeError(ExitCode::kNoInput, "FILE-MISSING", directory + ": no such folder");
+    return MakeError(ExitCode::kNoInput, "FILE-MISSING",
+                     directory + ": no such folder; name the folder of a model");
   if (!PathExists(config_path)) {
     // Where the weights are of a form that is not read, that is what to say.
     if (const Status form = SafetensorsModel::Open(directory).status();
@@ -92,11 +94,13 @@ Status ModelFolder::ReadExportRecord() {
   if (!PathExists(path)) return OkStatus();
   SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
   const nlohmann::json record = ParseJson(text);
-  if (!record.is_object()) return DataError("IMP-FIELD", path + ": not a JSON object");
+  if (!record.is_object())
+    return DataError("IMP-FIELD", path + ": not a JSON object; export the model again");
   const auto fingerprint = record.find("tokenizer_fingerprint");
   if (fingerprint != record.end()) {  // an older version did not write it
     if (!fingerprint->is_string())
-      return DataError("IMP-FIELD", path + ": tokenizer_fingerprint is not a text");
+      return DataError("IMP-FIELD",
+                       path + ": tokenizer_fingerprint is not a text; export the model again");
     tokenizer_fingerprint_ = fingerprint->get<std::string>();
   }
   const auto shapes_only = record.find("shapes_only");
@@ -123,7 +127,7 @@ Status ModelFolder::CheckTensors() const {
                       ShapeText(spec.shape));
     } else if (!WeightTypeOfFormat(entry->dtype)) {
       return DataError("ST-DTYPE", directory_ + ": tensor " + spec.name + " is " + entry->dtype +
-                                       ", expected F32, BF16, F16 or F64");
+                                       ", expected F32, BF16, F16 or F64; convert the weights");
     }
   }
   if (!missing.empty()) {
@@ -146,7 +150,8 @@ Status ModelFolder::CheckTensors() const {
   }
   if (!biases.empty()) {
     return DataError("IMP-BIAS", directory_ + ": " + Counted(biases.size(), "bias tensor") +
-                                     "that the model has no place for: " + ListSome(biases));
+                                     "that the model has no place for: " + ListSome(biases) +
+                                     "; take a model without biases");
   }
   if (!extra.empty()) {
     return DataError("IMP-EXTRA", directory_ + ": " + Counted(extra.size(), "tensor") +

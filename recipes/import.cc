@@ -133,7 +133,7 @@ std::unique_ptr<data::Tokenizer> TokenizerOf(const ModelFolder& folder, std::str
   if (folder.TokenizerFiles().empty()) return nullptr;
   auto tokenizer = data::LoadTokenizer(folder.directory());
   if (tokenizer.ok()) return std::move(*tokenizer);
-  *problem = ErrorCodeOf(tokenizer.status()) + ": " + MessageOf(tokenizer.status());
+  *problem = MessageOf(tokenizer.status());
   return nullptr;
 }
 

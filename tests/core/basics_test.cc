@@ -5,12 +5,17 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <numeric>
+#include <stdexcept>
 
 #include "core/arena.h"
+#include "core/buffer.h"
 #include "core/context.h"
+#include "core/device.h"
 #include "core/dtype.h"
+#include "core/exception.h"
 #include "core/rng.h"
 #include "core/status.h"
 #include "core/tensor.h"
@@ -48,8 +53,40 @@ TEST(Status, MacrosReturnEarly) {
   EXPECT_EQ(ErrorCodeOf(quarter(6).status()), "ODD");
 }
 
+TEST(Exceptions, BecomeErrorsOfTheCatalogue) {
+  const auto expect = [](const Status& status, ExitCode exit_code, const std::string& text) {
+    EXPECT_EQ(ExitCodeOf(status), exit_code);
+    EXPECT_THAT(MessageOf(status), ::testing::StartsWith(text));
+  };
+  expect(ErrorOf(DeviceError("CUDA-FAILED", "Add [2]: no")), ExitCode::kDevice,
+         "CUDA-FAILED: Add [2]: no");
+  expect(ErrorOf(std::bad_alloc()), ExitCode::kDevice, "HOST-MEMORY: ");
+  expect(ErrorOf(std::runtime_error("a\nb")), ExitCode::kInternal, "INTERNAL: a\\nb; this is");
+}
+
+TEST(Exceptions, MemoryThatTheSystemDoesNotHave) {
+#ifdef SALA_SANITIZED
+  GTEST_SKIP() << "a sanitizer's allocator ends the process itself";
+#endif
+  constexpr size_t kTooMuch = size_t{1} << 60;  // more than addresses of 57 bits reach
+  for (const auto& ask : std::vector<std::function<void()>>{
+           [] { Buffer buffer(kTooMuch); }, [] { Arena(size_t{1} << 20).Allocate(kTooMuch); }}) {
+    try {
+      ask();
+      ADD_FAILURE() << "memory was given";
+    } catch (const std::exception& error) {
+      const Status status = ErrorOf(error);
+      EXPECT_EQ(ErrorCodeOf(status), "HOST-MEMORY");
+      EXPECT_THAT(MessageOf(status),
+                  ::testing::AllOf(::testing::HasSubstr(std::to_string(kTooMuch) + " bytes"),
+                                   ::testing::HasSubstr("ask for less")));
+    }
+  }
+}
+
 TEST(CheckDeathTest, EndsWithTheInternalExitCode) {
   EXPECT_EXIT(SALA_CHECK(1 + 1 == 3) << "detail", ::testing::ExitedWithCode(70),
+              "sala: error: INTERNAL: .*basics_test.cc:[0-9]+: check failed on rank 0@localhost: "
               "1 \\+ 1 == 3 detail");
 }
 

@@ -8,6 +8,7 @@
 #include "core/file.h"
 #include "data/commands.h"
 #include "data/ingest.h"
+#include "data/record_reader.h"
 #include "tests/data/test_data.h"
 
 namespace sala::data {
@@ -278,6 +279,23 @@ TEST_F(IngestWays, FlippedBitsOfArchivesNeverChangeTheText) {
     }
     EXPECT_LT(same, 12) << name << ": no more than one flip of each byte of a header";
   }
+}
+
+TEST_F(IngestWays, ARecordMayBeAsLongAsTheLimit) {
+  const auto first = [&](const std::string& name, size_t bytes) {
+    // A buffer is never smaller than 1 MiB, and a line has its newline in it.
+    ReadOptions options{.path = dir_ / name, .longest_record = size_t{3} << 20};
+    options.kind = Value(KindOfFile(options.path));
+    const std::string start = "{\"text\": \"b\"}\n";
+    WriteText(options.path, start + std::string(bytes, 'a') + "\n");
+    RecordReader reader = Value(RecordReader::Open(options));
+    RawRecord record;
+    EXPECT_TRUE(Value(reader.Next(&record)));
+    return reader.Next(&record).status();
+  };
+  EXPECT_EQ(first("a.jsonl", (size_t{3} << 20) - 1), OkStatus());
+  ExpectError(first("a.jsonl", size_t{3} << 20), "ING-LONG", ExitCode::kData,
+              {"a.jsonl", "record at byte 14", "longer than 3 MiB", "cut it"});
 }
 
 TEST_F(IngestWays, TextBehindAnArchiveIsNoPartOfIt) {

@@ -187,6 +187,10 @@ class Errors(unittest.TestCase):
         self.assertEqual(result.code, 78, result)
         self.assertIn("CFG-MODEL: model.head_dim is 8, the GPU kernels need 16, 32, 64 or 128; use run.device: cpu", result.err)
 
+    @unittest.skipUnless(EMULATED, "the emulator says how many devices there are")
+    def test_no_device(self):
+        self.fails(71, "CUDA-NONE", r"no CUDA device: .*; use device: cpu, or see sala doctor", env={"SALA_SIMT_DEVICES": "0"})
+
     @unittest.skipUnless(EMULATED, "failures are injected by the emulator")
     def test_too_little_memory(self):
         # Enough for parameters and optimizer, not for cuBLASLt's work space of 64 MiB.

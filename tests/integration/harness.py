@@ -5,6 +5,7 @@ makes lies in a temporary folder that goes with the process. Only Python's stand
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -41,10 +42,31 @@ def main():
 
 # ---- commands ----
 
+# Behind the code comes what was wrong, not a second code.
+ERROR_LINE = re.compile(r"sala: error: ([A-Z]+(?:-[A-Z0-9]+)*): (?![A-Z]+(?:-[A-Z0-9]+)+: )\S")
+
+
+@functools.cache
+def error_catalogue():
+    """{code: exit codes}, from docs/errors.md."""
+    text = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "errors.md").read_text()
+    rows = re.findall(r"^\| `([A-Z0-9-]+)` \| ([0-9, ]+) \|", text, re.MULTILINE)
+    return {code: {int(number) for number in numbers.split(",")} for code, numbers in rows}
+
 
 class Result:
+    """What a command printed and its exit code. Each error line of the program must be one of docs/errors.md: a code of its tables,
+    with an exit code of that row, and nothing unprintable in it."""
+
     def __init__(self, code, out, err):
         self.code, self.out, self.err = code, out, err
+        for line in self.error_lines:
+            found = ERROR_LINE.search(line)
+            if found is None or not line.isprintable():
+                raise AssertionError(f"not an error line of docs/errors.md: {line!r}: {self}")
+            # Below 0 and above 128 it was a signal that ended the process; 1 is mpirun's own, where a signal ended it.
+            if 1 < code < 128 and code not in error_catalogue().get(found.group(1), set()):
+                raise AssertionError(f"docs/errors.md has no row of {found.group(1)} with exit code {code}: {self}")
 
     @property
     def error_lines(self):
