@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "core/check.h"
-#include "core/exception.h"
+#include "core/host_memory.h"
 
 namespace sala {
 namespace {
@@ -28,8 +28,7 @@ Arena::Arena(size_t block_bytes, Device* device)
 
 void Arena::AddBlock(size_t bytes) {
   const size_t size = (bytes + alignment_ - 1) / alignment_ * alignment_;
-  void* data = device_ == nullptr ? std::aligned_alloc(alignment_, size) : device_->Allocate(size);
-  if (data == nullptr) throw HostMemoryError(size);  // a device says so itself
+  void* data = device_ == nullptr ? AllocateHostMemory(size) : device_->Allocate(size);
   blocks_.push_back({{data, FreeDeleter{device_}}, size});
 }
 

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <utility>
 
-#include "core/exception.h"
+#include "core/host_memory.h"
 #include "core/memory.h"
 
 namespace sala {
@@ -50,10 +50,7 @@ Buffer::Buffer(size_t bytes, Device* device) : bytes_(bytes) {
     device->Zero(data_.get(), bytes);
     return;
   }
-  constexpr size_t kAlignment = 64;
-  data_ = {std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment),
-           BufferFree{}};
-  if (data_ == nullptr) throw HostMemoryError(bytes);
+  data_ = {AllocateHostMemory(bytes), BufferFree{}};
   CountHost(data_.get(), 1);
   std::memset(data_.get(), 0, bytes);
 }
