@@ -8,6 +8,7 @@
 
 #include "core/file.h"
 #include "core/hash.h"
+#include "core/json.h"
 
 namespace sala::data {
 namespace {
@@ -108,7 +109,7 @@ Status Changed(const std::string& output, const std::string& what) {
 }
 
 std::string Short(const json& value) {
-  return Printable(value.dump(-1, ' ', false, json::error_handler_t::replace));
+  return Printable(DumpJson(value));
 }
 
 Status ComparePlans(const std::string& output, const std::string& found, const json& now) {
@@ -203,9 +204,7 @@ StatusOr<IngestPlan> MakeIngestPlan(const IngestOptions& options, const Tokenize
     }
   }
   GroupSegments(options.piece_bytes, &plan);
-  plan.text = PlanJson(options, tokenizer, chats, plan)
-                  .dump(1, ' ', false, json::error_handler_t::replace) +
-              "\n";
+  plan.text = DumpJson(PlanJson(options, tokenizer, chats, plan), 1) + "\n";
   plan.fingerprint = Sha256Hex(plan.text);
   return plan;
 }

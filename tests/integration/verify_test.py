@@ -170,7 +170,7 @@ class BrokenThings(unittest.TestCase):
              "request.parent = config_.parent; optimizer_.set_updates(optimizer_.updates() + 1);", "saves",
              r"saving every step: step \d \(stage only, train\): loss_hex"),
             # Each rank divides by its own targets.
-            ("recipes/step_loop.cc", "SALA_RETURN_IF_ERROR(group.AllReduce(std::span<int64_t>(sums), parallel::Reduce::kSum));",
+            ("recipes/step_batch.cc", "SALA_RETURN_IF_ERROR(group.AllReduce(std::span<int64_t>(sums), parallel::Reduce::kSum));",
              "static_cast<void>(group);", "ranks", r"2 ranks, rank_independent_sums: step 1 \(stage only, train\): loss_hex"),
             # Cut off instead of rounded.
             ("recipes/export.cc", "const BF16 rounded(value);",
