@@ -8,8 +8,8 @@
 
 namespace sala {
 
-// The parser has no limit on nesting, but writing a value out (for a message) calls itself for every
-// level. The value; a discarded one where the text is no JSON or is nested more than 64 deep.
+// The parser has no limit on nesting, but writing a value out (for a message) calls itself for
+// every level. The value; a discarded one where the text is no JSON or is nested more than 64 deep.
 inline nlohmann::json ParseJson(std::string_view text) {
   constexpr int kMaxNesting = 64;
   bool deep = false;

@@ -309,9 +309,7 @@ int32_t Bpe::Find(std::string_view piece) const {
 }
 
 void Bpe::Describe(const std::function<void(const std::string&)>& line) const {
-  const auto escaped = [](const std::string& piece) {
-    return DumpJson(nlohmann::json(piece));
-  };
+  const auto escaped = [](const std::string& piece) { return DumpJson(nlohmann::json(piece)); };
   for (int32_t id = 0; id < size(); ++id) {
     const std::string& text = piece(id);
     if (Find(text) == id) line(std::to_string(id) + "\t" + escaped(text) + "\n");

@@ -108,9 +108,7 @@ Status Changed(const std::string& output, const std::string& what) {
                        "; restore that, or remove the directory and ingest again");
 }
 
-std::string Short(const json& value) {
-  return Printable(DumpJson(value));
-}
+std::string Short(const json& value) { return Printable(DumpJson(value)); }
 
 Status ComparePlans(const std::string& output, const std::string& found, const json& now) {
   const json then = json::parse(found, nullptr, /*allow_exceptions=*/false);

@@ -19,9 +19,7 @@ namespace {
 
 constexpr char kSpaceMark[] = "\xe2\x96\x81";  // U+2581
 
-std::string Escaped(const std::string& piece) {
-  return DumpJson(nlohmann::json(piece));
-}
+std::string Escaped(const std::string& piece) { return DumpJson(nlohmann::json(piece)); }
 
 std::string SpacesFor(std::string piece) {
   size_t at = 0;

@@ -91,8 +91,7 @@ Status Doctor(const DoctorOptions& options) {
     if (failed.empty()) exit_code = row.exit_code;
     failed += (failed.empty() ? "" : ", ") + row.name;
   }
-  if (options.json)
-    std::printf("%s\n", DumpJson(lines, 2).c_str());
+  if (options.json) std::printf("%s\n", DumpJson(lines, 2).c_str());
   if (failed.empty()) return OkStatus();
   return MakeError(exit_code, "DOCTOR",
                    failed + ": not in order; the line of each says what was found and what to do");

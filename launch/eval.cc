@@ -84,8 +84,7 @@ Status RemoveEvaluation(const std::string& directory) {
 Status Print(const EvalOptions& options, const std::vector<nlohmann::ordered_json>& lines,
              const std::string& table) {
   if (options.json) {
-    for (const nlohmann::ordered_json& line : lines)
-      std::printf("%s\n", DumpJson(line).c_str());
+    for (const nlohmann::ordered_json& line : lines) std::printf("%s\n", DumpJson(line).c_str());
   } else {
     std::printf("%s", table.c_str());
   }
