@@ -66,7 +66,7 @@ int LeastRanks(const PipelineConfig& config);
 
 // Refuses what the run would refuse as far as the inputs that are there show it; what is not there
 // is listed, not refused, with two exceptions, without which there are no shapes to plan: a model
-// of `init_from` that `init_from.model` does not describe (FILE-MISSING, CKPT-NONE, 66), and a
+// of `init_from` that `init_from.model` does not describe (CKPT-NONE, 65), and a
 // tokenizer that alone knows the size of a new model's vocabulary.
 StatusOr<DryRunSheet> DryRun(const PipelineConfig& config, int ranks);
 
