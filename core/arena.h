@@ -24,10 +24,12 @@
 
 namespace sala {
 
+constexpr size_t kArenaBlockBytes = size_t{64} << 20;
+
 class Arena {
  public:
   // Memory of the host, or of `device`, which must outlive the arena.
-  explicit Arena(size_t block_bytes = size_t{64} << 20, Device* device = nullptr);
+  explicit Arena(size_t block_bytes = kArenaBlockBytes, Device* device = nullptr);
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 

@@ -11,6 +11,7 @@
 #include "core/file.h"
 #include "core/hash.h"
 #include "core/hdf5.h"
+#include "core/json.h"
 
 namespace sala {
 
@@ -322,6 +323,18 @@ Status CheckCover(const StoredTensor& tensor, const StoredSlice* first, const St
   return OkStatus();
 }
 
+StatusOr<uint32_t> FileCrc(const std::string& path, int64_t bytes) {
+  constexpr int64_t kPiece = int64_t{4} << 20;
+  std::vector<char> buffer(static_cast<size_t>(std::min(kPiece, bytes)));
+  uint32_t crc = 0;
+  for (int64_t at = 0; at < bytes; at += kPiece) {
+    const auto n = static_cast<size_t>(std::min(kPiece, bytes - at));
+    SALA_RETURN_IF_ERROR(ReadAt(path, at, buffer.data(), n));
+    crc = Crc32c(buffer.data(), n, crc);
+  }
+  return crc;
+}
+
 void FaultPoint(const char* point) {
   const char* fault = std::getenv("SALA_FAULT");
   constexpr int kAsIfKilled = 137;  // 128 + SIGKILL, as a shell reports it
@@ -337,8 +350,7 @@ constexpr size_t kCrcDigits = 8;
 
 std::string SealManifest(nlohmann::ordered_json manifest) {
   manifest["self_crc32c"] = kNoCrc;  // the last key, so the last match below
-  std::string text =
-      manifest.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
+  std::string text = DumpJson(manifest, 2) + "\n";
   const std::string crc = Hex32(Crc32c(text.data(), text.size()));
   return text.replace(text.rfind(kSelfCrc) + sizeof(kSelfCrc) - 1, kCrcDigits, crc);
 }

@@ -52,6 +52,10 @@ void ForEachRun(const std::vector<int64_t>& shape, const StoredSlice& slice,
 Status CheckCover(const StoredTensor& tensor, const StoredSlice* first, const StoredSlice* last,
                   int64_t begin, int64_t end);
 
+// CRC32C of the first `bytes` of a file, read in pieces: mapped, the whole file would count as
+// memory of the process.
+StatusOr<uint32_t> FileCrc(const std::string& path, int64_t bytes);
+
 // Ends the process when the environment asks for it; see core/checkpoint.h.
 void FaultPoint(const char* point);
 

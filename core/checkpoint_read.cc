@@ -105,21 +105,10 @@ Status CheckSaveId(const std::string& path, const std::string& save_id, int64_t 
                    path + ": the header is damaged: no save id found; restore the file");
 }
 
-StatusOr<uint32_t> FileCrc(const std::string& path, int64_t bytes) {
-  constexpr int64_t kPiece = int64_t{64} << 20;
-  std::vector<char> buffer(static_cast<size_t>(std::min(kPiece, bytes)));
-  uint32_t crc = 0;
-  for (int64_t at = 0; at < bytes; at += kPiece) {
-    const auto n = static_cast<size_t>(std::min(kPiece, bytes - at));
-    SALA_RETURN_IF_ERROR(ReadAt(path, at, buffer.data(), n));
-    crc = Crc32c(buffer.data(), n, crc);
-  }
-  return crc;
-}
-
 Status CheckFileCrc(const std::string& directory, const json& record) {
   const std::string path = directory + "/" + record["name"].get<std::string>();
-  SALA_ASSIGN_OR_RETURN(const uint32_t crc, FileCrc(path, record["bytes"].get<int64_t>()));
+  SALA_ASSIGN_OR_RETURN(const uint32_t crc,
+                        checkpoint::FileCrc(path, record["bytes"].get<int64_t>()));
   if (Hex32(crc) == record["crc32c"].get<std::string>()) return OkStatus();
   return DataError("CKPT-CRC", path + ": the file's CRC is " + Hex32(crc) + ", the manifest says " +
                                    Printable(record["crc32c"].get<std::string>()) +

@@ -36,9 +36,10 @@ bool IsOptimizerState(TensorKind kind) {
 }
 
 StatusOr<json> FileRecord(const std::string& directory, const std::string& name) {
-  SALA_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::Open(directory + "/" + name));
-  return json{
-      {"name", name}, {"bytes", file.size()}, {"crc32c", Hex32(Crc32c(file.data(), file.size()))}};
+  const std::string path = directory + "/" + name;
+  SALA_ASSIGN_OR_RETURN(const int64_t bytes, FileSize(path));
+  SALA_ASSIGN_OR_RETURN(const uint32_t crc, checkpoint::FileCrc(path, bytes));
+  return json{{"name", name}, {"bytes", bytes}, {"crc32c", Hex32(crc)}};
 }
 
 // The slice with its defaults filled in.

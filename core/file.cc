@@ -226,6 +226,13 @@ StatusOr<MappedFile> MappedFile::Open(const std::string& path) {
   return mapped;
 }
 
+void MappedFile::Forget(size_t begin, size_t bytes) const {
+  static const auto kPage = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+  const size_t first = begin / kPage * kPage;
+  // Advice: where the system does not take it, the pages stay.
+  if (bytes > 0) ::madvise(static_cast<char*>(data_) + first, begin + bytes - first, MADV_DONTNEED);
+}
+
 MappedFile::MappedFile(MappedFile&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
 

@@ -43,6 +43,9 @@ class MappedFile {
   ~MappedFile();
   const char* data() const { return static_cast<const char*>(data_); }
   size_t size() const { return size_; }
+  // Takes the pages of [begin, begin + bytes) out of the process's resident memory, where a mapping
+  // otherwise keeps all that was ever read; what is read again comes from the system's cache.
+  void Forget(size_t begin, size_t bytes) const;
 
  private:
   void* data_ = nullptr;

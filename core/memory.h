@@ -13,5 +13,12 @@ int64_t HostBufferPeakBytes();
 // The most physical memory the process had (VmHWM of Linux), libraries and their buffers included;
 // 0 where the system does not say.
 int64_t ResidentPeakBytes();
+// Now (VmRSS); likewise 0.
+int64_t ResidentBytes();
+
+// To be called first in a program. Large blocks go back to the system when they are freed, instead
+// of to the heap, where what lies behind them keeps them; the C library otherwise takes blocks of
+// up to 32 MiB from the heap once the first was freed.
+void ReturnFreedMemory();
 
 }  // namespace sala

@@ -5,7 +5,7 @@
 #include <system_error>
 #include <utility>
 
-#include "nlohmann/json.hpp"
+#include "core/json.h"
 
 namespace sala {
 namespace {
@@ -44,8 +44,7 @@ MetricsFile::~MetricsFile() {
 
 Status MetricsFile::Write(const nlohmann::ordered_json& line) {
   // Text that is not UTF-8 must not end a run: it is replaced, not thrown at.
-  const std::string text =
-      line.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
+  const std::string text = DumpJson(line) + "\n";
   if (std::fseek(file_, 0, SEEK_END) != 0 ||
       std::fwrite(text.data(), 1, text.size(), file_) != text.size() || std::fflush(file_) != 0) {
     return MetricsError("cannot write metrics");

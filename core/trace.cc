@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/clock.h"
+#include "core/json.h"
 #include "nlohmann/json.hpp"
 
 namespace sala {
@@ -137,7 +138,7 @@ std::string TraceJson(const std::vector<TraceEvent>& events, int rank, const std
     list.push_back(std::move(entry));
   }
   const nlohmann::ordered_json trace = {{"displayTimeUnit", "ms"}, {"traceEvents", list}};
-  return trace.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
+  return DumpJson(trace) + "\n";
 }
 
 }  // namespace sala

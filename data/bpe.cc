@@ -9,6 +9,7 @@
 #include "core/check.h"
 #include "core/file.h"
 #include "core/hash.h"
+#include "core/json.h"
 #include "data/bpe_cache.h"
 #include "data/code_points.h"
 
@@ -308,9 +309,7 @@ int32_t Bpe::Find(std::string_view piece) const {
 }
 
 void Bpe::Describe(const std::function<void(const std::string&)>& line) const {
-  const auto escaped = [](const std::string& piece) {
-    return nlohmann::json(piece).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
-  };
+  const auto escaped = [](const std::string& piece) { return DumpJson(nlohmann::json(piece)); };
   for (int32_t id = 0; id < size(); ++id) {
     const std::string& text = piece(id);
     if (Find(text) == id) line(std::to_string(id) + "\t" + escaped(text) + "\n");

@@ -7,6 +7,7 @@
 
 #include "core/file.h"
 #include "core/hash.h"
+#include "core/json.h"
 
 namespace sala::data {
 namespace {
@@ -193,8 +194,7 @@ Status ChatRenderer::OpenTemplate(const std::string& text, const std::string& to
   }
   sha256_ = Sha256Hex(source);
   SALA_ASSIGN_OR_RETURN(template_, JinjaTemplate::Open(name_, source, folder.variables));
-  special_sha256_ = Sha256Hex(json({folder.variables, folder.special})
-                                  .dump(-1, ' ', false, json::error_handler_t::replace));
+  special_sha256_ = Sha256Hex(DumpJson(json({folder.variables, folder.special})));
   // Where its text is the token, it stays in front: what follows is not the start of a text then.
   const std::vector<int32_t> bos_alone = {tokenizer_.bos_id()};
   const auto bos = folder.variables.find("bos_token");

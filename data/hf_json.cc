@@ -4,6 +4,7 @@
 #include <string>
 
 #include "core/file.h"
+#include "core/json.h"
 
 namespace sala::data {
 namespace {
@@ -16,7 +17,7 @@ std::string Shown(const nlohmann::json& json) {
     return "an object of " + std::to_string(json.size()) + " members";
   if (json.is_array() && json.size() > 8)
     return "a list of " + std::to_string(json.size()) + " values";
-  return Printable(json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
+  return Printable(DumpJson(json));
 }
 
 }  // namespace

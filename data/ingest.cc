@@ -12,6 +12,7 @@
 
 #include "core/clock.h"
 #include "core/file.h"
+#include "core/json.h"
 #include "core/progress.h"
 #include "core/run_lock.h"
 #include "data/ingest_piece.h"
@@ -247,14 +248,13 @@ std::string Ingest::Where(const PieceEvent& event) const {
 }
 
 Status Ingest::Note(const std::string& rule, const std::string& action, const PieceEvent& event) {
-  log_ << json({{"file", FileOf(event.place.segment).path},
-                {"line", event.place.line + lines_before_},
-                {"offset", event.place.offset},
-                {"id", event.id},
-                {"rule", rule},
-                {"action", action}})
-              .dump(-1, ' ', false, json::error_handler_t::replace)
-       << '\n';
+  const json line = {{"file", FileOf(event.place.segment).path},
+                     {"line", event.place.line + lines_before_},
+                     {"offset", event.place.offset},
+                     {"id", event.id},
+                     {"rule", rule},
+                     {"action", action}};
+  log_ << DumpJson(line) << '\n';
   ++report_.cases[rule];
   // Doubles and empty records are what skipping is for; only malformed ones speak against the
   // input.

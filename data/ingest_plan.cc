@@ -8,6 +8,7 @@
 
 #include "core/file.h"
 #include "core/hash.h"
+#include "core/json.h"
 
 namespace sala::data {
 namespace {
@@ -107,9 +108,7 @@ Status Changed(const std::string& output, const std::string& what) {
                        "; restore that, or remove the directory and ingest again");
 }
 
-std::string Short(const json& value) {
-  return Printable(value.dump(-1, ' ', false, json::error_handler_t::replace));
-}
+std::string Short(const json& value) { return Printable(DumpJson(value)); }
 
 Status ComparePlans(const std::string& output, const std::string& found, const json& now) {
   const json then = json::parse(found, nullptr, /*allow_exceptions=*/false);
@@ -203,9 +202,7 @@ StatusOr<IngestPlan> MakeIngestPlan(const IngestOptions& options, const Tokenize
     }
   }
   GroupSegments(options.piece_bytes, &plan);
-  plan.text = PlanJson(options, tokenizer, chats, plan)
-                  .dump(1, ' ', false, json::error_handler_t::replace) +
-              "\n";
+  plan.text = DumpJson(PlanJson(options, tokenizer, chats, plan), 1) + "\n";
   plan.fingerprint = Sha256Hex(plan.text);
   return plan;
 }

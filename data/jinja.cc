@@ -17,6 +17,7 @@
 #include <system_error>
 
 #include "core/file.h"
+#include "core/json.h"
 #include "data/jinja_script.h"
 
 namespace sala::data {
@@ -31,7 +32,7 @@ Status HelperError(const std::string& name, const std::string& text) {
 }
 
 std::string Framed(const json& request) {
-  const std::string body = request.dump(-1, ' ', false, json::error_handler_t::replace);
+  const std::string body = DumpJson(request);
   std::string framed(8, '\0');
   for (size_t i = 0; i < 8; ++i) framed[i] = static_cast<char>(body.size() >> (8 * i));
   return framed + body;

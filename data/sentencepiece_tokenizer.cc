@@ -8,6 +8,7 @@
 
 #include "core/file.h"
 #include "core/hash.h"
+#include "core/json.h"
 #include "core/rng.h"
 #include "data/sentencepiece_api.h"
 #include "data/tokenizer_files.h"
@@ -18,9 +19,7 @@ namespace {
 
 constexpr char kSpaceMark[] = "\xe2\x96\x81";  // U+2581
 
-std::string Escaped(const std::string& piece) {
-  return nlohmann::json(piece).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
-}
+std::string Escaped(const std::string& piece) { return DumpJson(nlohmann::json(piece)); }
 
 std::string SpacesFor(std::string piece) {
   size_t at = 0;

@@ -87,9 +87,15 @@ Status TokenFile::Touch(Blocks& blocks, int64_t begin, int64_t count) {
     std::atomic<bool>& done = blocks.done[static_cast<size_t>(b)];
     if (verify_ == Verify::kFirstTouch && done.load(std::memory_order_relaxed)) continue;
     SALA_RETURN_IF_ERROR(CheckBlock(blocks, b));
+    Forget(blocks, b * kCrcBlockBytes, kCrcBlockBytes);
     done.store(true, std::memory_order_relaxed);
   }
   return OkStatus();
+}
+
+void TokenFile::Forget(const Blocks& blocks, int64_t begin, int64_t bytes) const {
+  map_.Forget(static_cast<size_t>(blocks.array.offset + begin),
+              static_cast<size_t>(std::min(bytes, blocks.array.bytes() - begin)));
 }
 
 Status TokenFile::CheckOffsets() const {
@@ -160,6 +166,7 @@ Status TokenFile::CopyTokens(int64_t begin, int64_t count, int32_t* out) {
   } else if (count > 0) {
     std::memcpy(out, Array<uint32_t>(tokens_) + begin, static_cast<size_t>(count) * 4);
   }
+  Forget(tokens_, begin * tokens_.array.item_bytes, count * tokens_.array.item_bytes);
   return OkStatus();
 }
 
@@ -168,6 +175,7 @@ Status TokenFile::CopyMask(int64_t begin, int64_t count, uint8_t* out) {
       << path_;
   SALA_RETURN_IF_ERROR(Touch(mask_, begin, count));
   if (count > 0) std::memcpy(out, Array<uint8_t>(mask_) + begin, static_cast<size_t>(count));
+  Forget(mask_, begin, count);
   return OkStatus();
 }
 

@@ -140,6 +140,9 @@ class TokenFile {
   Status CheckOffsets() const;
   Status Touch(Blocks& blocks, int64_t begin, int64_t count);
   Status CheckBlock(const Blocks& blocks, int64_t block) const;
+  // Bytes of an array that were read: documents are copied, so a run would otherwise hold all of a
+  // store that it has seen as its own memory.
+  void Forget(const Blocks& blocks, int64_t begin, int64_t bytes) const;
   Status CheckRange(int64_t first, int64_t last) const;
   template <typename T>
   const T* Array(const Blocks& blocks) const {

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/json.h"
 #include "data/chat_sample.h"
 #include "data/plan.h"
 #include "data/stream.h"
@@ -198,8 +199,7 @@ Status Render(RenderOptions options) {
                                         {"learned", spans},
                                         {"tokens", chat.tokens},
                                         {"mask", chat.mask}};
-    std::printf("%s\n",
-                all.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace).c_str());
+    std::printf("%s\n", DumpJson(all).c_str());
     return OkStatus();
   }
   const bool terminal = isatty(STDOUT_FILENO) == 1;

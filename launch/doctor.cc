@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/file.h"
+#include "core/json.h"
 #include "core/terminal.h"
 #include "launch/build_info.h"
 #include "launch/command.h"
@@ -90,9 +91,7 @@ Status Doctor(const DoctorOptions& options) {
     if (failed.empty()) exit_code = row.exit_code;
     failed += (failed.empty() ? "" : ", ") + row.name;
   }
-  if (options.json)
-    std::printf("%s\n",
-                lines.dump(2, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
+  if (options.json) std::printf("%s\n", DumpJson(lines, 2).c_str());
   if (failed.empty()) return OkStatus();
   return MakeError(exit_code, "DOCTOR",
                    failed + ": not in order; the line of each says what was found and what to do");

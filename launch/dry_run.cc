@@ -65,7 +65,8 @@ nlohmann::ordered_json ToJson(const PhaseSheet& phase) {
               {"mlp", 2 * phase.weights.mlp},
               {"head", 2 * phase.weights.head}}},
             {"training", ToJson(phase.work.step, static_cast<double>(batch.global_batch_tokens))}}},
-          {"memory", MemoryJson(phase.memory)}};
+          {"memory", MemoryJson(phase.memory)},
+          {"resident", ResidentJson(phase.resident)}};
 }
 
 nlohmann::ordered_json ToJson(const DryRunSheet& sheet) {
@@ -134,6 +135,7 @@ void PrintPhase(const StageSheet& stage, const PhaseSheet& phase) {
     std::printf("    %-24s %s\n", kind.c_str(), WithCommas(count).c_str());
   std::printf("  memory of a rank\n");
   PrintMemory(phase.memory);
+  PrintResident(phase.resident);
 }
 
 void PrintTotals(const DryRunSheet& sheet) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/file.h"
+#include "core/json.h"
 #include "data/data_config.h"
 #include "launch/command.h"
 #include "launch/ranks.h"
@@ -83,9 +84,7 @@ Status RemoveEvaluation(const std::string& directory) {
 Status Print(const EvalOptions& options, const std::vector<nlohmann::ordered_json>& lines,
              const std::string& table) {
   if (options.json) {
-    for (const nlohmann::ordered_json& line : lines)
-      std::printf("%s\n",
-                  line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
+    for (const nlohmann::ordered_json& line : lines) std::printf("%s\n", DumpJson(line).c_str());
   } else {
     std::printf("%s", table.c_str());
   }

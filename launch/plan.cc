@@ -1,12 +1,14 @@
 // sala plan: what a configuration will need on so many ranks, without running it.
 #include <algorithm>
 #include <cstdio>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "core/file.h"
+#include "core/memory.h"
 #include "data/tokenizer.h"
 #include "launch/command.h"
 #include "launch/plan_text.h"
@@ -14,6 +16,7 @@
 #include "recipes/config.h"
 #include "recipes/halo/items.h"
 #include "recipes/plan.h"
+#include "recipes/resident_plan.h"
 #include "recipes/starting_model.h"
 
 namespace sala::launch {
@@ -22,6 +25,10 @@ namespace {
 using recipes::CommPlan;
 using recipes::NamedPlan;
 using recipes::RankPlan;
+using recipes::ResidentPlan;
+
+// Of the process of a rank.
+using Residents = std::function<ResidentPlan(const RankPlan& rank)>;
 
 struct PlanOptions {
   std::string config;
@@ -44,17 +51,19 @@ recipes::VocabularySize VocabularyOf(const recipes::StageConfig& stage) {
   };
 }
 
-nlohmann::ordered_json ToJson(const RankPlan& rank) {
+nlohmann::ordered_json ToJson(const RankPlan& rank, const ResidentPlan& resident) {
   auto comm = nlohmann::ordered_json::object();
   for (const auto& [name, count] : rank.comm)
     comm[name] = {{"calls", count.calls}, {"bytes", count.bytes}};
-  return {{"comm", comm}, {"memory", MemoryJson(rank.memory)}};
+  return {
+      {"comm", comm}, {"memory", MemoryJson(rank.memory)}, {"resident", ResidentJson(resident)}};
 }
 
-nlohmann::ordered_json ToJson(const NamedPlan& plan, const std::vector<RankPlan>& ranks) {
+nlohmann::ordered_json ToJson(const NamedPlan& plan, const std::vector<RankPlan>& ranks,
+                              const Residents& residents) {
   const recipes::PlanInput& input = plan.input;
   auto all = nlohmann::ordered_json::array();
-  for (const RankPlan& rank : ranks) all.push_back(ToJson(rank));
+  for (const RankPlan& rank : ranks) all.push_back(ToJson(rank, residents(rank)));
   return {{"phase", plan.phase},
           {"mesh", MeshJson(input.mesh)},
           {"steps", input.batch.steps},
@@ -64,8 +73,8 @@ nlohmann::ordered_json ToJson(const NamedPlan& plan, const std::vector<RankPlan>
           {"ranks", all}};
 }
 
-void PrintTable(const std::string& stage, const NamedPlan& plan,
-                const std::vector<RankPlan>& ranks) {
+void PrintTable(const std::string& stage, const NamedPlan& plan, const std::vector<RankPlan>& ranks,
+                const Residents& residents) {
   const recipes::PlanInput& input = plan.input;
   const auto largest = std::max_element(
       ranks.begin(), ranks.end(),
@@ -81,6 +90,7 @@ void PrintTable(const std::string& stage, const NamedPlan& plan,
   std::printf("  memory of rank %lld, the largest\n",
               static_cast<long long>(largest - ranks.begin()));
   PrintMemory(largest->memory);
+  PrintResident(residents(*largest));
   CommPlan most;
   for (const RankPlan& rank : ranks) {
     for (const auto& [name, count] : rank.comm) {
@@ -116,6 +126,7 @@ Status Plan(const PlanOptions& options) {
                                                 VocabularyOf(config.stages[0])));
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
                         recipes::TokenizerIfThere(config.stages[0].tokenizer));
+  const recipes::ProcessStart start{.bytes = ResidentBytes(), .mpi = false};
   for (const recipes::StageConfig& stage : config.stages) {
     if (tokenizer == nullptr) break;
     const Status prompts = recipes::CheckRecallPrompts(stage, *tokenizer);
@@ -138,10 +149,13 @@ Status Plan(const PlanOptions& options) {
         ranks.push_back(
             recipes::PlanRank(plan.input, rank, recipes::FullMicroBatches(plan.input, rank)));
       }
+      const Residents residents = [&](const RankPlan& rank) {
+        return recipes::PlanResident(start, stage, plan.input, rank.memory);
+      };
       if (options.json) {
-        phases.push_back(ToJson(plan, ranks));
+        phases.push_back(ToJson(plan, ranks, residents));
       } else {
-        PrintTable(stage.name, plan, ranks);
+        PrintTable(stage.name, plan, ranks, residents);
       }
     }
     stages.push_back({{"stage", stage.name}, {"phases", phases}});

@@ -8,6 +8,7 @@
 namespace sala::launch {
 
 using recipes::MemoryPlan;
+using recipes::ResidentPlan;
 
 const std::vector<std::pair<const char*, int64_t MemoryPlan::*>>& MemoryKinds() {
   static const std::vector<std::pair<const char*, int64_t MemoryPlan::*>> kinds = {
@@ -27,8 +28,16 @@ nlohmann::ordered_json MemoryJson(const MemoryPlan& memory) {
   for (const auto& [name, kind] : MemoryKinds()) json[name] = memory.*kind;
   json["buffers"] = memory.buffers();
   json["total"] = memory.total();
+  json["arena_ends"] = memory.arena_ends;
+  json["assembly"] = memory.assembly;
   json["host"] = memory.host;
   return json;
+}
+
+nlohmann::ordered_json ResidentJson(const ResidentPlan& resident) {
+  return {{"program", resident.program},     {"training", resident.training},
+          {"transport", resident.transport}, {"data", resident.data},
+          {"memory", resident.memory},       {"total", resident.total()}};
 }
 
 nlohmann::ordered_json MeshJson(const parallel::MeshConfig& mesh) {
@@ -43,6 +52,21 @@ void PrintMemory(const MemoryPlan& memory) {
   std::printf("    %-24s %s\n", "total", ByteText(memory.total()).c_str());
   if (memory.host > 0)
     std::printf("    %-24s %s\n", "host memory beside it", ByteText(memory.host).c_str());
+}
+
+void PrintResident(const ResidentPlan& resident) {
+  if (resident.total() == 0) return;
+  std::printf("  peak of its process\n");
+  const std::array<std::pair<const char*, int64_t>, 5> parts = {
+      {{"program, measured here", resident.program},
+       {"code of steps and saves", resident.training},
+       {"MPI", resident.transport},
+       {"documents and samples", resident.data},
+       {"memory, as above", resident.memory}}};
+  for (const auto& [name, bytes] : parts) {
+    if (bytes > 0) std::printf("    %-24s %s\n", name, ByteText(bytes).c_str());
+  }
+  std::printf("    %-24s %s\n", "resident at most", ByteText(resident.total()).c_str());
 }
 
 std::string CountText(double count) {

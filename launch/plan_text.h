@@ -8,6 +8,7 @@
 #include "nlohmann/json.hpp"
 #include "recipes/config.h"
 #include "recipes/plan.h"
+#include "recipes/resident_plan.h"
 
 namespace sala::launch {
 
@@ -15,10 +16,14 @@ namespace sala::launch {
 const std::vector<std::pair<const char*, int64_t recipes::MemoryPlan::*>>& MemoryKinds();
 
 nlohmann::ordered_json MemoryJson(const recipes::MemoryPlan& memory);
+nlohmann::ordered_json ResidentJson(const recipes::ResidentPlan& resident);
 nlohmann::ordered_json MeshJson(const parallel::MeshConfig& mesh);
 
 // A line a kind, without those that are 0, then totals.
 void PrintMemory(const recipes::MemoryPlan& memory);
+
+// The peak of the process, where it is planned.
+void PrintResident(const recipes::ResidentPlan& resident);
 
 // "314.60 B", "7.80 M": decimal, as reports count tokens and parameters.
 std::string CountText(double count);

@@ -8,6 +8,7 @@
 
 #include "core/exception.h"
 #include "core/file.h"
+#include "core/memory.h"
 #include "core/terminal.h"
 #include "kernels/common/instruction_set.h"
 #include "launch/build_info.h"
@@ -111,6 +112,7 @@ int Run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  sala::ReturnFreedMemory();
   try {
     return Run(argc, argv);
   } catch (const std::exception& error) {

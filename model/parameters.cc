@@ -313,16 +313,6 @@ void ParameterStore::ForEachPart(
   if (begin < end) part(begin, end);
 }
 
-void TakeParts(const ParameterStore& from, ParameterStore* to) {
-  for (const ParameterSpec& spec : to->specs()) {
-    const ParameterSpec& source = from.Spec(spec.name);
-    SALA_CHECK(source.shape == spec.global_shape) << spec.name << " is not whole";
-    const float* values = from.data() + source.offset;
-    int64_t next = 0;
-    FillTensor(*to, spec, [values, &next] { return static_cast<double>(values[next++]); });
-  }
-}
-
 ComputeParameters::ComputeParameters(const Context& ctx, ParameterStore& host, parallel::Mesh* mesh)
     : host_(&host),
       mesh_(mesh),

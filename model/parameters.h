@@ -141,10 +141,6 @@ class ParameterStore {
   Buffer data_;
 };
 
-// The part of a whole store that another rank layout asks for: every tensor of `to` from the tensor
-// of that name in `from`. Both float32 in host memory, `from` not cut.
-void TakeParts(const ParameterStore& from, ParameterStore* to);
-
 // The parameters a model computes with. On a CPU they are the float32 store itself. On a GPU they
 // are a second store on the device, rounded to bfloat16; the float32 store in host memory then is
 // where training starts from and what a checkpoint is written from, and the optimizer keeps the

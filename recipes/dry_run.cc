@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/file.h"
+#include "core/memory.h"
 #include "recipes/eval_stage.h"
 #include "recipes/halo/distil.h"
 #include "recipes/halo/items.h"
@@ -106,7 +107,7 @@ std::vector<RatePoint> RatePoints(const ScheduleConfig& schedule, const BatchCon
   return points;
 }
 
-PhaseSheet MakePhase(const StageConfig& stage, const NamedPlan& plan) {
+PhaseSheet MakePhase(const ProcessStart& start, const StageConfig& stage, const NamedPlan& plan) {
   PhaseSheet sheet;
   sheet.name = plan.phase;
   sheet.input = plan.input;
@@ -127,11 +128,10 @@ PhaseSheet MakePhase(const StageConfig& stage, const NamedPlan& plan) {
   sheet.work = WorkOf(plan.input);
   sheet.weights = model::ProductWeightsOf(plan.input.model);
   for (const int64_t rank : {int64_t{0}, plan.input.ranks() - 1}) {
-    MicroBatches micro_batches = FullMicroBatches(plan.input, rank);
-    micro_batches.resize(1);  // memory is that of the first; the others have no more tokens
-    const MemoryPlan memory = PlanRank(plan.input, rank, micro_batches).memory;
+    const MemoryPlan memory = PlanMemory(plan.input, rank);
     if (memory.total() > sheet.memory.total()) sheet.memory = memory;
   }
+  sheet.resident = PlanResident(start, stage, plan.input, sheet.memory);
   return sheet;
 }
 
@@ -263,6 +263,7 @@ StatusOr<DryRunSheet> DryRun(const PipelineConfig& config, int ranks) {
         SALA_ASSIGN_OR_RETURN(const auto named, data::LoadTokenizer(path));
         return named->vocab_size();
       }));
+  const ProcessStart start{.bytes = ResidentBytes(), .mpi = false};
   Missing missing;
   for (const StageConfig& stage : config.stages) {
     StageSheet& made = sheet.stages.emplace_back();
@@ -280,7 +281,7 @@ StatusOr<DryRunSheet> DryRun(const PipelineConfig& config, int ranks) {
           CheckInputs(stage, config.run, ranks, model, *tokenizer, &made.data_checked);
       if (!inputs.ok()) return Annotate(inputs, "stage " + stage.name);
     }
-    for (const NamedPlan& plan : *plans) made.phases.push_back(MakePhase(stage, plan));
+    for (const NamedPlan& plan : *plans) made.phases.push_back(MakePhase(start, stage, plan));
     AddNotes(stage, &made);
   }
   sheet.missing = missing.Lines();

@@ -10,6 +10,7 @@
 #include "model/parameters.h"
 #include "recipes/config.h"
 #include "recipes/plan.h"
+#include "recipes/resident_plan.h"
 
 namespace sala::recipes {
 
@@ -43,6 +44,7 @@ struct PhaseSheet {
   WorkPlan work;
   model::ProductWeights weights;  // of work.forward.products, by layer
   MemoryPlan memory;              // the larger of the first and the last rank
+  ResidentPlan resident;          // of the same rank
   int64_t tokens() const { return input.batch.steps * input.batch.global_batch_tokens; }
 };
 
@@ -63,7 +65,9 @@ struct DryRunSheet {
 int LeastRanks(const PipelineConfig& config);
 
 // Refuses what the run would refuse as far as the inputs that are there show it; what is not there
-// is listed, not refused, except a tokenizer that alone knows the size of a new model's vocabulary.
+// is listed, not refused, with two exceptions, without which there are no shapes to plan: a model
+// of `init_from` that `init_from.model` does not describe (CKPT-NONE, 65), and a
+// tokenizer that alone knows the size of a new model's vocabulary.
 StatusOr<DryRunSheet> DryRun(const PipelineConfig& config, int ranks);
 
 // Parameters by what they are for; the layers' norms with the final one.

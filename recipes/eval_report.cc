@@ -31,9 +31,7 @@ std::string FileOf(const std::string& directory, const std::string& task, int64_
 }
 
 // A path need not be UTF-8.
-std::string Dumped(const ordered_json& line) {
-  return line.dump(-1, ' ', false, ordered_json::error_handler_t::replace);
-}
+std::string Dumped(const ordered_json& line) { return DumpJson(line); }
 
 std::string Lines(const std::vector<ordered_json>& lines) {
   std::string text;

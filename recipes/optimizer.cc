@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <numeric>
 #include <string>
 #include <utility>
@@ -247,18 +246,14 @@ Status Optimizer::Load(const Context& ctx, const Checkpoint& checkpoint) {
     const int64_t begin = segment.begin - spec.offset;
     const int64_t end = std::min(segment.end - spec.offset, spec.stored);
     if (!segment.trained || begin >= end) continue;
-    values.resize(static_cast<size_t>(end - begin));
+    if (ctx.cuda()) values.resize(static_cast<size_t>(end - begin));
     for (const auto& [kind, buffer] : {std::pair(TensorKind::kExpAvg, &exp_avg_),
                                        std::pair(TensorKind::kExpAvgSq, &exp_avg_sq_)}) {
+      const Tensor to = Range(*buffer, segment.begin, segment.end);
+      float* read = ctx.cuda() ? values.data() : to.Data<float>();
       SALA_RETURN_IF_ERROR(checkpoint.ReadBoxF32(spec.name, kind, spec.box_offset, spec.box_shape(),
-                                                 begin, end, values.data()));
-      void* to = Range(*buffer, segment.begin, segment.end).raw();
-      const size_t bytes = values.size() * sizeof(float);
-      if (ctx.cuda()) {
-        ctx.gpu->Upload(to, values.data(), bytes);
-      } else {
-        std::memcpy(to, values.data(), bytes);
-      }
+                                                 begin, end, read));
+      if (ctx.cuda()) ctx.gpu->Upload(to.raw(), read, values.size() * sizeof(float));
     }
   }
   return OkStatus();

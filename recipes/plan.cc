@@ -12,14 +12,12 @@
 #include "recipes/halo/settings.h"
 #include "recipes/halo/transfer.h"
 #include "recipes/plan_pass.h"
-#include "recipes/step_loop.h"
+#include "recipes/step_batch.h"
 
 namespace sala::recipes {
 namespace {
 
 using model::ParameterSpec;
-
-constexpr int64_t kFloat = 4;
 
 bool Sliced(const PlanInput& input) { return input.mesh.zero_stage >= 2; }
 int64_t ParamRanks(const PlanInput& input) { return input.mesh.dp * input.mesh.cp; }
@@ -119,6 +117,19 @@ MemoryPlan Buffers(const PlanInput& input, const PassContext& at, const Layout& 
   }
   memory.exchange += copies * kFloat;
   return memory;
+}
+
+// The hybrid is copied from the teacher and the mixers of all layers; these are gone when its
+// softmax layers get their gates, which takes another copy.
+int64_t Assembly(const PlanInput& input, const PassContext& at, const Layout& layout,
+                 const MemoryPlan& memory) {
+  if (input.phase != PlanPhase::kDistil && input.phase != PlanPhase::kFinetune) return 0;
+  int64_t beside = layout.size();
+  if (input.phase == PlanPhase::kDistil) {
+    const std::vector<ParameterSpec> mixers = AllMixerSpecs(input.teacher, {at.tp, at.tp_ranks});
+    beside = std::max(beside, model::UnitBorders(mixers).back());
+  }
+  return memory.frozen + (layout.size() + beside) * kFloat;
 }
 
 // GradientReducer::Reduce of one unit.
@@ -279,7 +290,18 @@ RankPlan PlanRank(const PlanInput& input, int64_t rank, const MicroBatches& micr
   plan.memory = Buffers(input, at, layout, param_rank);
   plan.memory.activations = at.arena.peak();
   plan.memory.work_space = at.scratch.peak();
+  if (input.device != DeviceKind::kCuda) {
+    plan.memory.arena_ends =
+        at.arena.touched() + at.scratch.touched() - at.arena.peak() - at.scratch.peak();
+    plan.memory.assembly = Assembly(input, at, layout, plan.memory);
+  }
   return plan;
+}
+
+MemoryPlan PlanMemory(const PlanInput& input, int64_t rank) {
+  MicroBatches micro_batches = FullMicroBatches(input, rank);
+  micro_batches.resize(1);  // the others have no more tokens
+  return PlanRank(input, rank, micro_batches).memory;
 }
 
 int64_t TrainedParameters(const PlanInput& input) {

@@ -8,6 +8,7 @@
 // model (recipes/plan_pass.h).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <string>
@@ -39,10 +40,16 @@ struct MemoryPlan {
   int64_t activations = 0;  // peak of the arena
   int64_t work_space = 0;   // peak of scratch; on a GPU that of loss and products only
   int64_t host = 0;         // cuda: the float32 store and the saved moments in host memory
+  // CPU, beyond the two peaks: bytes at the ends of the arenas' blocks, in use at another moment.
+  int64_t arena_ends = 0;
+  // CPU, HALO: buffers while the hybrid is put together, before its first step.
+  int64_t assembly = 0;
 
   int64_t buffers() const { return parameters + frozen + slots + gradients + optimizer + exchange; }
   // Of the device computed on.
   int64_t total() const { return buffers() + activations + work_space; }
+  // What becomes resident of all this at most.
+  int64_t resident() const { return std::max(total() + arena_ends, assembly); }
 };
 
 enum class PlanPhase : uint8_t {
@@ -82,6 +89,9 @@ struct RankPlan {
 };
 // `micro_batches` as FullMicroBatches has them for this rank.
 RankPlan PlanRank(const PlanInput& input, int64_t rank, const MicroBatches& micro_batches);
+
+// The memory of it where every sample is one document.
+MemoryPlan PlanMemory(const PlanInput& input, int64_t rank);
 
 // Parameters without gaps, padding and copies; of a step's useful work (model/work.h) over full
 // samples, all ranks together.

@@ -1,5 +1,6 @@
 // One micro-batch as model/ computes it, with sizes instead of tensors: the same allocations in the
-// same scopes, the same exchanges in the same places. Not part of the room's interface.
+// same scopes, the same exchanges in the same places. The model's passes are in plan_model.h, what
+// kernels take in plan_scratch.h. Not part of the room's interface.
 #pragma once
 
 #include <algorithm>
@@ -16,33 +17,47 @@
 
 namespace sala::recipes {
 
-// An arena that only counts.
+constexpr int64_t kFloat = 4;  // bytes
+
+// An Arena that only counts (core/arena.h), with the same blocks.
 class ArenaMeter {
  public:
-  explicit ArenaMeter(int64_t alignment) : alignment_(alignment) {}
-  void New(int64_t bytes) {
-    used_ += std::max(alignment_, (bytes + alignment_ - 1) / alignment_ * alignment_);
-    peak_ = std::max(peak_, used_);
-  }
-  int64_t used() const { return used_; }
-  void Release(int64_t used) { used_ = used; }
+  ArenaMeter(int64_t alignment, int64_t block_bytes)
+      : alignment_(alignment), block_bytes_(block_bytes) {}
+
+  struct Mark {
+    size_t block = 0;
+    int64_t offset = 0, used = 0;
+  };
+  void New(int64_t bytes);
+  Mark mark() const { return at_; }
+  void Release(const Mark& mark) { at_ = mark; }
+
   int64_t peak() const { return peak_; }
+  // Bytes of its blocks that were ever handed out: what becomes resident. More than the peak where
+  // something did not fit into the rest of a block.
+  int64_t touched() const;
 
  private:
-  int64_t alignment_;
-  int64_t used_ = 0, peak_ = 0;
+  struct Block {
+    int64_t size = 0, touched = 0;
+  };
+  int64_t alignment_, block_bytes_;
+  std::vector<Block> blocks_;
+  Mark at_;
+  int64_t peak_ = 0;
 };
 
 class MeterScope {
  public:
-  explicit MeterScope(ArenaMeter& meter) : meter_(meter), used_(meter.used()) {}
+  explicit MeterScope(ArenaMeter& meter) : meter_(meter), mark_(meter.mark()) {}
   MeterScope(const MeterScope&) = delete;
   MeterScope& operator=(const MeterScope&) = delete;
-  ~MeterScope() { meter_.Release(used_); }
+  ~MeterScope() { meter_.Release(mark_); }
 
  private:
   ArenaMeter& meter_;
-  int64_t used_;
+  ArenaMeter::Mark mark_;
 };
 
 // A rank's place, and what its passes add up.

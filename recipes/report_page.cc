@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <ctime>
 
+#include "core/json.h"
 #include "core/progress.h"
 #include "recipes/report_svg.h"
 
@@ -148,7 +149,7 @@ std::string Environment(const ReportData& data) {
   for (const auto& [key, value] : data.environment.items()) {
     std::string text = value.is_string() ? value.get<std::string>()
                        : key == "time"   ? TimeText(ReportNumber(data.environment, "time")) + " UTC"
-                                       : value.dump(-1, ' ', false, json::error_handler_t::replace);
+                                         : DumpJson(value);
     std::string name = key == "time" ? "started" : key;
     std::replace(name.begin(), name.end(), '_', ' ');
     list += "<dt>" + EscapeHtml(name) + "</dt><dd>" + EscapeHtml(text) + "</dd>";

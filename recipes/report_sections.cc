@@ -8,6 +8,7 @@
 #include <set>
 #include <tuple>
 
+#include "core/statistics.h"
 #include "recipes/report_page.h"
 #include "recipes/report_svg.h"
 
@@ -128,13 +129,6 @@ std::string ValuePlot(const ReportData& data, const char* key, const char* label
       ByStage(data, data.train, key, PlotSeries::Style::kLine, [](const json&) { return true; }),
       &plot.series);
   return LinePlot(plot);
-}
-
-double Median(std::vector<double> values) {
-  if (values.empty()) return 0;
-  const auto middle = values.begin() + static_cast<int64_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
 }
 
 std::string StepTimePlot(const ReportData& data) {

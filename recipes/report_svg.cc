@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "core/elementary.h"
+#include "core/json.h"
 #include "nlohmann/json.hpp"
 
 namespace sala::recipes {
@@ -113,7 +114,7 @@ std::string PlotData(const Plot& plot) {
     series.push_back({{"n", each.name}, {"c", Colour(each.colour)}, {"p", points}});
   }
   const nlohmann::json data = {{"x", plot.x_label}, {"series", series}};
-  return EscapeHtml(data.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
+  return EscapeHtml(DumpJson(data));
 }
 
 std::string DrawLinePlot(const Plot& plot, const Range& xs, const std::vector<double>& x_ticks,

@@ -13,7 +13,9 @@
 #include "core/clock.h"
 #include "core/cuda_module.h"
 #include "core/file.h"
+#include "core/json.h"
 #include "core/log.h"
+#include "core/memory.h"
 #include "core/trace.h"
 #include "kernels/common/instruction_set.h"
 #include "parallel/comm_log.h"
@@ -22,8 +24,6 @@
 
 namespace sala::recipes {
 namespace {
-
-constexpr size_t kArenaBlock = size_t{64} << 20;
 
 // Written by signal handlers, so only lock-free atomics.
 std::atomic<int64_t> pending_request{0};
@@ -105,8 +105,8 @@ Status Session::OpenDevice() {
     ctx_.device = DeviceKind::kCuda;
     ctx_.gpu = device_.get();
   }
-  arena_ = std::make_unique<Arena>(kArenaBlock, device_.get());
-  scratch_ = std::make_unique<Arena>(kArenaBlock, device_.get());
+  arena_ = std::make_unique<Arena>(kArenaBlockBytes, device_.get());
+  scratch_ = std::make_unique<Arena>(kArenaBlockBytes, device_.get());
   ctx_.scratch = scratch_.get();
   return OkStatus();
 }
@@ -167,6 +167,7 @@ StatusOr<std::unique_ptr<Session>> Session::Open(parallel::Communicator& world,
   SALA_RETURN_IF_ERROR(
       parallel::AgreeOnStatus(world, OpenLogFile(session->path(RankLogName(world.rank())))));
   session->LogDevice();
+  session->start_ = {.bytes = ResidentBytes(), .mpi = parallel::LaunchedByMpi()};
   return session;
 }
 
@@ -187,9 +188,7 @@ Status Session::WriteEnvironment() const {
   environment["instruction_set"] = kernels::NameOf(kernels::CurrentInstructionSet());
   environment["device"] = device_ == nullptr ? "cpu" : device_->info().name;
   environment["time"] = static_cast<int64_t>(std::time(nullptr));
-  return WriteFileAtomically(
-      path("environment.json"),
-      environment.dump(1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n");
+  return WriteFileAtomically(path("environment.json"), DumpJson(environment, 1) + "\n");
 }
 
 Status Session::UseMesh(const parallel::MeshConfig& config) {
@@ -214,7 +213,6 @@ Status Session::UseMesh(const parallel::MeshConfig& config) {
 }
 
 void Session::ReserveMemory(size_t arena_bytes, size_t scratch_bytes) {
-  if (device_ == nullptr) return;
   // The old blocks go first, so that the new ones may lie where they were.
   arena_->Reserve(0);
   scratch_->Reserve(0);

@@ -17,6 +17,7 @@
 #include "parallel/watchdog.h"
 #include "recipes/config.h"
 #include "recipes/dashboards.h"
+#include "recipes/resident_plan.h"
 
 namespace sala::recipes {
 
@@ -43,7 +44,7 @@ class Session {
   const Context& ctx() const { return ctx_; }
   Arena& arena() { return *arena_; }  // activations; ctx().scratch is another one
   Arena& scratch() { return *scratch_; }
-  // Fresh arenas of one block each, while nothing is in use. On a CPU this does nothing.
+  // Fresh arenas of one block each while nothing is in use, 0 bytes: without a block.
   void ReserveMemory(size_t arena_bytes, size_t scratch_bytes);
   const data::Tokenizer& tokenizer() const { return *tokenizer_; }
   const PipelineConfig& config() const { return config_; }
@@ -80,6 +81,10 @@ class Session {
   void BeginTrace(int64_t step);
   void EndTrace();
 
+  // This process when the session was open.
+  const ProcessStart& start() const { return start_; }
+  // The peak of this process's resident memory by the plan of the phases so far; 0: not planned.
+  int64_t planned_resident = 0;
   // Steps done over the whole pipeline; checkpoints are named after it.
   int64_t global_step = 0;
   int64_t failed_saves = 0;  // in a row
@@ -94,6 +99,7 @@ class Session {
   Status PrepareDirectory();  // rank 0
   Status WriteEnvironment() const;
   void WarnOnce(const Status& status);
+  ProcessStart start_;
   bool warned_ = false;
   bool steps_begun_ = false;
   int64_t traced_step_ = 0;  // 0: none

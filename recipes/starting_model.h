@@ -21,7 +21,7 @@ enum class MissingModel : uint8_t {
 // Size of the tokenizer's vocabulary, asked for only where a new model takes it from there.
 using VocabularySize = std::function<StatusOr<int64_t>()>;
 
-// Of a stage with `model` or `init_from`, resolved. FILE-MISSING, CKPT-NONE (66) where there is no
+// Of a stage with `model` or `init_from`, resolved. CKPT-NONE (65) where there is no
 // model, the errors of reading one, and CFG-MODEL (78) where it is not the one that
 // `init_from.model` describes.
 StatusOr<model::ModelConfig> StartingConfig(const StageConfig& stage, MissingModel missing,

@@ -2,128 +2,25 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <deque>
 #include <exception>
 #include <limits>
-#include <map>
 #include <optional>
 
 #include "core/clock.h"
 #include "core/cuda_module.h"
-#include "core/hash.h"
 #include "core/log.h"
-#include "core/memory.h"
-#include "core/progress.h"
 #include "core/trace.h"
 #include "kernels/tensor_ops/tensor_ops.h"
 #include "parallel/comm_log.h"
 #include "parallel/ordered_sum.h"
 #include "recipes/schedule.h"
-#include "recipes/stragglers.h"
+#include "recipes/step_report.h"
 
 namespace sala::recipes {
 namespace {
 
-using Values = std::vector<std::pair<std::string, double>>;
-
-std::string Format(const char* format, double value) {
-  char text[64];
-  std::snprintf(text, sizeof(text), format, value);
-  return text;
-}
-
-// JSON has no NaN: null stands for "not measured".
-nlohmann::json NumberOrNull(double value) {
-  return std::isfinite(value) ? nlohmann::json(value) : nlohmann::json(nullptr);
-}
-
-double NumberOr(const nlohmann::json& object, const char* key, double fallback) {
-  const auto it = object.find(key);
-  return it == object.end() || !it->is_number() ? fallback : it->get<double>();
-}
-
-// What a phase counts over its whole life, saved in the checkpoint.
-struct Progress {
-  int64_t step = 0;  // done
-  int64_t tokens = 0;
-  int64_t targets = 0;
-  double seconds = 0;
-  int64_t skipped = 0;
-  int64_t clipped = 0;
-  int64_t bad_in_a_row = 0;
-  double first_loss = std::numeric_limits<double>::quiet_NaN();
-  double last_loss = std::numeric_limits<double>::quiet_NaN();
-  double validation_before = std::numeric_limits<double>::quiet_NaN();
-  double validation_after = std::numeric_limits<double>::quiet_NaN();
-
-  nlohmann::json ToJson() const {
-    return {{"tokens", tokens},
-            {"targets", targets},
-            {"seconds", seconds},
-            {"skipped", skipped},
-            {"clipped", clipped},
-            {"bad_in_a_row", bad_in_a_row},
-            {"first_loss", NumberOrNull(first_loss)},
-            {"last_loss", NumberOrNull(last_loss)},
-            {"validation_before", NumberOrNull(validation_before)},
-            {"validation_after", NumberOrNull(validation_after)}};
-  }
-
-  StepLoopSummary Summary() const {
-    return {.steps = step,
-            .tokens = tokens,
-            .seconds = seconds,
-            .first_loss = first_loss,
-            .last_loss = last_loss,
-            .validation_before = validation_before,
-            .validation_after = validation_after};
-  }
-
-  static Progress FromJson(const nlohmann::json& json, int64_t step) {
-    const double nan = std::numeric_limits<double>::quiet_NaN();
-    Progress p;
-    p.step = step;
-    p.tokens = json.value("tokens", int64_t{0});
-    p.targets = json.value("targets", int64_t{0});
-    p.seconds = NumberOr(json, "seconds", 0);
-    p.skipped = json.value("skipped", int64_t{0});
-    p.clipped = json.value("clipped", int64_t{0});
-    p.bad_in_a_row = json.value("bad_in_a_row", int64_t{0});
-    p.first_loss = NumberOr(json, "first_loss", nan);
-    p.last_loss = NumberOr(json, "last_loss", nan);
-    p.validation_before = NumberOr(json, "validation_before", nan);
-    p.validation_after = NumberOr(json, "validation_after", nan);
-    return p;
-  }
-};
-
-// One global batch as this rank sees it.
-struct StepData {
-  std::vector<data::PackedSample> mine;
-  StepCounts counts;  // of all ranks
-  uint32_t crc = 0;   // of all samples, in order
-  Request request = Request::kNone;
-};
-
-// Where the time of a step went on this rank.
-struct StepTimes {
-  double started = 0;  // ClockSeconds()
-  double comm_seconds = 0;
-  PartSeconds parts{};
-};
-
-// The positions of the global batch that a rank takes: each ranks-th one, or, so that the shares
-// are subtrees of the sum over micro-batches, as many whole micro-batches in a row as the others.
-std::vector<int64_t> ShareOf(const BatchConfig& batch, int64_t rank, int64_t ranks) {
-  const int64_t in_a_row =
-      batch.rank_independent_sums ? batch.micro_batches() / ranks * batch.micro_batch_sequences : 1;
-  std::vector<int64_t> share;
-  for (int64_t p = 0; p < batch.global_batch_sequences(); ++p) {
-    if (p / in_a_row % ranks == rank) share.push_back(p);
-  }
-  return share;
-}
+using Values = StepValues;
 
 // The next step of the run and what follows it, where run.trace asks for it.
 class StepTrace {
@@ -153,7 +50,7 @@ class StepLoop {
             session.ctx(), config.optimizer, task.config(), task.parameters(),
             [&task](const model::ParameterSpec& spec) { return task.Trainable(spec); },
             session.mesh(), reducer_),
-        display_(config.label, config.batch.steps, session.is_root()) {}
+        report_(session, config, task) {}
 
   StatusOr<StepLoopSummary> Run(const Checkpoint* resume, const Checkpoint* carry);
 
@@ -162,19 +59,12 @@ class StepLoop {
   void ReserveTree();
   Status PlanMemory();
   void ReportMemory() const;
-  Status ReportRanks();  // collective
-  StatusOr<StepData> LoadStep();
   Status Step();
   StatusOr<Values> RunMicroBatches(const StepData& data, double* loss);
   Status AddMicroBatch(const StepData& data, int64_t index, model::ParameterStore& gradients,
                        std::span<double> sums);
   Status SumMicroBatches(const StepData& data, int64_t first, int64_t count, size_t level,
                          model::ParameterStore& gradients, std::span<double> sums);
-  // Collective where the step is logged.
-  Status Report(const StepData& data, const Values& values, const UpdateResult& update, double lr,
-                const StepTimes& times);
-  void AddTimes(const StepTimes& times, nlohmann::ordered_json* line);
-  void AddBatch(const StepData& data, double step_seconds, nlohmann::ordered_json* line) const;
   StatusOr<double> Validate();
   Status NonFinite(const std::string& why) const;
   Status Save(bool final_step);
@@ -191,18 +81,10 @@ class StepLoop {
   model::ParameterStore& gradients_;
   std::deque<model::ParameterStore> right_;  // by level of the tree of SumMicroBatches
   Optimizer optimizer_;
-  ProgressDisplay display_;
+  StepReport report_;
   Progress progress_;
-  Stragglers stragglers_;
-  double logged_beside_ = 0;  // of CommQueue::seconds_run
-  // Totals when the last logged step and when this step had its summed gradient: nothing runs
-  // beside the computation then, so the difference is exact.
-  std::map<std::string, parallel::CommTotals> logged_comm_, summed_comm_;
-  nlohmann::ordered_json comm_ = nlohmann::ordered_json::object();  // of the last logged step
-  size_t planned_arena_ = 0;                                        // bytes, on a GPU
+  size_t planned_arena_ = 0;  // bytes, on a GPU
   size_t planned_scratch_ = 0;
-  int64_t step_at_start_ = 0;  // of this start of the run
-  double seconds_at_start_ = 0;
   Request request_ = Request::kNone;
 };
 
@@ -271,7 +153,10 @@ model::Batch FullDocuments(int64_t tokens, int64_t documents) {
 // plan and use agree; batches of other documents may need a little more, which the arenas add.
 Status StepLoop::PlanMemory() {
   const Context& ctx = session_.ctx();
-  if (!ctx.cuda()) return OkStatus();
+  if (!ctx.cuda()) {
+    session_.ReserveMemory(0, 0);  // not what a phase of another shape has left
+    return OkStatus();
+  }
   DeviceOptions options = ctx.gpu->options();
   options.dry = true;
   options.like = ctx.gpu;
@@ -319,58 +204,6 @@ void StepLoop::ReportMemory() const {
                  << " KiB (planned " << (planned_arena_ >> 10) << "), work space "
                  << (session_.scratch().peak_bytes() >> 10) << " KiB (planned "
                  << (planned_scratch_ >> 10) << ")";
-}
-
-// What every rank exchanged in the last logged step, and the memory it needed.
-Status StepLoop::ReportRanks() {
-  const nlohmann::ordered_json mine = {{"comm", comm_},
-                                       {"memory",
-                                        {{"buffers", HostBufferPeakBytes()},
-                                         {"activations", session_.arena().peak_bytes()},
-                                         {"work_space", session_.scratch().peak_bytes()},
-                                         {"resident", ResidentPeakBytes()}}}};
-  SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all,
-                        session_.world().AllGatherText(mine.dump()));
-  auto ranks = nlohmann::ordered_json::array();
-  for (const std::string& text : all) ranks.push_back(nlohmann::ordered_json::parse(text));
-  session_.WriteRanks({{"step", session_.global_step},
-                       {"stage", config_.position.stage},
-                       {"phase", config_.position.phase},
-                       {"ranks", ranks}});
-  return OkStatus();
-}
-
-StatusOr<StepData> StepLoop::LoadStep() {
-  const PartScope part(StepPart::kData);
-  parallel::Communicator& group = session_.mesh().dp_group();
-  const int64_t batch = config_.batch.global_batch_sequences();
-  StepData step;
-  // [targets, tokens, request, then the CRC of every sample]: one integer all-reduce tells all
-  // ranks everything they must agree on.
-  std::vector<int64_t> sums(static_cast<size_t>(2 + batch), 0);
-  Status status = OkStatus();
-  std::optional<parallel::Section> section(std::in_place, session_.watchdog(),
-                                           parallel::Phase::kData);
-  for (const int64_t p :
-       ShareOf(config_.batch, session_.mesh().dp_rank(), session_.mesh().dp_size())) {
-    auto sample = stream_.Get(progress_.step * batch + p);
-    status = sample.status();
-    if (!status.ok()) break;
-    sums[0] += sample->targets();
-    sums[1] += stream_.seq_len() - sample->padding;
-    sums[static_cast<size_t>(2 + p)] = data::DataCrc(*sample);
-    step.mine.push_back(std::move(sample).value());
-  }
-  section.reset();
-  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), status));
-  SALA_RETURN_IF_ERROR(group.AllReduce(std::span<int64_t>(sums), parallel::Reduce::kSum));
-  auto request = static_cast<int64_t>(PendingRequest());
-  SALA_RETURN_IF_ERROR(
-      session_.world().AllReduce(std::span<int64_t>(&request, 1), parallel::Reduce::kMax));
-  step.counts = {.targets = sums[0], .tokens = sums[1]};
-  step.crc = Crc32c(sums.data() + 2, static_cast<size_t>(batch) * sizeof(int64_t));
-  step.request = static_cast<Request>(request);
-  return step;
 }
 
 Status StepLoop::AddMicroBatch(const StepData& data, int64_t index,
@@ -443,12 +276,13 @@ Status StepLoop::Step() {
   const double started = ClockSeconds();
   const double comm_before = CommSeconds();
   const PartSeconds parts_before = PartSecondsOfThisThread();
-  SALA_ASSIGN_OR_RETURN(const StepData data, LoadStep());
+  SALA_ASSIGN_OR_RETURN(const StepData data,
+                        LoadStep(session_, config_.batch, stream_, progress_.step));
   request_ = data.request;
   double loss = 0;
   SALA_ASSIGN_OR_RETURN(const Values values, RunMicroBatches(data, &loss));
   SALA_RETURN_IF_ERROR(reducer_.Finish());
-  summed_comm_ = parallel::ProcessCommLog().Totals();
+  report_.GradientSummed();
   const double lr = LearningRate(config_.schedule, progress_.step, config_.batch.steps);
   std::optional<PartScope> part(std::in_place, StepPart::kOptimizer);
   SALA_ASSIGN_OR_RETURN(const UpdateResult update,
@@ -474,104 +308,15 @@ Status StepLoop::Step() {
   }
   progress_.seconds += ClockSeconds() - started;
   const double comm_seconds = CommSeconds() - comm_before;
-  stragglers_.Add(ClockSeconds() - started, comm_seconds);
   PartSeconds parts = PartSecondsOfThisThread();
   for (size_t p = 0; p < kStepParts; ++p) parts[p] -= parts_before[p];
-  SALA_RETURN_IF_ERROR(Report(data, values, update, lr, {started, comm_seconds, parts}));
+  SALA_RETURN_IF_ERROR(
+      report_.Step(data, values, update, lr, progress_, {started, comm_seconds, parts}));
   if (progress_.bad_in_a_row > config_.optimizer.max_bad_steps) {
     return NonFinite("the limit is " + std::to_string(config_.optimizer.max_bad_steps) +
                      " (optimizer.max_bad_steps)");
   }
   return OkStatus();
-}
-
-Status StepLoop::Report(const StepData& data, const Values& values, const UpdateResult& update,
-                        double lr, const StepTimes& times) {
-  const double step_seconds = ClockSeconds() - times.started;
-  const double rate = static_cast<double>(data.counts.tokens) / step_seconds;
-  const bool last = progress_.step == config_.batch.steps;
-  const bool logged =
-      last || progress_.step % session_.config().run.log_every_steps == 0 || update.skipped;
-  if (logged && session_.world().size() > 1) {
-    SALA_ASSIGN_OR_RETURN(const nlohmann::ordered_json line,
-                          stragglers_.Gather(session_.world(), session_.global_step));
-    session_.WriteStragglers(line);
-  }
-  if (logged) {
-    comm_ = parallel::CommDelta(logged_comm_, summed_comm_);
-    logged_comm_ = summed_comm_;
-  }
-  if (!session_.is_root()) return OkStatus();
-  if (logged) {
-    nlohmann::ordered_json line = {{"step", session_.global_step},
-                                   {"stage", config_.position.stage},
-                                   {"phase", config_.position.phase},
-                                   {"stage_step", progress_.step},
-                                   {"time", static_cast<int64_t>(std::time(nullptr))},
-                                   {"tokens", data.counts.tokens},
-                                   {"target_tokens", data.counts.targets},
-                                   {"tokens_total", progress_.tokens}};
-    for (const auto& [name, value] : values) line[name] = NumberOrNull(value);
-    line["loss_hex"] = HexFloat(values.front().second);
-    line["grad_norm"] = NumberOrNull(update.grad_norm);
-    line["grad_norm_hex"] = HexFloat(update.grad_norm);
-    line["clipped"] = update.clipped;
-    line["lr"] = lr;
-    line["skipped"] = update.skipped;
-    line["tokens_per_s"] = rate;
-    line["step_ms"] = step_seconds * 1e3;
-    AddTimes(times, &line);
-    const double beside = session_.mesh().queue().seconds_run();
-    line["comm_beside_ms"] = (beside - logged_beside_) * 1e3;
-    logged_beside_ = beside;
-    line["comm"] = comm_;
-    AddBatch(data, step_seconds, &line);
-    line["arena_peak_mib"] = static_cast<double>(session_.arena().peak_bytes()) / (1 << 20);
-    line["data_crc"] = Hex32(data.crc);
-    session_.WriteMetrics(line);
-  }
-  display_.Update(progress_.step, values.front().first + " " +
-                                      Format("%.4f", values.front().second) + "  lr " +
-                                      Format("%.2e", lr) + "  " + Format("%.0f", rate) + " tok/s");
-  session_.WriteStatus("training", config_.position.stage, session_.global_step);
-  return OkStatus();
-}
-
-void StepLoop::AddTimes(const StepTimes& times, nlohmann::ordered_json* line) {
-  for (const auto& [part, key] :
-       {std::pair(StepPart::kData, "data_ms"), std::pair(StepPart::kForward, "forward_ms"),
-        std::pair(StepPart::kLoss, "loss_ms"), std::pair(StepPart::kBackward, "backward_ms"),
-        std::pair(StepPart::kOptimizer, "optim_ms")})
-    (*line)[key] = times.parts[static_cast<size_t>(part)] * 1e3;
-  (*line)["comm_ms"] = times.comm_seconds * 1e3;
-  (*line)["save_stall_ms"] = session_.TakeSaveSeconds() * 1e3;
-}
-
-void StepLoop::AddBatch(const StepData& data, double step_seconds,
-                        nlohmann::ordered_json* line) const {
-  const auto slots =
-      static_cast<double>(config_.batch.global_batch_sequences() * config_.batch.seq_len_tokens);
-  (*line)["padding_share"] = 1 - static_cast<double>(data.counts.tokens) / slots;
-  // Of the samples that this rank has.
-  double work = 0;
-  double documents = 0;
-  for (const data::PackedSample& sample : data.mine) {
-    const int64_t kept = stream_.seq_len() - sample.padding;
-    for (size_t s = 1; s < sample.cu_seqlens.size() && sample.cu_seqlens[s] <= kept; ++s) {
-      work += task_.WorkOf(sample.cu_seqlens[s] - sample.cu_seqlens[s - 1]);
-      ++documents;
-    }
-  }
-  if (!data.mine.empty())
-    (*line)["segments_mean"] = documents / static_cast<double>(data.mine.size());
-  const parallel::MeshConfig& mesh = session_.mesh().config();
-  if (work > 0)
-    (*line)["gflop_per_s"] = work / static_cast<double>(mesh.cp * mesh.tp) / step_seconds / 1e9;
-  (*line)["stage_steps"] = config_.batch.steps;
-  const double per_step = (progress_.seconds - seconds_at_start_) /
-                          static_cast<double>(progress_.step - step_at_start_);
-  (*line)["eta_s"] = per_step * static_cast<double>(config_.batch.steps - progress_.step);
-  (*line)["host_mem_gib"] = static_cast<double>(ResidentPeakBytes()) / (1 << 30);
 }
 
 StatusOr<double> StepLoop::Validate() {
@@ -621,9 +366,7 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
     SALA_ASSIGN_OR_RETURN(progress_.validation_before, Validate());
   }
   SALA_RETURN_IF_ERROR(session_.mesh().queue().WaitAll());
-  logged_comm_ = parallel::ProcessCommLog().Totals();
-  step_at_start_ = progress_.step;
-  seconds_at_start_ = progress_.seconds;
+  report_.Begin(progress_);
   while (progress_.step < steps) {
     const StepTrace trace(session_);
     SALA_RETURN_IF_ERROR(Step());
@@ -646,13 +389,8 @@ StatusOr<StepLoopSummary> StepLoop::Run(const Checkpoint* resume, const Checkpoi
     if (request_ == Request::kStop && !last) return Stopped(session_, config_.position.stage);
   }
   task_.parameters().Settle();
-  display_.Finish();
   ReportMemory();
-  SALA_RETURN_IF_ERROR(ReportRanks());
-  if (session_.is_root()) {
-    for (const std::string& row : stragglers_.Table(session_.watchdog().hosts()))
-      SALA_LOG(Info) << row;
-  }
+  SALA_RETURN_IF_ERROR(report_.End());
   // Another phase of the stage goes on from the store; another stage from the checkpoint.
   if (!config_.final_phase) SALA_RETURN_IF_ERROR(optimizer_.ReadAll(session_.ctx()));
   return progress_.Summary();
@@ -665,12 +403,6 @@ Status Stopped(Session& session, const std::string& stage) {
   return MakeError(ExitCode::kRequeue, "STOPPED",
                    "stopped on request after step " + std::to_string(session.global_step) +
                        "; the checkpoint is complete, start the same command again to go on");
-}
-
-StepLoopSummary SummaryOf(const Checkpoint& checkpoint) {
-  const nlohmann::json progress =
-      checkpoint.info().trainer.value("progress", nlohmann::json::object());
-  return Progress::FromJson(progress, PositionOf(checkpoint).phase_step).Summary();
 }
 
 StatusOr<StepLoopSummary> RunStepLoop(Session& session, const StepLoopConfig& config,
@@ -689,60 +421,6 @@ StatusOr<StepLoopSummary> RunStepLoop(Session& session, const StepLoopConfig& co
     explain(error.what());
     throw;
   }
-}
-
-Status CheckShares(const BatchConfig& batch, const parallel::MeshConfig& mesh) {
-  if (!batch.rank_independent_sums) return OkStatus();
-  if (mesh.cp > 1 || mesh.tp > 1 || mesh.zero_stage > 1) {
-    return MakeError(ExitCode::kConfig, "CFG-MESH",
-                     "batch.rank_independent_sums is on with parallel.cp " +
-                         std::to_string(mesh.cp) + ", tp " + std::to_string(mesh.tp) +
-                         " and zero_stage " + std::to_string(mesh.zero_stage) +
-                         "; sums are independent of the number of ranks with cp 1, tp 1 and "
-                         "zero_stage 0 or 1 only: change these or turn it off");
-  }
-  const int64_t ranks = mesh.dp;
-  const bool power_of_two = (ranks & (ranks - 1)) == 0;
-  if (power_of_two && batch.micro_batches() % ranks == 0) return OkStatus();
-  return MakeError(ExitCode::kConfig, "CFG-MESH",
-                   "batch.rank_independent_sums is on, but the " +
-                       std::to_string(batch.micro_batches()) + " micro-batches of a step (" +
-                       std::to_string(batch.global_batch_sequences()) + " sequences by " +
-                       std::to_string(batch.micro_batch_sequences) +
-                       ") cannot be shared out evenly over " + std::to_string(ranks) +
-                       " ranks; expected a number of ranks that is a power of two and divides "
-                       "them: change the ranks, the batch or micro_batch_sequences");
-}
-
-model::Batch MakeBatch(const std::vector<data::PackedSample>& samples) {
-  model::Batch batch;
-  batch.cu_seqlens.push_back(0);
-  for (const data::PackedSample& sample : samples) {
-    const auto base = static_cast<int32_t>(batch.tokens.size());
-    const int64_t kept = static_cast<int64_t>(sample.tokens.size()) - sample.padding;
-    batch.tokens.insert(batch.tokens.end(), sample.tokens.begin(), sample.tokens.begin() + kept);
-    batch.labels.insert(batch.labels.end(), sample.labels.begin(), sample.labels.begin() + kept);
-    batch.positions.insert(batch.positions.end(), sample.positions.begin(),
-                           sample.positions.begin() + kept);
-    for (size_t s = 1; s < sample.cu_seqlens.size(); ++s) {
-      if (sample.cu_seqlens[s] <= kept) batch.cu_seqlens.push_back(base + sample.cu_seqlens[s]);
-    }
-  }
-  return batch;
-}
-
-StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& set,
-                                                   const parallel::Mesh& mesh) {
-  std::vector<model::Batch> batches;
-  for (int64_t first = 0; first < set.size(); first += mesh.dp_size()) {
-    std::vector<data::PackedSample> samples;
-    if (const int64_t i = first + mesh.dp_rank(); i < set.size()) {
-      SALA_ASSIGN_OR_RETURN(data::PackedSample sample, set.Get(i));
-      samples.push_back(std::move(sample));
-    }
-    batches.push_back(MakeBatch(samples));
-  }
-  return batches;
 }
 
 }  // namespace sala::recipes

@@ -8,19 +8,14 @@
 #include <utility>
 #include <vector>
 
-#include "data/stream.h"
 #include "model/model.h"
 #include "recipes/checkpointing.h"
 #include "recipes/optimizer.h"
 #include "recipes/session.h"
+#include "recipes/step_batch.h"
+#include "recipes/step_progress.h"
 
 namespace sala::recipes {
-
-// Of the whole global batch, equal on all ranks: what a sum is divided by.
-struct StepCounts {
-  int64_t targets = 0;  // labels >= 0
-  int64_t tokens = 0;   // without padding
-};
 
 class StepTask {
  public:
@@ -68,36 +63,13 @@ struct StepLoopConfig {
   bool final_phase = true;       // the last save of this loop is the stage's result
 };
 
-struct StepLoopSummary {
-  int64_t steps = 0;
-  int64_t tokens = 0;                                  // of the phase, over its whole life
-  double seconds = 0;                                  // likewise
-  double first_loss = 0, last_loss = 0;                // training loss of the first and last step
-  double validation_before = 0, validation_after = 0;  // NaN where not measured
-};
-
 // Runs the phase from `resume` (a checkpoint of this very phase) or from its start, with `carry`
 // giving moments to start from. Stops with STOPPED (exit 75) after a complete save when asked to.
 StatusOr<StepLoopSummary> RunStepLoop(Session& session, const StepLoopConfig& config,
                                       StepTask& task, data::SampleStream& stream,
                                       const Checkpoint* resume, const Checkpoint* carry = nullptr);
 
-// What a phase had done when this checkpoint was taken.
-StepLoopSummary SummaryOf(const Checkpoint& checkpoint);
-
 // STOPPED (exit 75), after the status file says so.
 Status Stopped(Session& session, const std::string& stage);
-
-// CFG-MESH (78) when the micro-batches of a step cannot be shared out over this mesh (dp resolved)
-// as `rank_independent_sums` asks.
-Status CheckShares(const BatchConfig& batch, const parallel::MeshConfig& mesh);
-
-// Samples as one packed micro-batch, padding dropped; of none an empty one.
-model::Batch MakeBatch(const std::vector<data::PackedSample>& samples);
-
-// This rank's samples of a held-out set, a batch each: sample i is dealt to dp rank i mod DP. All
-// ranks have equally many, the last one may be empty: ranks exchange while they evaluate.
-StatusOr<std::vector<model::Batch>> HeldOutBatches(const data::ValidationSet& set,
-                                                   const parallel::Mesh& mesh);
 
 }  // namespace sala::recipes

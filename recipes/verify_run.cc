@@ -1,6 +1,8 @@
 #include "recipes/verify_run.h"
 
+#include <filesystem>
 #include <sstream>
+#include <system_error>
 #include <utility>
 
 #include "core/checkpoint.h"
@@ -98,5 +100,16 @@ StatusOr<SavedStep> FinalOf(const std::string& run, const std::string& stage) {
   return MakeError(ExitCode::kData, "CKPT-NONE",
                    run + ": no checkpoint of the end of stage " + stage);
 }
+
+Status CopyTree(const std::string& from, const std::string& to) {
+  std::error_code error;
+  std::filesystem::create_directories(std::filesystem::path(to).parent_path(), error);
+  std::filesystem::copy(from, to, std::filesystem::copy_options::recursive, error);
+  if (!error) return OkStatus();
+  return MakeError(ExitCode::kIo, "FILE-WRITE",
+                   to + ": copying from " + from + " failed: " + error.message());
+}
+
+std::string BaseName(const std::string& path) { return path.substr(path.rfind('/') + 1); }
 
 }  // namespace sala::recipes

@@ -43,4 +43,8 @@ StatusOr<std::vector<SavedStep>> SavedSteps(const std::string& run);
 // CKPT-NONE (65): there is none.
 StatusOr<SavedStep> FinalOf(const std::string& run, const std::string& stage);
 
+// A directory with all that is in it; FILE-WRITE (74).
+Status CopyTree(const std::string& from, const std::string& to);
+std::string BaseName(const std::string& path);
+
 }  // namespace sala::recipes

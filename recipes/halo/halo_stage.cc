@@ -7,21 +7,20 @@
 // teacher, mixers and items are still the same bits; once layers are chosen, every checkpoint
 // carries the choice.
 #include <cmath>
-#include <cstdio>
+#include <utility>
 
 #include "core/file.h"
-#include "core/hash.h"
 #include "core/log.h"
 #include "core/trace.h"
 #include "recipes/gates.h"
 #include "recipes/halo/align.h"
 #include "recipes/halo/assemble.h"
+#include "recipes/halo/choose.h"
 #include "recipes/halo/distil.h"
+#include "recipes/halo/files.h"
 #include "recipes/halo/fold_qk_norm.h"
 #include "recipes/halo/items.h"
 #include "recipes/halo/logit_scale.h"
-#include "recipes/halo/score.h"
-#include "recipes/halo/select.h"
 #include "recipes/halo/settings.h"
 #include "recipes/halo/transfer.h"
 #include "recipes/stage.h"
@@ -32,31 +31,10 @@ namespace {
 
 using nlohmann::json;
 
-std::string Text(const char* format, double value) {
-  char text[64];
-  std::snprintf(text, sizeof(text), format, value);
-  return text;
-}
-
-std::string Text(const std::vector<int64_t>& layers) {
-  std::string text;
-  for (int64_t layer : layers) text += (text.empty() ? "" : ", ") + std::to_string(layer);
-  return text.empty() ? "none" : text;
-}
-
 // NaN where the number is missing, or was not finite when it was saved.
 double NumberOf(const json& object, const char* key) {
   const auto it = object.find(key);
   return it != object.end() && it->is_number() ? it->get<double>() : std::nan("");
-}
-
-bool AllFinite(const ModelScore& score) {
-  return std::isfinite(score.recall) && std::isfinite(score.text) && std::isfinite(score.kl);
-}
-
-json ToJson(const ModelScore& score) {
-  return {{"recall", score.recall}, {"recall_error", score.recall_error}, {"exact", score.exact},
-          {"text", score.text},     {"text_error", score.text_error},     {"kl", score.kl}};
 }
 
 constexpr char kQkScales[] = "qk_norm_scales";  // in trainer.halo
@@ -74,11 +52,6 @@ class HaloStage {
   Status RestoreState();
   Status Align();
   Status Choose();
-  StatusOr<std::vector<int64_t>> ScoredOrder();
-  StatusOr<json> HashOf(const model::ParameterStore& store);
-  Status LoadScores(const std::string& settings, size_t items, ScoreTable* table);
-  Status WriteScores(const std::string& settings, const ScoreTable& table);
-  StatusOr<json> ReportScores(const ScoreItems& items, const ScoreTable& table);
   // The student gets what it does not have yet of HyPE.
   void Enter(bool remove_rope, bool add_gate);
   Status Assemble();
@@ -93,8 +66,6 @@ class HaloStage {
 
   bool is_root() const { return session_.is_root(); }
   model::Spread spread() const { return model::Spread(session_.mesh()); }
-  std::string file(const char* name) const { return session_.path(std::string("halo/") + name); }
-  Status WriteJson(const char* name, const json& content);
   StatusOr<std::unique_ptr<data::ValidationSet>> HeldOut(int64_t seq_len) const;
   // One training phase: stream, loop, summary kept for the stage's totals.
   StatusOr<StepLoopSummary> RunPhase(const std::string& phase, const HaloPhaseConfig& config,
@@ -201,12 +172,6 @@ StatusOr<std::unique_ptr<data::ValidationSet>> HaloStage::HeldOut(int64_t seq_le
   return data::ValidationSet::Open(stage_.data, seq_len, session_.tokenizer());
 }
 
-Status HaloStage::WriteJson(const char* name, const json& content) {
-  const Status written =
-      is_root() ? WriteFileAtomically(file(name), content.dump(1) + "\n") : OkStatus();
-  return parallel::AgreeOnStatus(session_.world(), written);
-}
-
 StatusOr<StepLoopSummary> HaloStage::RunPhase(const std::string& phase,
                                               const HaloPhaseConfig& config, StepTask& task) {
   auto stream = data::SampleStream::Open(stage_.data, stage_.name + "/" + phase,
@@ -225,6 +190,11 @@ StatusOr<StepLoopSummary> HaloStage::RunPhase(const std::string& phase,
   loop.parent = teacher_.origin;
   loop.extra_trainer = {{"halo", state_}};
   loop.final_phase = false;
+  SALA_ASSIGN_OR_RETURN(
+      const ResidentPlan resident,
+      PlanResident(session_.start(), stage_, session_.config().run, session_.world().size(),
+                   session_.world().rank(), phase, teacher_.config));
+  session_.planned_resident = std::max(session_.planned_resident, resident.total());
   SALA_ASSIGN_OR_RETURN(const StepLoopSummary summary,
                         RunStepLoop(session_, loop, task, **stream, ResumeOf(phase)));
   state_["phases"][phase] = {{"tokens", summary.tokens}, {"seconds", summary.seconds}};
@@ -247,159 +217,13 @@ Status HaloStage::Align() {
   return OkStatus();
 }
 
-// Rank 0 reads; a file of other settings, or a broken one, is no reason to stop: scoring starts
-// again.
-Status HaloStage::LoadScores(const std::string& settings, size_t items, ScoreTable* table) {
-  std::string text;
-  if (is_root() && PathExists(file("scores.json")))
-    text = ReadFile(file("scores.json")).value_or("");
-  SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all, session_.world().AllGatherText(text));
-  try {
-    const json saved = json::parse(all[0]);
-    if (saved.at("settings") != settings) return OkStatus();
-    ScoreTable found = ScoreTable::FromJson(saved.at("items"));
-    if (!found.Fits(items, teacher_.config.num_hidden_layers)) return OkStatus();
-    *table = std::move(found);
-  } catch (const json::exception&) {
-    return OkStatus();
-  }
-  if (is_root()) {
-    SALA_LOG(Info) << "score: " << table->layers.size() << " layers and " << table->sets.size()
-                   << " sets taken from " << file("scores.json");
-  }
-  return OkStatus();
-}
-
-// Scoring can be stopped behind any result: the next start takes up the checkpoint of the alignment
-// and these scores.
-Status HaloStage::WriteScores(const std::string& settings, const ScoreTable& table) {
-  SALA_RETURN_IF_ERROR(
-      WriteJson("scores.json", {{"settings", settings}, {"items", table.ToJson()}}));
-  auto request = static_cast<int64_t>(PendingRequest());
-  SALA_RETURN_IF_ERROR(
-      session_.world().AllReduce(std::span<int64_t>(&request, 1), parallel::Reduce::kMax));
-  if (static_cast<Request>(request) != Request::kStop) return OkStatus();
-  return MakeError(ExitCode::kRequeue, "STOPPED",
-                   "stopped on request while scoring layers; what is scored is kept in " +
-                       file("scores.json") + ", start the same command again to go on");
-}
-
-// Of the values on all tensor ranks; of the same model cut otherwise it is another one.
-StatusOr<json> HaloStage::HashOf(const model::ParameterStore& store) {
-  const uint64_t mine = Xxh3({reinterpret_cast<const char*>(store.data()),
-                              static_cast<size_t>(store.size()) * sizeof(float)});
-  SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all,
-                        session_.mesh().tp_group().AllGatherText(std::to_string(mine)));
-  return json(all);
-}
-
-// The table on the log, and as JSON for selection.json and the checkpoints.
-StatusOr<json> HaloStage::ReportScores(const ScoreItems& items, const ScoreTable& table) {
-  const ModelScore teacher = Summarise(items, table.teacher);
-  json report = {{"teacher", ToJson(teacher)}, {"layers", json::array()}};
-  KeepRule rule;
-  rule.selector = halo_.selector;
-  rule.options = {.eps = halo_.score.eps, .lambda = halo_.score.difference_lambda};
-  rule.forced = plan_.forced;
-  rule.count = plan_.softmax_layers;
-  std::vector<ModelScore> scores;
-  for (size_t layer = 0; layer < table.layers.size(); ++layer) {
-    scores.push_back(Summarise(items, table.layers[layer]));
-    if (!AllFinite(scores.back())) return DivergedMixer(std::to_string(layer));
-  }
-  const std::vector<double> keep = KeepScores(rule.selector, ScoresOf(items, table), rule.options);
-  const std::vector<double> shares =
-      halo_.score.bootstrap > 0
-          ? BootstrapShares(items, table, rule, halo_.score.bootstrap, stage_.seed)
-          : std::vector<double>();
-  if (is_root()) {
-    SALA_LOG(Info) << "score: teacher: recall " << Text("%.4f", teacher.recall) << ", exact "
-                   << Text("%.3f", teacher.exact) << ", text " << Text("%.4f", teacher.text);
-  }
-  for (size_t layer = 0; layer < scores.size(); ++layer) {
-    const ModelScore& score = scores[layer];
-    json row = ToJson(score);
-    row["layer"] = layer;
-    row["keep_score"] = keep[layer];
-    if (!shares.empty()) row["bootstrap_keep_share"] = shares[layer];
-    report["layers"].push_back(row);
-    if (!is_root()) continue;
-    SALA_LOG(Info) << "score: layer " << layer << " linear: recall " << Text("%.4f", score.recall)
-                   << " +- " << Text("%.4f", score.recall_error) << ", exact "
-                   << Text("%.3f", score.exact) << ", text " << Text("%.4f", score.text) << " +- "
-                   << Text("%.4f", score.text_error) << ", KL " << Text("%.4f", score.kl) << ", "
-                   << NameOf(rule.selector) << " " << Text("%.4g", keep[layer])
-                   << (shares.empty()
-                           ? ""
-                           : ", kept in " + Text("%.0f", 100 * shares[layer]) + " % of resamples");
-  }
-  report["order"] = RankLayers(keep);
-  return report;
-}
-
-StatusOr<std::vector<int64_t>> HaloStage::ScoredOrder() {
-  const parallel::Section section(session_.watchdog(), parallel::Phase::kEvaluation);
-  auto made = MakeScoreItems(stage_, session_.tokenizer());
-  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session_.world(), made.status()));
-  const ScoreItems& items = *made;
-  SALA_ASSIGN_OR_RETURN(const json teacher_hash, HashOf(teacher_.params));
-  SALA_ASSIGN_OR_RETURN(const json mixers_hash, HashOf(mixers_));
-  const std::string settings = Sha256Hex(
-      json({{"teacher", teacher_hash}, {"mixers", mixers_hash}, {"items", items.Fingerprint()}})
-          .dump());
-  ScoreTable table;
-  SALA_RETURN_IF_ERROR(LoadScores(settings, items.size(), &table));
-  model::ComputeParameters mixers(session_.ctx(), mixers_);
-  Scorer scorer(session_.ctx(), session_.arena(), session_.mesh(), *teacher_model_, mixers.store(),
-                items);
-  if (is_root()) {
-    SALA_LOG(Info) << "score: " << items.text.size() << " pieces of held-out text and "
-                   << items.recall.size() << " recall prompts";
-  }
-  if (halo_.selector == Selector::kGreedy) {
-    return GreedyOrder(teacher_.config.num_hidden_layers, plan_.forced, plan_.softmax_layers,
-                       [&](const std::vector<int64_t>& replaced) -> StatusOr<double> {
-                         SALA_ASSIGN_OR_RETURN(const double kl, scorer.ScoreSet(replaced, &table));
-                         SALA_RETURN_IF_ERROR(WriteScores(settings, table));
-                         return kl;
-                       });
-  }
-  SALA_RETURN_IF_ERROR(scorer.ScoreLayers(
-      &table, [&](const ScoreTable& scored) { return WriteScores(settings, scored); }));
-  SALA_ASSIGN_OR_RETURN(const json report, ReportScores(items, table));
-  state_["scores"] = report;
-  return report["order"].get<std::vector<int64_t>>();
-}
-
 Status HaloStage::Choose() {
-  const int64_t layers = teacher_.config.num_hidden_layers;
-  std::vector<int64_t> order;
-  switch (halo_.selector) {
-    case Selector::kUniform:
-      order = UniformOrder(layers, plan_.forced, plan_.softmax_layers);
-      break;
-    case Selector::kRandom:
-      order = RandomOrder(layers, stage_.seed);
-      break;
-    case Selector::kExplicit:
-      order = plan_.explicit_layers;
-      break;
-    default: {
-      SALA_ASSIGN_OR_RETURN(order, ScoredOrder());
-    }
-  }
-  chosen_ = TakeLayers(order, plan_.forced, plan_.softmax_layers);
+  SALA_ASSIGN_OR_RETURN(LayerChoice choice, ChooseLayers({session_, stage_, plan_, teacher_,
+                                                          *teacher_model_, mixers_}));
+  chosen_ = std::move(choice.layers);
   state_["softmax_layers"] = chosen_;
-  json selection = {{"selector", NameOf(halo_.selector)},
-                    {"forced", plan_.forced},
-                    {"softmax_layers", chosen_},
-                    {"order", order},
-                    {"ties", "to the lower index"}};
-  if (state_.contains("scores")) selection["scores"] = state_["scores"];
-  if (is_root())
-    SALA_LOG(Info) << "select: " << NameOf(halo_.selector) << " keeps softmax attention in layers "
-                   << Text(chosen_);
-  return WriteJson("selection.json", selection);
+  if (!choice.scores.is_null()) state_["scores"] = std::move(choice.scores);
+  return OkStatus();
 }
 
 void HaloStage::Enter(bool remove_rope, bool add_gate) {
@@ -503,9 +327,9 @@ Status HaloStage::FitScale() {
   } else if (is_root()) {
     SALA_LOG(Info) << "logit scale: a = " << (fit.base > 0 ? Text("%g", fit.base) : "none")
                    << ", loss " << Text("%.4f", fit.losses[0]) << " without a scale, curve in "
-                   << file("logit_scale.json");
+                   << HaloFile(session_, "logit_scale.json");
   }
-  return WriteJson("logit_scale.json", state_["logit_scale"]);
+  return WriteHaloJson(session_, "logit_scale.json", state_["logit_scale"]);
 }
 
 StatusOr<StageSummary> HaloStage::Finish() {

@@ -106,6 +106,14 @@ class GoodConfigurations(unittest.TestCase):
         self.assertEqual(list(rows), ["saves", "ranks"], "in the order of the table")
         self.assertIn("cp x tp on 2 ranks", rows["ranks"]["compared"])
 
+    def test_the_hybrid_at_the_end_of_a_pipeline_is_exported(self):
+        """No stage trains on it, so that no pass has it."""
+        folder = h.ROOT / "ends_with_halo"
+        result, rows = verify(h.write_pipeline(folder, [h.pretrain("base", 2, first=True), h.halo("convert", 2, 2)]), "--only", "export")
+        self.assertEqual((result.code, rows["export"]["verdict"]), (0, "holds"), result)
+        self.assertIn(": 2 models, ", rows["export"]["compared"])
+        self.assertIn("the model of stage convert, handed on", result.err)
+
     def test_what_is_kept_can_be_looked_at(self):
         kept = h.ROOT / "kept"
         result, _ = verify(one_stage(), "--only", "saves", "--keep", kept)
@@ -170,7 +178,7 @@ class BrokenThings(unittest.TestCase):
              "request.parent = config_.parent; optimizer_.set_updates(optimizer_.updates() + 1);", "saves",
              r"saving every step: step \d \(stage only, train\): loss_hex"),
             # Each rank divides by its own targets.
-            ("recipes/step_loop.cc", "SALA_RETURN_IF_ERROR(group.AllReduce(std::span<int64_t>(sums), parallel::Reduce::kSum));",
+            ("recipes/step_batch.cc", "SALA_RETURN_IF_ERROR(group.AllReduce(std::span<int64_t>(sums), parallel::Reduce::kSum));",
              "static_cast<void>(group);", "ranks", r"2 ranks, rank_independent_sums: step 1 \(stage only, train\): loss_hex"),
             # Cut off instead of rounded.
             ("recipes/export.cc", "const BF16 rounded(value);",

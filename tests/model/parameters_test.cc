@@ -179,9 +179,6 @@ TEST(ParameterStoreTest, ValuesDoNotDependOnTheCut) {
           ParameterStore drawn(specs, Placement::Shard(partition, r));
           InitialiseParameters(config, 5, drawn);
           ExpectPartOf(whole, drawn);
-          ParameterStore taken(specs, Placement::Shard(partition, r));
-          TakeParts(whole, &taken);
-          ExpectPartOf(whole, taken);
         }
       }
       ParameterStore drawn(specs);

@@ -201,8 +201,9 @@ StatusOr<Alignment> MakeAlignment(const Case& c) {
   for (const model::ParameterSpec& spec : a.mixers.specs()) {
     if (!c.model.params.Has(spec.name) || c.model.params.Spec(spec.name).shape != spec.shape)
       return Problem("model: no " + spec.name + " of the shape that the teacher's layers need");
+    std::copy_n(c.model.params.data() + c.model.params.Spec(spec.name).offset, spec.numel,
+                a.mixers.data() + spec.offset);
   }
-  model::TakeParts(c.model.params, &a.mixers);
   return a;
 }
 
