@@ -349,6 +349,7 @@ void AddBenchCommands(CommandLine& line) {
                     "block-sparse attention where the document is long enough");
   line.OnUse(command,
              [options, &line] { return BenchStep(*options, CommandText(line.argc, line.argv)); });
+  AddBenchHaloCommand(line, *group);
 }
 
 }  // namespace sala::launch
