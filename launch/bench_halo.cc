@@ -41,8 +41,7 @@ std::string Row(const RecallByLength& recall) {
 
 std::string Lengths(const RecallByLength& recall) {
   std::string text;
-  for (const auto& [length, share] : recall)
-    text += Format(" %6ld", static_cast<long>(length));
+  for (const auto& [length, share] : recall) text += Format(" %6ld", static_cast<long>(length));
   return text;
 }
 
@@ -58,12 +57,13 @@ void PrintHead(const ClaimSettings& settings, const BenchHaloOptions& options,
   std::printf("hardware    %s\n", CpuDescription().c_str());
   std::printf("commit      %s (%s build)\n", Commit().c_str(), BuildType().c_str());
   std::printf("command     %s\n", command.c_str());
-  std::printf("model       %ld layers, %ld stay softmax, hidden %ld, MLP %ld, %ld query and %ld key/value heads of %ld\n",
-              static_cast<long>(model.num_hidden_layers),
-              static_cast<long>(settings.halo.halo->softmax_layers),
-              static_cast<long>(model.hidden_size), static_cast<long>(model.intermediate_size),
-              static_cast<long>(model.num_attention_heads),
-              static_cast<long>(model.num_key_value_heads), static_cast<long>(model.head_dim));
+  std::printf(
+      "model       %ld layers, %ld stay softmax, hidden %ld, MLP %ld, %ld query and %ld key/value "
+      "heads of %ld\n",
+      static_cast<long>(model.num_hidden_layers),
+      static_cast<long>(settings.halo.halo->softmax_layers), static_cast<long>(model.hidden_size),
+      static_cast<long>(model.intermediate_size), static_cast<long>(model.num_attention_heads),
+      static_cast<long>(model.num_key_value_heads), static_cast<long>(model.head_dim));
   std::string teacher;
   for (const recipes::StageConfig& lesson : settings.lessons) {
     teacher += (teacher.empty() ? "" : " + ") + std::to_string(lesson.batch.steps) + " of " +
@@ -74,10 +74,10 @@ void PrintHead(const ClaimSettings& settings, const BenchHaloOptions& options,
               teacher.c_str(), static_cast<long>(halo.align.batch.steps),
               static_cast<long>(halo.distil.batch.steps),
               WithCommas(halo.distil.batch.global_batch_tokens).c_str());
-  std::printf("seeds       %ld, %d thread%s%s\n", static_cast<long>(options.seeds), options.threads,
-              options.threads == 1 ? "" : "s",
-              options.quick ? "; --quick: too little training for the verdicts to mean anything"
-                            : "");
+  std::printf(
+      "seeds       %ld, %d thread%s%s\n", static_cast<long>(options.seeds), options.threads,
+      options.threads == 1 ? "" : "s",
+      options.quick ? "; --quick: too little training for the verdicts to mean anything" : "");
 }
 
 void PrintSeed(int64_t seed, const ClaimNumbers& numbers, const std::vector<ClaimResult>& results) {
@@ -96,14 +96,21 @@ void PrintSeed(int64_t seed, const ClaimNumbers& numbers, const std::vector<Clai
   const ConversionNumbers& selected = numbers.conversions.at(recipes::kSelectedHybrid);
   row("teacher", "all", "", selected.teacher_loss, *numbers.teacher_stream,
       *numbers.teacher_needle);
+  std::vector<std::string> names = {recipes::kSelectedHybrid, recipes::kNotAligned,
+                                    recipes::kAllLinear, recipes::kRopeEverywhere};
   for (const auto& [name, conversion] : numbers.conversions) {
+    if (name.rfind(recipes::kRandomSet, 0) == 0) names.push_back(name);
+  }
+  for (const std::string& name : names) {
+    const ConversionNumbers& conversion = numbers.conversions.at(name);
     row(name, Text(conversion.softmax_layers), Format("%.4f", conversion.kl),
         conversion.student_loss, conversion.stream, conversion.needle);
   }
-  std::printf("  logit scale: a = %s, loss on other documents %.4f, without %.4f; needle with it%s\n",
-              numbers.scale->base > 0 ? Format("%g", numbers.scale->base).c_str() : "none",
-              *std::min_element(numbers.scale->losses.begin(), numbers.scale->losses.end()),
-              numbers.scale->losses.front(), Row(numbers.scale->needle).c_str());
+  std::printf(
+      "  logit scale: a = %s, loss on other documents %.4f, without %.4f; needle with it%s\n",
+      numbers.scale->base > 0 ? Format("%g", numbers.scale->base).c_str() : "none",
+      *std::min_element(numbers.scale->losses.begin(), numbers.scale->losses.end()),
+      numbers.scale->losses.front(), Row(numbers.scale->needle).c_str());
   for (const ClaimResult& result : results) {
     std::printf("  %2d %-28s %s\n     margin: %s\n     found:  %s\n", result.number,
                 result.claim.c_str(), NameOf(result.verdict), result.margin.c_str(),
@@ -144,15 +151,17 @@ Status BenchHalo(const BenchHaloOptions& options, const std::string& command) {
   const bool quiet = Quiet();
   SetQuiet(true);
   std::vector<std::vector<ClaimResult>> verdicts;
-  json report = {{"hardware", CpuDescription()}, {"commit", Commit()},   {"build", BuildType()},
-                 {"command", command},           {"quick", options.quick}, {"settings", settings.ToJson()},
+  json report = {{"hardware", CpuDescription()}, {"commit", Commit()},
+                 {"build", BuildType()},         {"command", command},
+                 {"quick", options.quick},       {"settings", settings.ToJson()},
                  {"seeds", json::array()}};
   for (int64_t seed = 1; seed <= options.seeds; ++seed) {
     const double started = ClockSeconds();
     const auto say = [&](const std::string& line) {
       if (!quiet) {
-        PrintPlainLine(Format("seed %ld, %4.0f s: ", static_cast<long>(seed),
-                              ClockSeconds() - started) + line);
+        PrintPlainLine(
+            Format("seed %ld, %4.0f s: ", static_cast<long>(seed), ClockSeconds() - started) +
+            line);
       }
     };
     recipes::ClaimTrial trial(settings, seed, options.to + "/seed-" + std::to_string(seed),
@@ -173,15 +182,18 @@ Status BenchHalo(const BenchHaloOptions& options, const std::string& command) {
 void AddBenchHaloCommand(CommandLine& line, CLI::App& group) {
   auto options = std::make_shared<BenchHaloOptions>();
   CLI::App* command = AddCommand(
-      group, "halo", "what the conversion's steps are worth: small teachers, converted with and without",
+      group, "halo",
+      "what the conversion's steps are worth: small teachers, converted with and without",
       "sala bench halo --to runs/claims --threads 2 --json claims.json");
-  command->add_option("--to", options->to,
-                      "directory of the runs; what is finished there is taken up again")
+  command
+      ->add_option("--to", options->to,
+                   "directory of the runs; what is finished there is taken up again")
       ->required();
   command->add_option("--seeds", options->seeds, "teachers, from seed 1")
       ->check(CLI::Range(int64_t{1}, int64_t{1000}))
       ->capture_default_str();
-  command->add_option("--threads", options->threads, "compute threads; results do not depend on them")
+  command
+      ->add_option("--threads", options->threads, "compute threads; results do not depend on them")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   command->add_option("--json", options->json, "file for all numbers");

@@ -124,8 +124,12 @@ ClaimDocument MakeClaimDocument(const ClaimDataOptions& options, int64_t index) 
   ClaimDocument document;
   Writer out(&document);
   switch (options.task) {
-    case ClaimTask::kStream: WriteStream(options, rng, out); break;
-    case ClaimTask::kNeedle: WriteNeedle(options, rng, out); break;
+    case ClaimTask::kStream:
+      WriteStream(options, rng, out);
+      break;
+    case ClaimTask::kNeedle:
+      WriteNeedle(options, rng, out);
+      break;
   }
   document.tokens.resize(static_cast<size_t>(options.length));
   document.recalled.resize(static_cast<size_t>(options.length));
@@ -134,13 +138,12 @@ ClaimDocument MakeClaimDocument(const ClaimDataOptions& options, int64_t index) 
 
 Status WriteClaimStore(const ClaimDataOptions& options, int64_t count, bool recalled_only,
                        const std::string& directory, const data::Tokenizer& tokenizer) {
-  SALA_ASSIGN_OR_RETURN(
-      auto writer, data::TokenStoreWriter::Create({.directory = directory,
-                                                   .name = options.purpose,
-                                                   .sft = recalled_only,
-                                                   .add_bos = false,
-                                                   .add_eos = false},
-                                                  tokenizer));
+  SALA_ASSIGN_OR_RETURN(auto writer, data::TokenStoreWriter::Create({.directory = directory,
+                                                                     .name = options.purpose,
+                                                                     .sft = recalled_only,
+                                                                     .add_bos = false,
+                                                                     .add_eos = false},
+                                                                    tokenizer));
   writer->AddSource(options.purpose, "CC0-1.0", "made by the program");
   for (int64_t i = 0; i < count; ++i) {
     const ClaimDocument document = MakeClaimDocument(options, i);

@@ -28,7 +28,7 @@ data::DataConfig Mixture(const std::vector<std::pair<std::string, double>>& stor
 nlohmann::json ToJson(const ClaimDataOptions& data) {
   return {{"task", static_cast<int>(data.task)}, {"length", data.length},
           {"least_keys", data.least_keys},       {"keys", data.keys},
-          {"questions", data.questions},             {"filler_share", data.filler_share}};
+          {"questions", data.questions},         {"filler_share", data.filler_share}};
 }
 
 // 0.3M parameters with six layers. Four heads give linear layers decays of 4 to 256 tokens.
@@ -142,9 +142,10 @@ ClaimSettings FullClaimSettings() {
   settings.stores["stream"] = {.data = settings.stream, .documents = 10000};
   settings.stores["needle"] = {.data = settings.needle, .documents = 10000};
 
-  StageConfig first = Lesson("answers", StageKind::kSft, Batches(kLength, 2048, 200),
-                             {.shape = ScheduleShape::kConstant, .peak_lr = 4e-3, .warmup_steps = 50},
-                             "easy", {{"easy", 1}});
+  StageConfig first =
+      Lesson("answers", StageKind::kSft, Batches(kLength, 2048, 200),
+             {.shape = ScheduleShape::kConstant, .peak_lr = 4e-3, .warmup_steps = 50}, "easy",
+             {{"easy", 1}});
   first.model = SmallModel(/*layers=*/6);
   settings.lessons = {first, Lesson("everything", StageKind::kPretrain, Batches(kLength, 2048, 400),
                                     Cosine(4e-3), "stream", {{"stream", 0.5}, {"needle", 0.5}})};

@@ -39,21 +39,20 @@ double Recall(Session& session, const model::Model& model, const std::vector<mod
   int64_t right = 0;
   int64_t targets = 0;
   for (const model::Batch& batch : batches) {
-    const auto result =
-        model::EvaluateCrossEntropy(session.ctx(), session.arena(), model, batch,
-                                    {.logit_scale_base = logit_scale_base});
+    const auto result = model::EvaluateCrossEntropy(session.ctx(), session.arena(), model, batch,
+                                                    {.logit_scale_base = logit_scale_base});
     right += result.correct;
     targets += result.targets;
   }
   return static_cast<double>(right) / static_cast<double>(std::max<int64_t>(1, targets));
 }
 
-StatusOr<StepLoopSummary> Train(Session& session, const StageConfig& stage, const std::string& phase,
-                                const HaloPhaseConfig& config, StepTask& task, const json& parent) {
-  SALA_ASSIGN_OR_RETURN(
-      const auto stream,
-      data::SampleStream::Open(stage.data, stage.name + "/" + phase, config.batch.seq_len_tokens,
-                               session.tokenizer()));
+StatusOr<StepLoopSummary> Train(Session& session, const StageConfig& stage,
+                                const std::string& phase, const HaloPhaseConfig& config,
+                                StepTask& task, const json& parent) {
+  SALA_ASSIGN_OR_RETURN(const auto stream,
+                        data::SampleStream::Open(stage.data, stage.name + "/" + phase,
+                                                 config.batch.seq_len_tokens, session.tokenizer()));
   StepLoopConfig loop;
   loop.position = {.stage = stage.name, .phase = phase};
   loop.label = phase;
@@ -70,9 +69,8 @@ StatusOr<StepLoopSummary> Train(Session& session, const StageConfig& stage, cons
 
 StatusOr<std::vector<model::Batch>> HeldOut(Session& session, const StageConfig& stage) {
   SALA_ASSIGN_OR_RETURN(
-      const auto set,
-      data::ValidationSet::Open(stage.data, stage.halo->distil.batch.seq_len_tokens,
-                                session.tokenizer()));
+      const auto set, data::ValidationSet::Open(stage.data, stage.halo->distil.batch.seq_len_tokens,
+                                                session.tokenizer()));
   return HeldOutBatches(*set, session.mesh());
 }
 
@@ -242,10 +240,9 @@ Status ClaimTrial::Align(Teacher* teacher) {
     return LoadParameters(checkpoint, teacher->aligned);
   }
   const model::Model model = teacher->Model();
-  SALA_ASSIGN_OR_RETURN(
-      const auto held_out,
-      data::ValidationSet::Open(stage.data, stage.halo->align.batch.seq_len_tokens,
-                                session->tokenizer()));
+  SALA_ASSIGN_OR_RETURN(const auto held_out, data::ValidationSet::Open(
+                                                 stage.data, stage.halo->align.batch.seq_len_tokens,
+                                                 session->tokenizer()));
   AlignTask task(session->ctx(), session->mesh(), model, teacher->aligned, stage.halo->align_loss,
                  held_out.get());
   SALA_RETURN_IF_ERROR(
@@ -258,8 +255,8 @@ Status ClaimTrial::Align(Teacher* teacher) {
   return OkStatus();
 }
 
-// The stage's rule on the stage's text; its recall prompts are English sentences, which this teacher
-// has never seen, so the prompts are of the tasks that it was trained for.
+// The stage's rule on the stage's text; its recall prompts are English sentences, which this
+// teacher has never seen, so the prompts are of the tasks that it was trained for.
 Status ClaimTrial::Select(Teacher* teacher) {
   if (!numbers_.selected.empty()) return OkStatus();
   const StageConfig stage = Placed(settings_.halo);
@@ -267,7 +264,8 @@ Status ClaimTrial::Select(Teacher* teacher) {
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<Session> session, OpenSession("score", {stage}));
   SALA_ASSIGN_OR_RETURN(ScoreItems items, MakeScoreItems(stage, session->tokenizer()));
   for (const ClaimDataOptions& task : {settings_.stream, settings_.needle}) {
-    const auto prompts = ClaimBatches(Documents(task, "scored", 1), settings_.recall_documents, true);
+    const auto prompts =
+        ClaimBatches(Documents(task, "scored", 1), settings_.recall_documents, true);
     items.recall.insert(items.recall.end(), prompts.begin(), prompts.end());
   }
   const model::Model model = teacher->Model();
@@ -277,8 +275,8 @@ Status ClaimTrial::Select(Teacher* teacher) {
       scorer.ScoreLayers(&table, [](const ScoreTable&) -> Status { return OkStatus(); }));
   const LayerScores scores = ScoresOf(items, table);
   const HaloScoreConfig& rule = stage.halo->score;
-  numbers_.keep_scores = KeepScores(stage.halo->selector, scores,
-                                    {.eps = rule.eps, .lambda = rule.difference_lambda});
+  numbers_.keep_scores =
+      KeepScores(stage.halo->selector, scores, {.eps = rule.eps, .lambda = rule.difference_lambda});
   numbers_.selected =
       TakeLayers(RankLayers(numbers_.keep_scores), /*forced=*/{}, stage.halo->softmax_layers);
   SALA_RETURN_IF_ERROR(SaveResults());
@@ -309,9 +307,9 @@ Status ClaimTrial::Convert(Teacher* teacher, const std::string& name,
       Train(*session, stage, "distil", stage.halo->distil, task, teacher->loaded.origin).status());
 
   const model::Model student(hybrid.config, hybrid.params);
-  SALA_ASSIGN_OR_RETURN(const DistilReport report,
-                        CompareModels(session->ctx(), session->arena(), model, student, held_out,
-                                      session->mesh()));
+  SALA_ASSIGN_OR_RETURN(
+      const DistilReport report,
+      CompareModels(session->ctx(), session->arena(), model, student, held_out, session->mesh()));
   ConversionNumbers found;
   found.softmax_layers = layers;
   found.kl = report.kl;
@@ -391,7 +389,8 @@ StatusOr<ClaimNumbers> ClaimTrial::Run() {
   SALA_RETURN_IF_ERROR(Convert(&teacher, kRopeEverywhere, selected, true, true));
   const std::vector<std::vector<int64_t>> sets = RandomSets();
   for (size_t i = 0; i < sets.size(); ++i)
-    SALA_RETURN_IF_ERROR(Convert(&teacher, kRandomSet + std::to_string(i + 1), sets[i], true, false));
+    SALA_RETURN_IF_ERROR(
+        Convert(&teacher, kRandomSet + std::to_string(i + 1), sets[i], true, false));
   numbers_.complete = true;
   SALA_RETURN_IF_ERROR(SaveResults());
   return numbers_;

@@ -6,9 +6,9 @@
 //   ClaimTrial trial(settings, seed, "runs/claims/seed-1", say);
 //   SALA_ASSIGN_OR_RETURN(const ClaimNumbers numbers, trial.Run());
 //
-// DIRECTORY/results.json has what is finished and is rewritten after each piece; Run() takes up from
-// there. Beside it lie the data and the run directory of each piece, which hold logs, metrics and
-// the last checkpoint as every run's do.
+// DIRECTORY/results.json has what is finished and is rewritten after each piece; Run() takes up
+// from there. Beside it lie the data and the run directory of each piece, which hold logs, metrics
+// and the last checkpoint as every run's do.
 #pragma once
 
 #include <cstdint>
@@ -55,13 +55,13 @@ ClaimSettings QuickClaimSettings();
 
 class ClaimTrial {
  public:
-  // `say` gets a line for each finished piece. `origin` (the program's version) is part of what must
-  // be equal for results to be taken up.
+  // `say` gets a line for each finished piece. `origin` (the program's version) is part of what
+  // must be equal for results to be taken up.
   ClaimTrial(const ClaimSettings& settings, int64_t seed, std::string directory, int64_t threads,
              std::string origin, std::function<void(const std::string&)> say);
 
-  // BENCH-DIR (78): the directory holds results of other settings or of another version; BENCH-RESULTS
-  // (65): results.json is damaged. Else what the steps themselves return.
+  // BENCH-DIR (78): the directory holds results of other settings or of another version;
+  // BENCH-RESULTS (65): results.json is damaged. Else what the steps themselves return.
   StatusOr<ClaimNumbers> Run();
 
  private:

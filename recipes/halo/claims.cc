@@ -23,6 +23,7 @@ std::string Text(const char* format, double value) {
 }
 std::string Share(double value) { return Text("%.3f", value); }
 std::string Kl(double value) { return Text("%.4f", value); }
+std::string Ratio(double a, double b) { return b > 0 ? Text("%.2f x", a / b) : "no ratio"; }
 
 json ToJson(const RecallByLength& recall) {
   json out = json::object();
@@ -32,7 +33,8 @@ json ToJson(const RecallByLength& recall) {
 
 RecallByLength RecallFromJson(const json& object) {
   RecallByLength recall;
-  for (const auto& [length, share] : object.items()) recall[std::stoll(length)] = share.get<double>();
+  for (const auto& [length, share] : object.items())
+    recall[std::stoll(length)] = share.get<double>();
   return recall;
 }
 
@@ -55,12 +57,13 @@ void Decide(bool holds, double teacher_recall, ClaimResult* result) {
 ClaimResult AlignmentIsNeeded(const ClaimNumbers& numbers) {
   const double with = numbers.conversions.at(kSelectedHybrid).kl;
   const double without = numbers.conversions.at(kNotAligned).kl;
-  ClaimResult result{.number = 9,
-                     .claim = "alignment (step 1) is needed",
-                     .margin = "KL without it >= 2 x KL with it",
-                     .found = "KL " + Kl(without) + " without, " + Kl(with) + " with: " +
-                              Text("%.2f", without / with) + " x"};
-  result.verdict = without >= kAlignmentFactor * with ? ClaimVerdict::kHolds : ClaimVerdict::kDoesNotHold;
+  ClaimResult result{
+      .number = 9,
+      .claim = "alignment (step 1) is needed",
+      .margin = "KL without it >= 2 x KL with it",
+      .found = "KL " + Kl(without) + " without, " + Kl(with) + " with: " + Ratio(without, with)};
+  result.verdict =
+      without >= kAlignmentFactor * with ? ClaimVerdict::kHolds : ClaimVerdict::kDoesNotHold;
   return result;
 }
 
@@ -74,9 +77,8 @@ ClaimResult SoftmaxLayersAreNeeded(const ClaimNumbers& numbers) {
                      .claim = "softmax layers are needed",
                      .margin = "all linear: recall < 0.6 x the hybrid's, KL >= 2 x",
                      .found = "recall " + Share(of_linear) + " all linear, " + Share(of_hybrid) +
-                              " hybrid: " + Text("%.2f", of_linear / of_hybrid) + " x; KL " +
-                              Kl(linear.kl) + ", " + Kl(hybrid.kl) + ": " +
-                              Text("%.2f", linear.kl / hybrid.kl) + " x"};
+                              " hybrid: " + Ratio(of_linear, of_hybrid) + "; KL " + Kl(linear.kl) +
+                              ", " + Kl(hybrid.kl) + ": " + Ratio(linear.kl, hybrid.kl)};
   Decide(of_linear < kLinearRecallShare * of_hybrid && linear.kl >= kLinearKlFactor * hybrid.kl,
          MeanRecall(*numbers.teacher_stream, *numbers.teacher_needle, length), &result);
   return result;
@@ -94,15 +96,14 @@ ClaimResult SelectionMatters(const ClaimNumbers& numbers) {
   const double mean = sum / static_cast<double>(others.size());
   const auto better =
       std::count_if(others.begin(), others.end(), [&](double kl) { return kl < selected; });
-  ClaimResult result{
-      .number = 11,
-      .claim = "selection matters",
-      .margin = "KL of the selected set < mean over random sets",
-      .found = "KL " + Kl(selected) + " selected, mean " + Kl(mean) + " of " +
-               std::to_string(others.size()) + " random sets (" +
-               Kl(*std::min_element(others.begin(), others.end())) + " to " +
-               Kl(*std::max_element(others.begin(), others.end())) + "), " + std::to_string(better) +
-               " of them better than the selected one"};
+  ClaimResult result{.number = 11,
+                     .claim = "selection matters",
+                     .margin = "KL of the selected set < mean over random sets",
+                     .found = "KL " + Kl(selected) + " selected, mean " + Kl(mean) + " of " +
+                              std::to_string(others.size()) + " random sets (" +
+                              Kl(*std::min_element(others.begin(), others.end())) + " to " +
+                              Kl(*std::max_element(others.begin(), others.end())) + "), " +
+                              std::to_string(better) + " of them better than the selected one"};
   result.verdict = selected < mean ? ClaimVerdict::kHolds : ClaimVerdict::kDoesNotHold;
   return result;
 }
@@ -112,8 +113,9 @@ ClaimResult HypeExtendsLength(const ClaimNumbers& numbers) {
   const RecallByLength& rope = numbers.conversions.at(kRopeEverywhere).stream;
   ClaimResult result{.number = 12,
                      .claim = "HyPE extends length",
-                     .margin = "stream recall at 8 and 16 x the training length: HyPE >= RoPE "
-                               "everywhere + 0.1",
+                     .margin =
+                         "stream recall at 8 and 16 x the training length: HyPE >= RoPE "
+                         "everywhere + 0.1",
                      .found = ""};
   bool holds = true;
   for (int64_t factor : {8, 16}) {
@@ -133,8 +135,9 @@ ClaimResult LogitScaleHelps(const ClaimNumbers& numbers) {
   const double with = numbers.scale->needle.at(length);
   ClaimResult result{.number = 13,
                      .claim = "the logit scale helps HyPE",
-                     .margin = "needle recall at 2 x the training length: with the fitted a > "
-                               "without + 0.05",
+                     .margin =
+                         "needle recall at 2 x the training length: with the fitted a > "
+                         "without + 0.05",
                      .found = std::to_string(length) + " tokens: " + Share(with) + " with a = " +
                               (numbers.scale->base > 0 ? Text("%g", numbers.scale->base) : "none") +
                               ", " + Share(without) + " without: " + Text("%+.3f", with - without)};
@@ -146,18 +149,21 @@ ClaimResult LogitScaleHelps(const ClaimNumbers& numbers) {
 
 const char* NameOf(ClaimVerdict verdict) {
   switch (verdict) {
-    case ClaimVerdict::kHolds: return "holds";
-    case ClaimVerdict::kDoesNotHold: return "does not hold";
-    case ClaimVerdict::kNotMeasured: return "not measured";
+    case ClaimVerdict::kHolds:
+      return "holds";
+    case ClaimVerdict::kDoesNotHold:
+      return "does not hold";
+    case ClaimVerdict::kNotMeasured:
+      return "not measured";
   }
   return "";
 }
 
 nlohmann::json ClaimNumbers::ToJson() const {
-  json out = {{"length", length},           {"alignment_errors", alignment_errors},
-              {"keep_scores", keep_scores}, {"selected", selected},
-              {"conversions", json::object()}, {"seconds", seconds},
-              {"complete", complete}};
+  json out = {
+      {"length", length},     {"alignment_errors", alignment_errors}, {"keep_scores", keep_scores},
+      {"selected", selected}, {"conversions", json::object()},        {"seconds", seconds},
+      {"complete", complete}};
   if (teacher_stream)
     out["teacher"] = {{"stream", recipes::ToJson(*teacher_stream)},
                       {"needle", recipes::ToJson(*teacher_needle)}};

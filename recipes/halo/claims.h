@@ -56,9 +56,9 @@ const char* NameOf(ClaimVerdict verdict);  // "holds", "does not hold", "not mea
 
 struct ClaimResult {
   int number = 0;
-  std::string claim;    // "alignment is needed"
-  std::string margin;   // "KL without it at least 2 times"
-  std::string found;    // the numbers, or why there are none
+  std::string claim;   // "alignment is needed"
+  std::string margin;  // "KL without it at least 2 times"
+  std::string found;   // the numbers, or why there are none
   ClaimVerdict verdict = ClaimVerdict::kNotMeasured;
 };
 

@@ -159,9 +159,9 @@ TEST(ClaimTrialTest, RunsIsTakenUpAndRefusesWhatIsNotItsOwn) {
   std::vector<std::string> said;
   const auto trial = [&](const ClaimSettings& with, const std::string& origin) {
     said.clear();
-    return ClaimTrial(with, 1, path, 2, origin, [&](const std::string& line) {
-             said.push_back(line);
-           }).Run();
+    return ClaimTrial(with, 1, path, 2, origin,
+                      [&](const std::string& line) { said.push_back(line); })
+        .Run();
   };
   const auto first = trial(settings, "test");
   ASSERT_TRUE(first.ok()) << MessageOf(first.status());
