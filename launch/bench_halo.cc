@@ -155,6 +155,11 @@ Status BenchHalo(const BenchHaloOptions& options, const std::string& command) {
                  {"build", BuildType()},         {"command", command},
                  {"quick", options.quick},       {"settings", settings.ToJson()},
                  {"seeds", json::array()}};
+  const auto write = [&] {
+    return options.json.empty() ? OkStatus()
+                                : WriteFileAtomically(options.json, report.dump(1) + "\n");
+  };
+  SALA_RETURN_IF_ERROR(write());  // a file that cannot be written shows before the measuring
   for (int64_t seed = 1; seed <= options.seeds; ++seed) {
     const double started = ClockSeconds();
     const auto say = [&](const std::string& line) {
@@ -171,10 +176,10 @@ Status BenchHalo(const BenchHaloOptions& options, const std::string& command) {
     PrintSeed(seed, numbers, verdicts.back());
     std::fflush(stdout);
     report["seeds"].push_back(ToJson(seed, numbers, verdicts.back()));
+    SALA_RETURN_IF_ERROR(write());
   }
   PrintVerdicts(verdicts);
-  if (options.json.empty()) return OkStatus();
-  return WriteFileAtomically(options.json, report.dump(1) + "\n");
+  return OkStatus();
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The sizes of the claims' measurement, chosen before it was first run.
+// The sizes of the claims' measurement: large enough that teacher and hybrid of a seed that is not
+// reported (9) recall most of what they are asked, small enough for half an hour of three seeds.
 #include "recipes/halo/claim_trial.h"
 
 namespace sala::recipes {
@@ -40,7 +41,6 @@ model::ModelConfig SmallModel(int64_t layers) {
   model.num_attention_heads = 4;
   model.num_key_value_heads = 2;
   model.head_dim = 16;
-  model.rope_theta = 1000;
   model.dim_model_base = 64;
   model.scale_depth = 2.4494897427831779;  // sqrt(6): branches of six layers are added as they are
   model.initializer_range = 0.08;
@@ -62,7 +62,7 @@ StageConfig Conversion(const BatchConfig& align, const BatchConfig& distil) {
   halo.score.text_tokens = 8192;
   halo.score.recall_items = 0;  // the trial makes prompts of its own
   halo.align = {.batch = align, .schedule = Cosine(3e-3)};
-  halo.distil = {.batch = distil, .schedule = Cosine(3e-3)};
+  halo.distil = {.batch = distil, .schedule = Cosine(6e-3)};
   halo.trainable = HaloTrainable::kAll;
   halo.nope_at = HaloMoment::kDistil;
   halo.softmax_gate_at = HaloMoment::kDistil;
@@ -132,12 +132,11 @@ nlohmann::json ClaimSettings::ToJson() const {
 }
 
 ClaimSettings FullClaimSettings() {
-  constexpr int64_t kLength = 128;
-  constexpr int64_t kKeys = 20;
+  constexpr int64_t kLength = 64;
+  constexpr int64_t kKeys = 10;
   ClaimSettings settings = Sizes(kLength, kKeys);
   ClaimDataOptions easy = settings.stream;
   easy.least_keys = 2;
-  // Twice as many documents as the teacher sees: it learns to look facts up, not the documents.
   settings.stores["easy"] = {.data = easy, .documents = 10000, .recalled_only = true};
   settings.stores["stream"] = {.data = settings.stream, .documents = 10000};
   settings.stores["needle"] = {.data = settings.needle, .documents = 10000};
@@ -147,9 +146,9 @@ ClaimSettings FullClaimSettings() {
              {.shape = ScheduleShape::kConstant, .peak_lr = 4e-3, .warmup_steps = 50}, "easy",
              {{"easy", 1}});
   first.model = SmallModel(/*layers=*/6);
-  settings.lessons = {first, Lesson("everything", StageKind::kPretrain, Batches(kLength, 2048, 400),
+  settings.lessons = {first, Lesson("everything", StageKind::kPretrain, Batches(kLength, 2048, 300),
                                     Cosine(4e-3), "stream", {{"stream", 0.5}, {"needle", 0.5}})};
-  settings.halo = Conversion(Batches(kLength, 1024, 300), Batches(kLength, 1024, 250));
+  settings.halo = Conversion(Batches(kLength, 1024, 200), Batches(kLength, 1024, 300));
   settings.random_sets = 8;
   settings.recall_documents = 16;
   settings.fit_documents = 4;

@@ -124,12 +124,17 @@ Status ClaimTrial::LoadResults() {
   return OkStatus();
 }
 
-Status ClaimTrial::SaveResults() const {
+Status ClaimTrial::FinishPiece(const std::string& line) {
+  const double now = ClockSeconds();
+  numbers_.seconds += now - piece_started_;
+  piece_started_ = now;
   const json saved = {{"origin", origin_},
                       {"seed", seed_},
                       {"settings", settings_.ToJson()},
                       {"numbers", numbers_.ToJson()}};
-  return WriteFileAtomically(path("results.json"), saved.dump(1) + "\n");
+  SALA_RETURN_IF_ERROR(WriteFileAtomically(path("results.json"), saved.dump(1) + "\n"));
+  say_(line);
+  return OkStatus();
 }
 
 StageConfig ClaimTrial::Placed(StageConfig stage) const {
@@ -200,12 +205,10 @@ Status ClaimTrial::MeasureTeacher(Session& session, Teacher* teacher) {
   const model::Model model = teacher->Model();
   MeasureRecall(session, model, &numbers_.teacher_stream.emplace(),
                 &numbers_.teacher_needle.emplace());
-  SALA_RETURN_IF_ERROR(SaveResults());
   const int64_t length = settings_.stream.length;
-  say_("teacher: recall at " + std::to_string(length) + " tokens: stream " +
-       Text("%.3f", numbers_.teacher_stream->at(length)) + ", needle " +
-       Text("%.3f", numbers_.teacher_needle->at(length)));
-  return OkStatus();
+  return FinishPiece("teacher: recall at " + std::to_string(length) + " tokens: stream " +
+                     Text("%.3f", numbers_.teacher_stream->at(length)) + ", needle " +
+                     Text("%.3f", numbers_.teacher_needle->at(length)));
 }
 
 void ClaimTrial::MeasureRecall(Session& session, const model::Model& model, RecallByLength* stream,
@@ -248,11 +251,9 @@ Status ClaimTrial::Align(Teacher* teacher) {
   SALA_RETURN_IF_ERROR(
       Train(*session, stage, "align", stage.halo->align, task, teacher->loaded.origin).status());
   numbers_.alignment_errors = task.last_errors();
-  SALA_RETURN_IF_ERROR(SaveResults());
   std::string errors;
   for (double error : numbers_.alignment_errors) errors += " " + Text("%.3f", error);
-  say_("alignment: error / variance of the target, per layer:" + errors);
-  return OkStatus();
+  return FinishPiece("alignment: error / variance of the target, per layer:" + errors);
 }
 
 // The stage's rule on the stage's text; its recall prompts are English sentences, which this
@@ -279,16 +280,13 @@ Status ClaimTrial::Select(Teacher* teacher) {
       KeepScores(stage.halo->selector, scores, {.eps = rule.eps, .lambda = rule.difference_lambda});
   numbers_.selected =
       TakeLayers(RankLayers(numbers_.keep_scores), /*forced=*/{}, stage.halo->softmax_layers);
-  SALA_RETURN_IF_ERROR(SaveResults());
-  say_("selection: " + std::string(NameOf(stage.halo->selector)) + " keeps layers " +
-       Text(numbers_.selected));
-  return OkStatus();
+  return FinishPiece("selection: " + std::string(NameOf(stage.halo->selector)) + " keeps layers " +
+                     Text(numbers_.selected));
 }
 
 Status ClaimTrial::Convert(Teacher* teacher, const std::string& name,
                            const std::vector<int64_t>& layers, bool aligned, bool rope) {
   if (numbers_.conversions.count(name) > 0) return OkStatus();
-  const double started = ClockSeconds();
   const StageConfig stage = Placed(settings_.halo);
   SALA_RETURN_IF_ERROR(RemoveTree(path(name)));
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<Session> session, OpenSession(name, {stage}));
@@ -318,13 +316,10 @@ Status ClaimTrial::Convert(Teacher* teacher, const std::string& name,
   MeasureRecall(*session, student, &found.stream, &found.needle);
   if (name == kSelectedHybrid) SALA_RETURN_IF_ERROR(FitScale(*session, student));
   numbers_.conversions[name] = found;
-  numbers_.seconds += ClockSeconds() - started;
-  SALA_RETURN_IF_ERROR(SaveResults());
   const int64_t length = settings_.stream.length;
-  say_(name + ": softmax layers " + Text(layers) + ": KL " + Text("%.4f", found.kl) +
-       ", recall: stream " + Text("%.3f", found.stream.at(length)) + ", needle " +
-       Text("%.3f", found.needle.at(length)));
-  return OkStatus();
+  return FinishPiece(name + ": softmax layers " + Text(layers) + ": KL " + Text("%.4f", found.kl) +
+                     ", recall: stream " + Text("%.3f", found.stream.at(length)) + ", needle " +
+                     Text("%.3f", found.needle.at(length)));
 }
 
 // On documents that nothing else is measured on.
@@ -370,7 +365,7 @@ std::vector<std::vector<int64_t>> ClaimTrial::RandomSets() const {
 StatusOr<ClaimNumbers> ClaimTrial::Run() {
   SALA_RETURN_IF_ERROR(MakeDirectories(directory_));
   SALA_RETURN_IF_ERROR(LoadResults());
-  if (numbers_.complete) return numbers_;
+  piece_started_ = ClockSeconds();
   numbers_.length = settings_.stream.length;
   SALA_RETURN_IF_ERROR(MakeData());
   SALA_ASSIGN_OR_RETURN(const std::string teacher_path, TrainTeacher());
@@ -391,8 +386,6 @@ StatusOr<ClaimNumbers> ClaimTrial::Run() {
   for (size_t i = 0; i < sets.size(); ++i)
     SALA_RETURN_IF_ERROR(
         Convert(&teacher, kRandomSet + std::to_string(i + 1), sets[i], true, false));
-  numbers_.complete = true;
-  SALA_RETURN_IF_ERROR(SaveResults());
   return numbers_;
 }
 

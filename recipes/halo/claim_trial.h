@@ -68,7 +68,8 @@ class ClaimTrial {
   struct Teacher;
   std::string path(const std::string& name) const { return directory_ + "/" + name; }
   Status LoadResults();
-  Status SaveResults() const;
+  // Adds the time since the last piece, writes results.json and says the line.
+  Status FinishPiece(const std::string& line);
   // A stage of the settings with this trial's seed and paths.
   StageConfig Placed(StageConfig stage) const;
   ClaimDataOptions Documents(ClaimDataOptions options, const std::string& purpose,
@@ -96,6 +97,7 @@ class ClaimTrial {
   std::unique_ptr<parallel::Communicator> world_;
   std::unique_ptr<data::Tokenizer> tokenizer_;
   ClaimNumbers numbers_;
+  double piece_started_ = 0;
 };
 
 }  // namespace sala::recipes

@@ -162,8 +162,7 @@ const char* NameOf(ClaimVerdict verdict) {
 nlohmann::json ClaimNumbers::ToJson() const {
   json out = {
       {"length", length},     {"alignment_errors", alignment_errors}, {"keep_scores", keep_scores},
-      {"selected", selected}, {"conversions", json::object()},        {"seconds", seconds},
-      {"complete", complete}};
+      {"selected", selected}, {"conversions", json::object()},        {"seconds", seconds}};
   if (teacher_stream)
     out["teacher"] = {{"stream", recipes::ToJson(*teacher_stream)},
                       {"needle", recipes::ToJson(*teacher_needle)}};
@@ -190,7 +189,6 @@ ClaimNumbers ClaimNumbers::FromJson(const nlohmann::json& json) {
   numbers.keep_scores = json.at("keep_scores").get<std::vector<double>>();
   numbers.selected = json.at("selected").get<std::vector<int64_t>>();
   numbers.seconds = json.at("seconds").get<double>();
-  numbers.complete = json.at("complete").get<bool>();
   if (json.contains("teacher")) {
     numbers.teacher_stream = RecallFromJson(json.at("teacher").at("stream"));
     numbers.teacher_needle = RecallFromJson(json.at("teacher").at("needle"));

@@ -44,8 +44,7 @@ struct ClaimNumbers {
     RecallByLength needle;  // of the selected hybrid with that scale
   };
   std::optional<Scale> scale;
-  double seconds = 0;     // of all pieces, teacher included
-  bool complete = false;  // nothing is left to measure
+  double seconds = 0;  // of all pieces, teacher included
 
   nlohmann::json ToJson() const;
   static ClaimNumbers FromJson(const nlohmann::json& json);  // throws on another layout

@@ -193,7 +193,6 @@ TEST(ClaimTrialTest, RunsIsTakenUpAndRefusesWhatIsNotItsOwn) {
   nlohmann::json saved = nlohmann::json::parse(*ReadFile(results));
   saved["numbers"]["conversions"].erase("random_3");
   saved["numbers"]["conversions"].erase(kSelectedHybrid);
-  saved["numbers"]["complete"] = false;
   std::ofstream(results) << saved.dump();
   const auto resumed = trial(settings, "test");
   ASSERT_TRUE(resumed.ok()) << MessageOf(resumed.status());
