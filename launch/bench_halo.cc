@@ -51,6 +51,10 @@ std::string Text(const std::vector<int64_t>& layers) {
   return text.empty() ? "none" : text;
 }
 
+std::string Steps(const recipes::BatchConfig& batch) {
+  return std::to_string(batch.steps) + " x " + WithCommas(batch.global_batch_tokens) + " tokens";
+}
+
 void PrintHead(const ClaimSettings& settings, const BenchHaloOptions& options,
                const std::string& command) {
   const model::ModelConfig& model = *settings.lessons.front().model;
@@ -65,15 +69,12 @@ void PrintHead(const ClaimSettings& settings, const BenchHaloOptions& options,
       static_cast<long>(model.intermediate_size), static_cast<long>(model.num_attention_heads),
       static_cast<long>(model.num_key_value_heads), static_cast<long>(model.head_dim));
   std::string teacher;
-  for (const recipes::StageConfig& lesson : settings.lessons) {
-    teacher += (teacher.empty() ? "" : " + ") + std::to_string(lesson.batch.steps) + " of " +
-               std::to_string(lesson.batch.seq_len_tokens) + "-token documents";
-  }
+  for (const recipes::StageConfig& lesson : settings.lessons)
+    teacher += (teacher.empty() ? "" : " + ") + Steps(lesson.batch);
   const recipes::HaloConfig& halo = *settings.halo.halo;
-  std::printf("steps       teacher %s; alignment %ld; distillation %ld; %s tokens each\n",
-              teacher.c_str(), static_cast<long>(halo.align.batch.steps),
-              static_cast<long>(halo.distil.batch.steps),
-              WithCommas(halo.distil.batch.global_batch_tokens).c_str());
+  std::printf("steps       teacher %s; alignment %s; distillation %s; documents of %ld tokens\n",
+              teacher.c_str(), Steps(halo.align.batch).c_str(), Steps(halo.distil.batch).c_str(),
+              static_cast<long>(settings.stream.length));
   std::printf(
       "seeds       %ld, %d thread%s%s\n", static_cast<long>(options.seeds), options.threads,
       options.threads == 1 ? "" : "s",
