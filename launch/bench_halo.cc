@@ -2,6 +2,7 @@
 // that are trained for it, several seeds, margins fixed beforehand.
 #include <algorithm>
 #include <cstdio>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "launch/command.h"
 #include "nlohmann/json.hpp"
 #include "recipes/halo/claim_trial.h"
+#include "recipes/halo/select.h"
 
 namespace sala::launch {
 namespace {
@@ -31,6 +33,7 @@ struct BenchHaloOptions {
   std::string to;
   std::string json;
   bool quick = false;
+  recipes::Selector selector = recipes::Selector::kHalo;
 };
 
 std::string Row(const RecallByLength& recall) {
@@ -75,6 +78,7 @@ void PrintHead(const ClaimSettings& settings, const BenchHaloOptions& options,
   std::printf("steps       teacher %s; alignment %s; distillation %s; documents of %ld tokens\n",
               teacher.c_str(), Steps(halo.align.batch).c_str(), Steps(halo.distil.batch).c_str(),
               static_cast<long>(settings.stream.length));
+  std::printf("selector    %s\n", NameOf(halo.selector));
   std::printf(
       "seeds       %ld, %d thread%s%s\n", static_cast<long>(options.seeds), options.threads,
       options.threads == 1 ? "" : "s",
@@ -87,6 +91,9 @@ void PrintSeed(int64_t seed, const ClaimNumbers& numbers, const std::vector<Clai
   for (double error : numbers.alignment_errors) std::printf(" %.3f", error);
   std::printf("\n  keep score per layer:");
   for (double score : numbers.keep_scores) std::printf(" %.3g", score);
+  std::printf("\n  kept:");
+  for (const auto& [selector, layers] : numbers.choices)
+    std::printf(" by %s %s;", selector.c_str(), Text(layers).c_str());
   std::printf("\n  %-16s %-8s %8s %8s  stream%s  needle%s\n", "", "softmax", "KL", "loss",
               Lengths(*numbers.teacher_stream).c_str(), Lengths(*numbers.teacher_needle).c_str());
   const auto row = [](const std::string& name, const std::string& layers, const std::string& kl,
@@ -144,8 +151,9 @@ json ToJson(int64_t seed, const ClaimNumbers& numbers, const std::vector<ClaimRe
 }
 
 Status BenchHalo(const BenchHaloOptions& options, const std::string& command) {
-  const ClaimSettings settings =
+  ClaimSettings settings =
       options.quick ? recipes::QuickClaimSettings() : recipes::FullClaimSettings();
+  settings.halo.halo->selector = options.selector;
   PrintHead(settings, options, command);
   std::fflush(stdout);
   // The logs of the runs are in their directories; on the terminal a line a piece is enough.
@@ -202,6 +210,13 @@ void AddBenchHaloCommand(CommandLine& line, CLI::App& group) {
       ->add_option("--threads", options->threads, "compute threads; results do not depend on them")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
+  std::map<std::string, recipes::Selector> selectors;
+  for (const recipes::Selector selector : recipes::kClaimSelectors)
+    selectors[NameOf(selector)] = selector;
+  command
+      ->add_option("--selector", options->selector,
+                   "rule that chooses the softmax layers (docs/math/halo.md 4); default halo")
+      ->transform(CLI::CheckedTransformer(selectors, CLI::ignore_case));
   command->add_option("--json", options->json, "file for all numbers");
   command->add_flag("--quick", options->quick,
                     "a few steps of everything: whether it runs, not what is true");

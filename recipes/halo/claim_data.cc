@@ -60,6 +60,7 @@ std::vector<Binding> DrawBindings(const ClaimDataOptions& options, PhiloxStream&
   std::vector<int64_t> keys = rng.Permutation(kKeys);
   keys.resize(static_cast<size_t>(count));
   std::vector<Binding> bindings;
+  bindings.reserve(keys.size());
   for (int64_t key : keys) bindings.push_back({key, Draw(rng, kValues)});
   return bindings;
 }

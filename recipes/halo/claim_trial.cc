@@ -110,7 +110,7 @@ Status ClaimTrial::LoadResults() {
     if (saved.at("settings") != settings_.ToJson() || saved.at("origin") != origin_) {
       return MakeError(ExitCode::kConfig, "BENCH-DIR",
                        file + ": holds results of " + saved.at("origin").get<std::string>() +
-                           (saved.at("settings") != settings_.ToJson() ? " with other sizes" : "") +
+                           (saved.at("settings") != settings_.ToJson() ? " with other settings" : "") +
                            ", this is " + origin_ +
                            "; results are only taken up by the same program with the same options: "
                            "choose another directory with --to");
@@ -275,11 +275,17 @@ Status ClaimTrial::Select(Teacher* teacher) {
   SALA_RETURN_IF_ERROR(
       scorer.ScoreLayers(&table, [](const ScoreTable&) -> Status { return OkStatus(); }));
   const LayerScores scores = ScoresOf(items, table);
-  const HaloScoreConfig& rule = stage.halo->score;
-  numbers_.keep_scores =
-      KeepScores(stage.halo->selector, scores, {.eps = rule.eps, .lambda = rule.difference_lambda});
-  numbers_.selected =
-      TakeLayers(RankLayers(numbers_.keep_scores), /*forced=*/{}, stage.halo->softmax_layers);
+  const RuleOptions rule = {.eps = stage.halo->score.eps,
+                            .lambda = stage.halo->score.difference_lambda};
+  for (const Selector selector : kClaimSelectors) {
+    const std::vector<double> keep = KeepScores(selector, scores, rule);
+    const std::vector<int64_t> layers =
+        TakeLayers(RankLayers(keep), /*forced=*/{}, stage.halo->softmax_layers);
+    numbers_.choices[NameOf(selector)] = layers;
+    if (selector != stage.halo->selector) continue;
+    numbers_.keep_scores = keep;
+    numbers_.selected = layers;
+  }
   return FinishPiece("selection: " + std::string(NameOf(stage.halo->selector)) + " keeps layers " +
                      Text(numbers_.selected));
 }
@@ -335,15 +341,14 @@ Status ClaimTrial::FitScale(Session& session, const model::Model& hybrid) {
   SALA_ASSIGN_OR_RETURN(const LogitScaleFit fit,
                         FitLogitScale(session.ctx(), session.arena(), hybrid, documents,
                                       settings_.halo.halo->logit_scale_grid, session.mesh()));
-  ClaimNumbers::Scale& scale = numbers_.scale.emplace();
-  scale.base = fit.base;
-  scale.candidates = fit.candidates;
-  scale.losses = fit.losses;
+  ClaimNumbers::Scale scale = {
+      .base = fit.base, .candidates = fit.candidates, .losses = fit.losses, .needle = {}};
   for (int64_t factor : settings_.needle_factors) {
     const ClaimDataOptions measured = Documents(settings_.needle, "measured", factor);
     scale.needle[measured.length] =
         Recall(session, hybrid, ClaimBatches(measured, settings_.recall_documents, true), fit.base);
   }
+  numbers_.scale = std::move(scale);
   return OkStatus();
 }
 

@@ -11,6 +11,7 @@
 // and the last checkpoint as every run's do.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -48,6 +49,10 @@ struct ClaimSettings {
   // Everything that decides the numbers: results of other settings are not taken up.
   nlohmann::json ToJson() const;
 };
+
+// The rules that a trial can select by: those that rank the scores of single layers.
+inline constexpr std::array<Selector, 4> kClaimSelectors = {
+    Selector::kHalo, Selector::kRecallDrop, Selector::kDifference, Selector::kKlSwap};
 
 ClaimSettings FullClaimSettings();
 // A few steps of each: every path and number, no meaning.

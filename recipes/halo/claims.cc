@@ -188,6 +188,7 @@ ClaimNumbers ClaimNumbers::FromJson(const nlohmann::json& json) {
   numbers.alignment_errors = json.at("alignment_errors").get<std::vector<double>>();
   numbers.keep_scores = json.at("keep_scores").get<std::vector<double>>();
   numbers.selected = json.at("selected").get<std::vector<int64_t>>();
+  numbers.choices = json.at("choices").get<std::map<std::string, std::vector<int64_t>>>();
   numbers.seconds = json.at("seconds").get<double>();
   if (json.contains("teacher")) {
     numbers.teacher_stream = RecallFromJson(json.at("teacher").at("stream"));

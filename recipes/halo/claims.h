@@ -37,6 +37,7 @@ struct ClaimNumbers {
   std::vector<double> alignment_errors;  // per layer: error / variance of the target, held out
   std::vector<double> keep_scores;
   std::vector<int64_t> selected;
+  std::map<std::string, std::vector<int64_t>> choices;  // by selector: what each would keep
   std::map<std::string, ConversionNumbers> conversions;
   struct Scale {
     double base = 0;  // a; 0: no scale is best

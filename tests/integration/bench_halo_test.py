@@ -65,6 +65,8 @@ class BenchHaloTest(unittest.TestCase):
                 ((), 64, "USAGE"),
                 (("--to", self.folder, "--seeds", 0), 64, "USAGE"),
                 (("--to", self.folder, "--threads", "two"), 64, "USAGE"),
+                (("--to", self.folder, "--selector", "uniform"), 64, "USAGE"),
+                (("--to", self.folder, "--selector", "kl_swap"), 78, "BENCH-DIR"),
                 (("--to", blocked), 74, "FILE-WRITE"),
                 (("--to", self.folder, "--json", h.ROOT / "none" / "claims.json"), 74, "FILE-WRITE")):
             with self.subTest(arguments=arguments):

@@ -180,6 +180,8 @@ TEST(ClaimTrialTest, RunsIsTakenUpAndRefusesWhatIsNotItsOwn) {
   EXPECT_EQ(first->conversions.at(kNotAligned).softmax_layers, first->selected);
   EXPECT_TRUE(first->conversions.at(kAllLinear).softmax_layers.empty());
   EXPECT_EQ(JudgeClaims(*first).size(), 5u);
+  EXPECT_EQ(first->choices.size(), 4u);
+  EXPECT_EQ(first->choices.at("halo"), first->selected);
 
   // Nothing is done again.
   const auto again = trial(settings, "test");
