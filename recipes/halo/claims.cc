@@ -160,9 +160,10 @@ const char* NameOf(ClaimVerdict verdict) {
 }
 
 nlohmann::json ClaimNumbers::ToJson() const {
-  json out = {
-      {"length", length},     {"alignment_errors", alignment_errors}, {"keep_scores", keep_scores},
-      {"selected", selected}, {"conversions", json::object()},        {"seconds", seconds}};
+  json out = {{"length", length},           {"alignment_errors", alignment_errors},
+              {"keep_scores", keep_scores}, {"selected", selected},
+              {"choices", choices},         {"conversions", json::object()},
+              {"seconds", seconds}};
   if (teacher_stream)
     out["teacher"] = {{"stream", recipes::ToJson(*teacher_stream)},
                       {"needle", recipes::ToJson(*teacher_needle)}};
