@@ -2,7 +2,6 @@
 // that are trained for it, several seeds, margins fixed beforehand.
 #include <algorithm>
 #include <cstdio>
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -33,7 +32,7 @@ struct BenchHaloOptions {
   std::string to;
   std::string json;
   bool quick = false;
-  recipes::Selector selector = recipes::Selector::kHalo;
+  std::string selector = recipes::NameOf(recipes::Selector::kHalo);
 };
 
 std::string Row(const RecallByLength& recall) {
@@ -153,7 +152,9 @@ json ToJson(int64_t seed, const ClaimNumbers& numbers, const std::vector<ClaimRe
 Status BenchHalo(const BenchHaloOptions& options, const std::string& command) {
   ClaimSettings settings =
       options.quick ? recipes::QuickClaimSettings() : recipes::FullClaimSettings();
-  settings.halo.halo->selector = options.selector;
+  for (const recipes::Selector selector : recipes::kClaimSelectors) {
+    if (options.selector == recipes::NameOf(selector)) settings.halo.halo->selector = selector;
+  }
   PrintHead(settings, options, command);
   std::fflush(stdout);
   // The logs of the runs are in their directories; on the terminal a line a piece is enough.
@@ -210,13 +211,14 @@ void AddBenchHaloCommand(CommandLine& line, CLI::App& group) {
       ->add_option("--threads", options->threads, "compute threads; results do not depend on them")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
-  std::map<std::string, recipes::Selector> selectors;
+  std::vector<std::string> selectors;
   for (const recipes::Selector selector : recipes::kClaimSelectors)
-    selectors[NameOf(selector)] = selector;
+    selectors.emplace_back(NameOf(selector));
   command
       ->add_option("--selector", options->selector,
-                   "rule that chooses the softmax layers (docs/math/halo.md 4); default halo")
-      ->transform(CLI::CheckedTransformer(selectors, CLI::ignore_case));
+                   "rule that chooses the softmax layers (docs/math/halo.md 4)")
+      ->check(CLI::IsMember(selectors))
+      ->capture_default_str();
   command->add_option("--json", options->json, "file for all numbers");
   command->add_flag("--quick", options->quick,
                     "a few steps of everything: whether it runs, not what is true");

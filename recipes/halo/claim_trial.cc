@@ -108,12 +108,13 @@ Status ClaimTrial::LoadResults() {
   try {
     const json saved = json::parse(text);
     if (saved.at("settings") != settings_.ToJson() || saved.at("origin") != origin_) {
-      return MakeError(ExitCode::kConfig, "BENCH-DIR",
-                       file + ": holds results of " + saved.at("origin").get<std::string>() +
-                           (saved.at("settings") != settings_.ToJson() ? " with other settings" : "") +
-                           ", this is " + origin_ +
-                           "; results are only taken up by the same program with the same options: "
-                           "choose another directory with --to");
+      return MakeError(
+          ExitCode::kConfig, "BENCH-DIR",
+          file + ": holds results of " + saved.at("origin").get<std::string>() +
+              (saved.at("settings") != settings_.ToJson() ? " with other settings" : "") +
+              ", this is " + origin_ +
+              "; results are only taken up by the same program with the same options: "
+              "choose another directory with --to");
     }
     numbers_ = ClaimNumbers::FromJson(saved.at("numbers"));
   } catch (const std::exception& error) {
