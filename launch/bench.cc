@@ -75,6 +75,7 @@ void AddStepCommand(CommandLine& line, CLI::App& group) {
   command->add_flag("!--no-peers", options->peers, "leave out OpenBLAS and oneDNN");
   line.OnUse(command,
              [options, &line] { return BenchStep(*options, CommandText(line.argc, line.argv)); });
+  AddBenchHaloCommand(line, *group);
 }
 
 void AddScalingCommand(CommandLine& line, CLI::App& group) {

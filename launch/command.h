@@ -52,6 +52,7 @@ void AddGenerateCommand(CommandLine& line);
 void AddEvalCommand(CommandLine& line);
 void AddLogitsCommand(CommandLine& line);
 void AddBenchCommands(CommandLine& line);
+void AddBenchHaloCommand(CommandLine& line, CLI::App& group);
 void AddPlanCommand(CommandLine& line);
 void AddReportCommand(CommandLine& line);
 void AddDoctorCommand(CommandLine& line);

@@ -1,7 +1,9 @@
 // Reading of config.json (recipes/hf_config.h).
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <optional>
+#include <utility>
 
 #include "core/config.h"
 #include "core/file.h"
