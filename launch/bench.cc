@@ -7,6 +7,7 @@
 
 #include "core/check.h"
 #include "core/config.h"
+#include "core/statistics.h"
 #include "launch/build_info.h"
 #include "launch/command.h"
 
@@ -38,12 +39,6 @@ struct BenchFile {
   void Bind(ConfigBinder& b) { b.Section("model", &model); }
 };
 
-std::string CommandText(int argc, char** argv) {
-  std::string text = "sala";
-  for (int i = 1; i < argc; ++i) text += std::string(" ") + argv[i];
-  return text;
-}
-
 void AddModelOptions(CLI::App* command, std::string* config, int* threads, std::string* json) {
   command->add_option(
       "--config", *config,
@@ -73,9 +68,7 @@ void AddStepCommand(CommandLine& line, CLI::App& group) {
   command->add_flag("--sparse", options->sparse,
                     "block-sparse attention where the document is long enough");
   command->add_flag("!--no-peers", options->peers, "leave out OpenBLAS and oneDNN");
-  line.OnUse(command,
-             [options, &line] { return BenchStep(*options, CommandText(line.argc, line.argv)); });
-  AddBenchHaloCommand(line, *group);
+  line.OnUse(command, [options, &line] { return BenchStep(*options, CommandText(line)); });
 }
 
 void AddScalingCommand(CommandLine& line, CLI::App& group) {
@@ -98,9 +91,7 @@ void AddScalingCommand(CommandLine& line, CLI::App& group) {
                    "measurements of each; of one that takes more than ten seconds a single one")
       ->check(CLI::Range(int64_t{1}, int64_t{100000}))
       ->capture_default_str();
-  line.OnUse(command, [options, &line] {
-    return BenchScaling(*options, CommandText(line.argc, line.argv));
-  });
+  line.OnUse(command, [options, &line] { return BenchScaling(*options, CommandText(line)); });
 }
 
 }  // namespace
@@ -132,12 +123,16 @@ void PrintBenchHead(const model::ModelConfig& config, const std::string& command
       static_cast<long>(config.num_key_value_heads), static_cast<long>(config.vocab_size));
 }
 
-Measured MeasuredOf(std::vector<double> values) {
+std::string CommandText(const CommandLine& line) {
+  std::string text = "sala";
+  for (int i = 1; i < line.argc; ++i) text += std::string(" ") + line.argv[i];
+  return text;
+}
+
+Measured MeasuredOf(const std::vector<double>& values) {
   SALA_CHECK(!values.empty());
-  std::sort(values.begin(), values.end());
-  const size_t n = values.size();
-  const double median = n % 2 == 1 ? values[n / 2] : 0.5 * (values[n / 2 - 1] + values[n / 2]);
-  return {values.front(), median, values.back()};
+  const auto [least, most] = std::minmax_element(values.begin(), values.end());
+  return {*least, Median(values), *most};
 }
 
 void AddBenchCommands(CommandLine& line) {
@@ -145,6 +140,7 @@ void AddBenchCommands(CommandLine& line) {
   group->require_subcommand(1);
   AddStepCommand(line, *group);
   AddScalingCommand(line, *group);
+  AddBenchHaloCommand(line, *group);
 }
 
 }  // namespace sala::launch

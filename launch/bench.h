@@ -11,6 +11,8 @@
 
 namespace sala::launch {
 
+struct CommandLine;
+
 struct StepBenchOptions {
   std::string config;  // "": DefaultBenchModel
   int64_t seq_len = 2048;
@@ -41,10 +43,13 @@ StatusOr<model::ModelConfig> ReadBenchModel(const std::string& path);
 // Hardware, commit, command and model, one line each.
 void PrintBenchHead(const model::ModelConfig& config, const std::string& command);
 
+// The command as it was typed, for the head of a report.
+std::string CommandText(const CommandLine& line);
+
 // Smallest, median and largest of what was measured several times.
 struct Measured {
   double least = 0, median = 0, most = 0;
 };
-Measured MeasuredOf(std::vector<double> values);  // not empty
+Measured MeasuredOf(const std::vector<double>& values);  // not empty
 
 }  // namespace sala::launch

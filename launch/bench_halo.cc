@@ -10,6 +10,7 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "core/terminal.h"
+#include "launch/bench.h"
 #include "launch/build_info.h"
 #include "launch/command.h"
 #include "nlohmann/json.hpp"
@@ -222,11 +223,7 @@ void AddBenchHaloCommand(CommandLine& line, CLI::App& group) {
   command->add_option("--json", options->json, "file for all numbers");
   command->add_flag("--quick", options->quick,
                     "a few steps of everything: whether it runs, not what is true");
-  line.OnUse(command, [options, &line] {
-    std::string text = "sala";
-    for (int i = 1; i < line.argc; ++i) text += std::string(" ") + line.argv[i];
-    return BenchHalo(*options, text);
-  });
+  line.OnUse(command, [options, &line] { return BenchHalo(*options, CommandText(line)); });
 }
 
 }  // namespace sala::launch
