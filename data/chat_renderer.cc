@@ -328,19 +328,6 @@ StatusOr<std::vector<int32_t>> ChatRenderer::EncodePrompt(const ChatRecord& reco
   return ids;
 }
 
-std::vector<int32_t> ChatRenderer::TurnEnds() const {
-  std::vector<int32_t> ends;
-  const auto& added = tokenizer_.added_tokens();
-  for (const ChatFamily& family : ChatFamilies()) {
-    if (family_ != nullptr && family.name != family_->name) continue;
-    for (const ChatRole& role : family.roles) {
-      const auto found = added.find(role.end_of_turn);
-      if (role.learned && found != added.end() &&
-          std::find(ends.begin(), ends.end(), found->second) == ends.end())
-        ends.push_back(found->second);
-    }
-  }
-  return ends;
-}
+std::vector<int32_t> ChatRenderer::TurnEnds() const { return TurnEndTokens(tokenizer_, family_); }
 
 }  // namespace sala::data
