@@ -34,6 +34,12 @@ std::string TextOf(const json& config, const char* key) {
   return at != config.end() && at->is_string() ? at->get<std::string>() : "";
 }
 
+// Newer libraries write "dtype" only.
+std::string DtypeOf(const json& config) {
+  const std::string old = TextOf(config, "torch_dtype");
+  return old.empty() ? TextOf(config, "dtype") : old;
+}
+
 bool HasOwnCode(const json& config) {
   const auto at = config.find("auto_map");
   return at != config.end() && at->is_object() && !at->empty();
@@ -90,7 +96,7 @@ std::optional<Engine> ParseEngine(const std::string& name) {
 Status CheckEngineConfig(Engine engine, const json& config, bool has_code) {
   const std::string type = TextOf(config, "model_type");
   const bool hybrid = type == "minicpm_sala";
-  if (engine != Engine::kHf && TextOf(config, "torch_dtype") == "float64")
+  if (engine != Engine::kHf && DtypeOf(config) == "float64")
     return Refused(engine, "torch_dtype", "float64", "does not compute in; use --dtype bf16");
   if (engine == Engine::kVllm && hybrid) {
     return Refused(engine, "model_type", type,
@@ -144,8 +150,9 @@ StatusOr<std::vector<std::string>> EvalCommands(std::optional<Engine> engine,
   }
   std::string model;
   if (engine.value_or(Engine::kHf) == Engine::kHf) {
+    const std::string dtype = DtypeOf(config);
     const std::string arguments = "pretrained=" + directory +
-                                  ",dtype=" + TextOf(config, "torch_dtype") +
+                                  ",dtype=" + (dtype.empty() ? "auto" : dtype) +
                                   (HasOwnCode(config) ? ",trust_remote_code=True" : "");
     model = "lm_eval --model hf --model_args " + Quoted(arguments) + " --batch_size auto";
   } else {

@@ -86,6 +86,10 @@ TEST(ExportEngine, Commands) {
             "trust_remote_code=True)'");
   const auto own = EvalCommands(std::nullopt, "a", llama).value();
   EXPECT_THAT(own[0], HasSubstr("--model hf --model_args 'pretrained=a,dtype=float16'"));
+  EXPECT_THAT(EvalCommands(std::nullopt, "a", {{"dtype", "float32"}}).value()[0],
+              HasSubstr("pretrained=a,dtype=float32"));
+  EXPECT_THAT(EvalCommands(std::nullopt, "a", json::object()).value()[0],
+              HasSubstr("pretrained=a,dtype=auto"));
   EXPECT_THAT(own.back(), HasSubstr("sala eval --ckpt a "));
   EXPECT_THAT(EvalCommands(Engine::kSglang, "a", llama).value()[0],
               HasSubstr("base_url=http://localhost:30000/v1/completions"));
