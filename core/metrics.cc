@@ -1,54 +1,26 @@
 #include "core/metrics.h"
 
 #include <array>
-#include <cerrno>
-#include <system_error>
-#include <utility>
+#include <cstdio>
 
 #include "core/json.h"
 
 namespace sala {
-namespace {
-
-Status MetricsError(const std::string& what) {
-  return MakeError(ExitCode::kIo, "FILE-WRITE",
-                   what + ": " + std::generic_category().message(errno));
-}
-
-}  // namespace
 
 StatusOr<MetricsFile> MetricsFile::Open(const std::string& path) {
   MetricsFile metrics;
-  metrics.file_ = std::fopen(path.c_str(), "ae+");
-  if (metrics.file_ == nullptr) return MetricsError(path + ": cannot open the metrics file");
-  // A process that was killed may have left half a line; start on a new one so that only that line
-  // is lost.
-  if (std::fseek(metrics.file_, -1, SEEK_END) == 0 && std::fgetc(metrics.file_) != '\n') {
-    std::fseek(metrics.file_, 0, SEEK_END);
-    std::fputc('\n', metrics.file_);
-  }
+  SALA_ASSIGN_OR_RETURN(metrics.file_, AppendFile::Open(path, AppendFile::At::kEnd));
+  const char last = metrics.file_.last();
+  metrics.half_line_ = last != 0 && last != '\n';
   return metrics;
-}
-
-MetricsFile::MetricsFile(MetricsFile&& other) noexcept
-    : file_(std::exchange(other.file_, nullptr)) {}
-
-MetricsFile& MetricsFile::operator=(MetricsFile&& other) noexcept {
-  std::swap(file_, other.file_);
-  return *this;
-}
-
-MetricsFile::~MetricsFile() {
-  if (file_ != nullptr) std::fclose(file_);
 }
 
 Status MetricsFile::Write(const nlohmann::ordered_json& line) {
   // Text that is not UTF-8 must not end a run: it is replaced, not thrown at.
   const std::string text = DumpJson(line) + "\n";
-  if (std::fseek(file_, 0, SEEK_END) != 0 ||
-      std::fwrite(text.data(), 1, text.size(), file_) != text.size() || std::fflush(file_) != 0) {
-    return MetricsError("cannot write metrics");
-  }
+  // On a new line behind a half one, so that only that one is lost.
+  SALA_RETURN_IF_ERROR(file_.Append((half_line_ ? "\n" : "") + text));
+  half_line_ = false;
   return OkStatus();
 }
 

@@ -1,9 +1,10 @@
-// Metrics as JSON lines, one object a line, appended and flushed per line.
+// Metrics as JSON lines, one object a line, appended and seen by readers at once. A line that does
+// not fit on the disk is left out whole.
 #pragma once
 
-#include <cstdio>
 #include <string>
 
+#include "core/append_file.h"
 #include "core/status.h"
 #include "nlohmann/json_fwd.hpp"
 
@@ -13,14 +14,12 @@ class MetricsFile {
  public:
   static StatusOr<MetricsFile> Open(const std::string& path);  // appends
   MetricsFile() = default;
-  MetricsFile(MetricsFile&& other) noexcept;
-  MetricsFile& operator=(MetricsFile&& other) noexcept;
-  ~MetricsFile();
-  bool is_open() const { return file_ != nullptr; }
+  bool is_open() const { return file_.is_open(); }
   Status Write(const nlohmann::ordered_json& line);
 
  private:
-  std::FILE* file_ = nullptr;
+  AppendFile file_;
+  bool half_line_ = false;  // a process that was killed left one, and the file does not end it yet
 };
 
 // "%a": exact hexadecimal text of a number, for bit comparisons of runs.

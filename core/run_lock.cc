@@ -78,6 +78,17 @@ bool IsStillAt(int fd, const std::string& path) {
          ours.st_ino == there.st_ino && ours.st_dev == there.st_dev;
 }
 
+// Who only looks whether a run lives (GoneRun) holds the lock for an instant.
+bool TakeLock(int fd) {
+  constexpr int kTries = 10;
+  constexpr useconds_t kMicroseconds = 10000;
+  for (int tries = 0; ::flock(fd, LOCK_EX | LOCK_NB) != 0; ++tries) {
+    if (errno != EWOULDBLOCK || tries == kTries) return false;
+    ::usleep(kMicroseconds);
+  }
+  return true;
+}
+
 }  // namespace
 
 StatusOr<RunLock> RunLock::Acquire(const std::string& directory) {
@@ -86,7 +97,7 @@ StatusOr<RunLock> RunLock::Acquire(const std::string& directory) {
     const int fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (fd < 0) return LockError(path, "open");
     RunLock lock("", fd);  // closes on every way out; removes nothing as long as the path is empty
-    if (::flock(fd, LOCK_EX | LOCK_NB) != 0) {
+    if (!TakeLock(fd)) {
       if (errno != EWOULDBLOCK) return LockError(path, "lock");
       return MakeError(ExitCode::kIo, "RUN-LOCKED",
                        path + ": another run is live here: " + ReadHolder(fd).Text() +
@@ -120,6 +131,16 @@ RunLock::~RunLock() {
   // Removed while still locked, so that nobody can take a lock on a file that is about to go.
   if (!path_.empty()) ::unlink(path_.c_str());
   if (fd_ >= 0) ::close(fd_);
+}
+
+std::string GoneRun(const std::string& directory) {
+  const int fd = ::open((directory + "/RUN.lock").c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return errno == ENOENT ? "no process holds RUN.lock" : "";
+  const Holder holder = ReadHolder(fd);
+  const bool here = holder.pid > 0 && holder.host == HostName();
+  const bool gone = here && ::flock(fd, LOCK_SH | LOCK_NB) == 0;
+  ::close(fd);  // and with it the lock
+  return gone ? holder.Text() + " is gone" : "";
 }
 
 }  // namespace sala

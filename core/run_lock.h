@@ -30,4 +30,9 @@ class RunLock {
   int fd_ = -1;
 };
 
+// "" while the run of a directory lives or may live (a process of another host cannot be looked at
+// from here), else what became of the one that held it: "process 12 on a since ... is gone", "no
+// process holds RUN.lock".
+std::string GoneRun(const std::string& directory);
+
 }  // namespace sala

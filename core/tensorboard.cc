@@ -1,9 +1,7 @@
 #include "core/tensorboard.h"
 
 #include <bit>
-#include <cerrno>
 #include <chrono>
-#include <system_error>
 
 #include "core/file.h"
 #include "core/hash.h"
@@ -65,11 +63,6 @@ double WallTime() {
 
 constexpr char kPrefix[] = "events.out.tfevents.";
 
-Status EventFileError(const std::string& what) {
-  return MakeError(ExitCode::kIo, "FILE-WRITE",
-                   what + ": " + std::generic_category().message(errno));
-}
-
 }  // namespace
 
 std::string EventRecord(std::string_view event) {
@@ -122,35 +115,24 @@ StatusOr<EventFile> EventFile::Create(const std::string& folder, const std::stri
       folder + "/" + kPrefix + std::to_string(static_cast<int64_t>(WallTime())) + "." +
       std::string(number.size() < 5 ? 5 - number.size() : 0, '0') + number + "." + host;
   EventFile file;
-  file.file_ = std::fopen(path.c_str(), "wbxe");
-  if (file.file_ == nullptr) return EventFileError(path + ": cannot make the event file");
-  SALA_RETURN_IF_ERROR(file.Append(VersionEvent(WallTime())));
+  SALA_ASSIGN_OR_RETURN(file.file_, AppendFile::Open(path, AppendFile::At::kNew));
+  file.head_ = EventRecord(VersionEvent(WallTime()));
   return file;
 }
 
-EventFile::EventFile(EventFile&& other) noexcept : file_(std::exchange(other.file_, nullptr)) {}
-
-EventFile& EventFile::operator=(EventFile&& other) noexcept {
-  std::swap(file_, other.file_);
-  return *this;
-}
-
-EventFile::~EventFile() {
-  if (file_ != nullptr) std::fclose(file_);
-}
-
-Status EventFile::Append(const std::string& event) {
-  const std::string record = EventRecord(event);
-  if (std::fwrite(record.data(), 1, record.size(), file_) != record.size() ||
-      std::fflush(file_) != 0)
-    return EventFileError("cannot write TensorBoard events");
+Status EventFile::Append(const std::string& record) {
+  SALA_RETURN_IF_ERROR(file_.Append(head_ + record));
+  head_.clear();
   return OkStatus();
 }
 
-Status EventFile::Start(int64_t step) { return Append(StartEvent(WallTime(), step)); }
+Status EventFile::Start(int64_t step) {
+  head_ += EventRecord(StartEvent(WallTime(), step));
+  return Append("");
+}
 
 Status EventFile::Write(int64_t step, const Scalars& scalars) {
-  return scalars.empty() ? OkStatus() : Append(ScalarEvent(WallTime(), step, scalars));
+  return scalars.empty() ? OkStatus() : Append(EventRecord(ScalarEvent(WallTime(), step, scalars)));
 }
 
 }  // namespace sala

@@ -3,12 +3,12 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdio>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
+#include "core/append_file.h"
 #include "core/status.h"
 
 namespace sala {
@@ -26,26 +26,25 @@ std::string VersionEvent(double wall_time);  // "brain.Event:2", the first of ev
 std::string StartEvent(double wall_time, int64_t step);
 std::string ScalarEvent(double wall_time, int64_t step, const Scalars& scalars);
 
-// One file of a folder, which readers read in the order of the names.
+// One file of a folder, which readers read in the order of the names. An event that does not fit on
+// the disk is left out; those that say where the file begins come with the next one that fits.
 class EventFile {
  public:
   // Makes folder/events.out.tfevents.SECONDS.NNNNN.HOST, whose NNNNN is the number of event files
-  // there, so that names sort by time even within a second. FILE-WRITE (74).
+  // there, so that names sort by time even within a second. Start is to follow. FILE-WRITE (74).
   static StatusOr<EventFile> Create(const std::string& folder, const std::string& host);
   EventFile() = default;
-  EventFile(EventFile&& other) noexcept;
-  EventFile& operator=(EventFile&& other) noexcept;
-  ~EventFile();
-  bool is_open() const { return file_ != nullptr; }
+  bool is_open() const { return file_.is_open(); }
 
   Status Start(int64_t step);
-  // Flushed: a reader sees it at once.
+  // A reader sees it at once.
   Status Write(int64_t step, const Scalars& scalars);
 
  private:
-  Status Append(const std::string& event);
+  Status Append(const std::string& record);
 
-  std::FILE* file_ = nullptr;
+  AppendFile file_;
+  std::string head_;  // records that every reader needs and that are not in the file yet
 };
 
 }  // namespace sala

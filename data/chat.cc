@@ -253,4 +253,19 @@ Status CheckChatTokens(const ChatFamily& family, const Tokenizer& tokenizer) {
   return OkStatus();
 }
 
+std::vector<int32_t> TurnEndTokens(const Tokenizer& tokenizer, const ChatFamily* family) {
+  std::vector<int32_t> ends;
+  const auto& added = tokenizer.added_tokens();
+  for (const ChatFamily& each : ChatFamilies()) {
+    if (family != nullptr && each.name != family->name) continue;
+    for (const ChatRole& role : each.roles) {
+      const auto found = added.find(role.end_of_turn);
+      if (role.learned && found != added.end() &&
+          std::find(ends.begin(), ends.end(), found->second) == ends.end())
+        ends.push_back(found->second);
+    }
+  }
+  return ends;
+}
+
 }  // namespace sala::data

@@ -127,6 +127,11 @@ StatusOr<std::vector<ChatMessage>> ParseTurns(const json& turns, ChatShape shape
     if (!empty) {
       SALA_ASSIGN_OR_RETURN(message.content, ParseContent(*content, where));
     }
+    if (content == nullptr) {
+      message.content_json = kNoContent;
+    } else if (!content->is_string()) {
+      message.content_json = content->dump();
+    }
     SALA_ASSIGN_OR_RETURN(message.train, ParseTrain(item, where));
     message.extra = OtherKeys(item, {keys.role, keys.content, "train", "weight"});
     out.push_back(std::move(message));

@@ -23,10 +23,14 @@ namespace sala::data {
 
 struct ChatMessage {
   std::string role;
-  std::string content;
+  std::string content;     // as text: parts joined, nothing for null
   bool train = true;       // false: never learned
   std::string extra = {};  // the other keys, as a JSON object; "": none
+  // Where the record has no string for a content: its JSON (null, an array of parts), or
+  // kNoContent. Templates in Jinja get this.
+  std::string content_json = {};
 };
+inline constexpr char kNoContent[] = "absent";
 
 struct ChatRecord {
   std::vector<ChatMessage> messages;

@@ -96,7 +96,12 @@ StatusOr<TokenizerFolder> ReadFolder(const std::string& tokenizer) {
 std::string MessagesJson(const ChatRecord& record) {
   json messages = json::array();
   for (const ChatMessage& message : record.messages) {
-    json item = {{"role", message.role}, {"content", message.content}};
+    json item = {{"role", message.role}};
+    if (message.content_json.empty()) {
+      item["content"] = message.content;
+    } else if (message.content_json != kNoContent) {
+      item["content"] = json::parse(message.content_json);
+    }
     if (!message.extra.empty()) {
       const json extra = json::parse(message.extra);
       for (const auto& [key, value] : extra.items()) item[key] = value;
@@ -128,6 +133,22 @@ Targets TargetsOf(const ChatRecord& record, ChatMask mask) {
 
 void AddSpan(int64_t begin, int64_t end, std::vector<ByteSpan>* spans) {
   if (end > begin) spans->push_back({begin, end});
+}
+
+// Where the parts of a conversation are found by rendering it up to each of them, the work grows
+// with the square of its length. This much takes seconds; a longer one would end at the time limit
+// of a render, minutes later for a file of them.
+Status CheckWork(const std::string& name, int64_t messages, int64_t parts) {
+  constexpr int64_t kMostRenderedMessages = 2'000'000;
+  if (parts * messages <= kMostRenderedMessages) return OkStatus();
+  return MakeError(
+      ExitCode::kData, "CHAT-TEMPLATE",
+      "a conversation of " + std::to_string(messages) + " messages, of which " +
+          std::to_string(parts) + " are learned: template " + name +
+          " would have to be rendered up to each of them (at most " +
+          std::to_string(kMostRenderedMessages) +
+          " messages times learned ones are); split the conversation, learn the last turn only, "
+          "or mark what is learned by {% generation %} blocks in the template");
 }
 
 Status PrefixError(const std::string& name, int64_t message, const std::string& what) {
@@ -261,6 +282,7 @@ StatusOr<RenderedChat> ChatRenderer::RenderTemplate(const ChatRecord& record) co
   } else if (!blocks && !everything) {
     parts = targets.learned;
   }
+  SALA_RETURN_IF_ERROR(CheckWork(name_, count, static_cast<int64_t>(parts.size())));
   for (const int64_t i : parts) {
     request.renders.push_back({i, mask_ != ChatMask::kAllTokens});
     request.renders.push_back({i + 1, false});
@@ -328,19 +350,6 @@ StatusOr<std::vector<int32_t>> ChatRenderer::EncodePrompt(const ChatRecord& reco
   return ids;
 }
 
-std::vector<int32_t> ChatRenderer::TurnEnds() const {
-  std::vector<int32_t> ends;
-  const auto& added = tokenizer_.added_tokens();
-  for (const ChatFamily& family : ChatFamilies()) {
-    if (family_ != nullptr && family.name != family_->name) continue;
-    for (const ChatRole& role : family.roles) {
-      const auto found = added.find(role.end_of_turn);
-      if (role.learned && found != added.end() &&
-          std::find(ends.begin(), ends.end(), found->second) == ends.end())
-        ends.push_back(found->second);
-    }
-  }
-  return ends;
-}
+std::vector<int32_t> ChatRenderer::TurnEnds() const { return TurnEndTokens(tokenizer_, family_); }
 
 }  // namespace sala::data

@@ -253,7 +253,9 @@ void PrependText(const std::string& prefix, AlignedText* text) {
 void ReplaceText(const std::string& pattern, const std::string& content, AlignedText* text) {
   size_t hit = text->text.find(pattern);
   if (hit == std::string::npos) return;
-  if (hit == 0 && content.empty()) text->at_start = false;
+  // What is put in stands for the last character of what goes.
+  const bool one_character = Utf8SequenceLength(pattern, 0) == pattern.size();
+  if (hit == 0 && (content.empty() || !one_character)) text->at_start = false;
   Rebuilder out(text);
   size_t begin = 0;
   for (; hit != std::string::npos; hit = text->text.find(pattern, begin)) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
 #include "core/check.h"
 #include "core/file.h"
@@ -71,7 +72,20 @@ class Rewriter {
   }
   void Refuse(size_t count) { problem_ = in_.substr(at_, count); }
 
+  bool ignores_case() const { return !groups_.empty() && groups_.back(); }
+  // Without case Oniguruma also takes one character for several (U+00DF for ss, U+FB01 for fi) and
+  // several for one, PCRE2 never does. Groups that only bracket do not part what stands together.
+  bool MayFoldToSeveral() {
+    const char c = in_[at_];
+    if (static_cast<uint8_t>(c) >= 0x80) return true;
+    const char small = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+    const std::string pair = {last_, small};
+    if (c != '(' && c != ')') last_ = small;
+    return pair == "ss" || pair == "st" || pair == "ff" || pair == "fi" || pair == "fl";
+  }
+
   void InClass() {
+    if (ignores_case() && static_cast<uint8_t>(in_[at_]) >= 0x80) return Refuse(1);
     if (Starts("&&")) return Refuse(2);
     if (in_[at_] == '[') return Refuse(2);
     if (in_[at_] == ']') in_class_ = false;
@@ -80,6 +94,7 @@ class Rewriter {
 
   void Outside() {
     if (in_[at_] == '[') {
+      last_ = 0;
       in_class_ = true;
       Copy(Starts("[^") ? 2 : 1);
       if (at_ < in_.size() && in_[at_] == ']')
@@ -91,6 +106,14 @@ class Rewriter {
     if (Starts("(*")) return Refuse(2);
     if (in_[at_] == '}' && at_ + 1 < in_.size() && in_[at_ + 1] == '+') return Refuse(2);
     if (Starts("{,")) return Refuse(2);
+    if (ignores_case() && MayFoldToSeveral()) return Refuse(1);
+    if (in_[at_] == '(') {
+      groups_.push_back(ignores_case() || Starts("(?i:"));
+      if (Starts("(?:")) return Copy(3);
+      last_ = 0;
+      return Copy(Starts("(?i:") ? 4 : 1);
+    }
+    if (in_[at_] == ')' && !groups_.empty()) groups_.pop_back();
     Copy(1);
   }
 
@@ -102,8 +125,10 @@ class Rewriter {
   }
 
   void Escape() {
+    last_ = 0;
     if (at_ + 1 == in_.size()) return Refuse(1);
     const char c = in_[at_ + 1];
+    if (ignores_case() && (c == 'u' || c == 'x')) return Refuse(2);
     if (c == 's' || c == 'S') {
       out_ += c == 's' ? "\\p{White_Space}" : "\\P{White_Space}";
       at_ += 2;
@@ -157,6 +182,8 @@ class Rewriter {
   std::string problem_;
   size_t at_ = 0;
   bool in_class_ = false;
+  std::vector<bool> groups_;  // of the open groups: whether case does not count
+  char last_ = 0;             // small, of what stands in such groups
 };
 
 std::string Pcre2Message(int error) {

@@ -7,7 +7,7 @@ little-endian bytes. The first request has the template, later ones a conversati
     {"messages": [...], "tools": [...] or null, "spans": BOOL,
      "renders": [[FIRST_N_MESSAGES, WITH_GENERATION_PROMPT], ...]}      ->  {"texts": [...], "spans": [[BEGIN, END], ...]}
 
-`spans` are the bytes of the generation blocks of the first render. An answer of {"error": TEXT, "line": N} says what is wrong with the
+A content that is a list of text parts reaches the template as such where it reads lists, else as one text. `spans` are the bytes of the generation blocks of the first render. An answer of {"error": TEXT, "line": N} says what is wrong with the
 template or what it says of the conversation; {"missing": TEXT} that Jinja2 is not there. The environment is that of the chat
 templates of Hugging Face tokenizers: sandboxed, with trimmed blocks, loop controls, raise_exception, strftime_now and their tojson.
 """
@@ -110,11 +110,35 @@ def line_of(error):
     return line
 
 
+def render_one(template, variables, messages, tools, prompt):
+    # The names are those that every template may use; unset ones are None, as templates expect.
+    return template.render(messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **variables)
+
+
+def reads_parts(template, variables):
+    """Whether a content that is a list of parts is written as the same text in one string is."""
+    def written(content):
+        return render_one(template, variables, [{"role": "user", "content": content}], None, False)
+
+    try:
+        return written([{"type": "text", "text": "a part"}]) == written("a part")
+    except Exception:  # whatever it says of a list, it does not read it
+        return False
+
+
+def joined(message):
+    """The message with its parts as one text."""
+    content = message.get("content")
+    return {**message, "content": "".join(part["text"] for part in content)} if isinstance(content, list) else message
+
+
 def render_all(template, variables, marks, request):
+    messages = request["messages"]
+    if any(isinstance(message.get("content"), list) for message in messages) and not reads_parts(template, variables):
+        messages = [joined(message) for message in messages]
+
     def render(count, prompt):
-        # The names are those that every template may use; unset ones are None, as templates expect.
-        return template.render(messages=request["messages"][:count], tools=request["tools"], documents=None,
-                               add_generation_prompt=prompt, **variables)
+        return render_one(template, variables, messages[:count], request["tools"], prompt)
 
     marks["on"] = False
     texts = [render(count, prompt) for count, prompt in request["renders"]]

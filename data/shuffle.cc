@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <tuple>
 
@@ -45,25 +46,33 @@ struct Entry {
 
 uint64_t ContentHash(std::string_view tokens_and_mask) { return Xxh3(tokens_and_mask); }
 
-uint64_t Draw(int64_t seed, uint64_t hash) {
+// Of the copies of a text each has a number, so that they do not come together.
+uint64_t Draw(int64_t seed, uint64_t hash, uint64_t copy) {
   const auto low = [](uint64_t v) { return static_cast<uint32_t>(v); };
   const auto high = [](uint64_t v) { return static_cast<uint32_t>(v >> 32); };
   const auto key = static_cast<uint64_t>(seed);
-  const auto words = Philox4x32({low(hash), high(hash), 0, 0}, {low(key), high(key)});
+  const auto words =
+      Philox4x32({low(hash), high(hash), low(copy), high(copy)}, {low(key), high(key)});
   return static_cast<uint64_t>(words[0]) << 32 | words[1];
 }
 
-// Appends to many files through small buffers; none stays open, so there may be thousands.
+// Appends to many files through buffers that take `memory_bytes` together at most; no file stays
+// open, so there may be thousands.
 class Buckets {
  public:
-  Buckets(std::string directory, size_t count)
-      : directory_(std::move(directory)), pending_(count) {}
+  Buckets(std::string directory, size_t count, int64_t memory_bytes)
+      : directory_(std::move(directory)),
+        memory_bytes_(static_cast<size_t>(memory_bytes)),
+        pending_(count) {}
 
   Status Add(const Entry& entry, std::string_view content) {
     std::string& to = pending_[BucketOf(entry.draw)];
+    pending_bytes_ -= to.capacity();
     to.append(reinterpret_cast<const char*>(&entry), sizeof entry);
     to.append(content);
-    return to.size() < kFlushBytes ? OkStatus() : Flush(BucketOf(entry.draw));
+    pending_bytes_ += to.capacity();
+    if (to.size() >= kFlushBytes) return Flush(BucketOf(entry.draw));
+    return pending_bytes_ < memory_bytes_ ? OkStatus() : Finish();
   }
   Status Finish() {
     for (size_t b = 0; b < pending_.size(); ++b) SALA_RETURN_IF_ERROR(Flush(b));
@@ -83,14 +92,18 @@ class Buckets {
   }
   Status Flush(size_t bucket) {
     std::string& bytes = pending_[bucket];
+    if (bytes.empty()) return OkStatus();
     std::ofstream file(Path(bucket), std::ios::binary | std::ios::app);
     file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
     file.close();
     if (!file) return MakeError(ExitCode::kIo, "FILE-WRITE", Path(bucket) + ": cannot be written");
-    bytes.clear();
+    pending_bytes_ -= bytes.capacity();
+    bytes = std::string();
+    pending_bytes_ += bytes.capacity();
     return OkStatus();
   }
   std::string directory_;
+  size_t memory_bytes_, pending_bytes_ = 0;
   std::vector<std::string> pending_;
 };
 
@@ -105,7 +118,7 @@ Status Scatter(TokenStore& store, int64_t seed, Buckets* buckets) {
       content.assign(reinterpret_cast<const char*>(document.tokens.data()),
                      document.tokens.size() * 4);
       content.append(reinterpret_cast<const char*>(document.mask.data()), document.mask.size());
-      const Entry entry{.draw = Draw(seed, document.hash),
+      const Entry entry{.draw = Draw(seed, document.hash, 0),
                         .content = ContentHash(content),
                         .hash = document.hash,
                         .source = static_cast<uint64_t>(document.source),
@@ -127,9 +140,18 @@ Status BucketError(const std::string& path) {
                    path + ": read otherwise than it was written; check the disk, shuffle again");
 }
 
-Status AddBucket(const std::string& path, TokenStoreWriter* writer) {
-  SALA_ASSIGN_OR_RETURN(const std::string bytes, ReadFile(path));
+// The documents of a bucket in their order; none where no document fell into it.
+struct Bucket {
+  std::string bytes;
   std::vector<Found> found;
+  std::string_view Content(const Found& f) const { return {bytes.data() + f.at, f.entry.bytes()}; }
+};
+
+StatusOr<Bucket> ReadBucket(const std::string& path) {
+  Bucket bucket;
+  if (!PathExists(path)) return bucket;
+  SALA_ASSIGN_OR_RETURN(bucket.bytes, ReadFile(path));
+  const std::string& bytes = bucket.bytes;
   for (size_t at = 0; at < bytes.size();) {
     Found next;
     if (bytes.size() - at < sizeof next.entry) return BucketError(path);
@@ -137,29 +159,77 @@ Status AddBucket(const std::string& path, TokenStoreWriter* writer) {
     next.at = at + sizeof next.entry;
     const Entry& entry = next.entry;
     if (entry.tokens > bytes.size() || entry.bytes() > bytes.size() - next.at ||
-        ContentHash({bytes.data() + next.at, entry.bytes()}) != entry.content)
+        ContentHash(bucket.Content(next)) != entry.content)
       return BucketError(path);
     at = next.at + entry.bytes();
-    found.push_back(next);
+    bucket.found.push_back(next);
   }
-  std::sort(found.begin(), found.end(), [](const Found& a, const Found& b) {
+  std::sort(bucket.found.begin(), bucket.found.end(), [](const Found& a, const Found& b) {
     return std::tie(a.entry.draw, a.entry.hash, a.entry.content, a.entry.source) <
            std::tie(b.entry.draw, b.entry.hash, b.entry.content, b.entry.source);
   });
-  Document document;
-  for (const Found& f : found) {
-    const char* content = bytes.data() + f.at;
-    document.tokens.resize(f.entry.tokens);
-    if (f.entry.tokens > 0) std::memcpy(document.tokens.data(), content, f.entry.tokens * 4);
-    document.mask.clear();
-    if (f.entry.masked != 0)
-      document.mask.assign(content + f.entry.tokens * 4, content + f.entry.bytes());
-    SALA_RETURN_IF_ERROR(writer->Add({.tokens = document.tokens,
-                                      .loss_mask = document.mask,
-                                      .hash = f.entry.hash,
-                                      .source = static_cast<int64_t>(f.entry.source)}));
+  return bucket;
+}
+
+// Which number among the documents of its hash each has; they stand together in a bucket.
+std::vector<uint64_t> CopyNumbers(const Bucket& bucket) {
+  std::vector<uint64_t> numbers(bucket.found.size(), 0);
+  for (size_t i = 1; i < numbers.size(); ++i) {
+    if (bucket.found[i].entry.hash == bucket.found[i - 1].entry.hash)
+      numbers[i] = numbers[i - 1] + 1;
   }
-  return OkStatus();
+  return numbers;
+}
+
+// Gives all copies of a text but the first a draw of their own, and the bucket of it.
+Status ScatterCopies(const Buckets& buckets, int64_t seed, Buckets* copies) {
+  for (size_t b = 0; b < buckets.count(); ++b) {
+    SALA_ASSIGN_OR_RETURN(const Bucket bucket, ReadBucket(buckets.Path(b)));
+    const std::vector<uint64_t> numbers = CopyNumbers(bucket);
+    for (size_t i = 0; i < numbers.size(); ++i) {
+      if (numbers[i] == 0) continue;
+      Entry entry = bucket.found[i].entry;
+      entry.draw = Draw(seed, entry.hash, numbers[i]);
+      SALA_RETURN_IF_ERROR(copies->Add(entry, bucket.Content(bucket.found[i])));
+    }
+  }
+  return copies->Finish();
+}
+
+Status AddDocument(const Entry& entry, std::string_view content, TokenStoreWriter* writer) {
+  Document document;
+  document.tokens.resize(entry.tokens);
+  if (entry.tokens > 0) std::memcpy(document.tokens.data(), content.data(), entry.tokens * 4);
+  if (entry.masked != 0)
+    document.mask.assign(content.begin() + static_cast<std::ptrdiff_t>(entry.tokens * 4),
+                         content.end());
+  return writer->Add({.tokens = document.tokens,
+                      .loss_mask = document.mask,
+                      .hash = entry.hash,
+                      .source = static_cast<int64_t>(entry.source)});
+}
+
+// First documents of their text and copies with draws of this bucket, merged.
+Status AddBucket(const std::string& path, const std::string& copies_path,
+                 TokenStoreWriter* writer) {
+  SALA_ASSIGN_OR_RETURN(const Bucket first, ReadBucket(path));
+  SALA_ASSIGN_OR_RETURN(const Bucket copies, ReadBucket(copies_path));
+  const std::vector<uint64_t> numbers = CopyNumbers(first);
+  size_t next = 0;  // of the copies
+  const auto add_copies = [&](uint64_t last) -> Status {
+    for (; next < copies.found.size() && copies.found[next].entry.draw <= last; ++next) {
+      SALA_RETURN_IF_ERROR(
+          AddDocument(copies.found[next].entry, copies.Content(copies.found[next]), writer));
+    }
+    return OkStatus();
+  };
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    if (numbers[i] > 0) continue;
+    const Found& found = first.found[i];
+    SALA_RETURN_IF_ERROR(add_copies(found.entry.draw));
+    SALA_RETURN_IF_ERROR(AddDocument(found.entry, first.Content(found), writer));
+  }
+  return add_copies(std::numeric_limits<uint64_t>::max());
 }
 
 int64_t BytesOf(const DatasetInfo& info) {
@@ -180,13 +250,18 @@ StatusOr<DatasetInfo> ShuffleDataset(const ShuffleOptions& options) {
   for (const DatasetSource& s : info.sources) writer->AddSource(s.name, s.license, s.note);
   const std::string directory = options.output + "/shuffle.buckets";
   SALA_RETURN_IF_ERROR(RemoveTree(directory));
-  SALA_RETURN_IF_ERROR(MakeDirectories(directory));
-  Buckets buckets(directory, static_cast<size_t>(1 + BytesOf(info) / options.memory_bytes));
+  SALA_RETURN_IF_ERROR(MakeDirectories(directory + "/first"));
+  SALA_RETURN_IF_ERROR(MakeDirectories(directory + "/copies"));
+  const auto count = static_cast<size_t>(1 + BytesOf(info) / options.memory_bytes);
+  Buckets buckets(directory + "/first", count, options.memory_bytes);
+  Buckets copies(directory + "/copies", count, options.memory_bytes);
   const Status made = [&]() -> Status {
     SALA_RETURN_IF_ERROR(Scatter(*store, options.seed, &buckets));
-    for (size_t b = 0; b < buckets.count(); ++b) {
-      SALA_RETURN_IF_ERROR(AddBucket(buckets.Path(b), writer.get()));
+    SALA_RETURN_IF_ERROR(ScatterCopies(buckets, options.seed, &copies));
+    for (size_t b = 0; b < count; ++b) {
+      SALA_RETURN_IF_ERROR(AddBucket(buckets.Path(b), copies.Path(b), writer.get()));
       SALA_RETURN_IF_ERROR(RemoveTree(buckets.Path(b)));
+      SALA_RETURN_IF_ERROR(RemoveTree(copies.Path(b)));
     }
     return OkStatus();
   }();

@@ -4,8 +4,8 @@
 #include <cstdio>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "core/file.h"
@@ -17,7 +17,8 @@
 #include "parallel/mesh.h"
 #include "recipes/checkpointing.h"
 #include "recipes/eval.h"
-#include "recipes/eval_report.h"
+#include "recipes/eval_compare.h"
+#include "recipes/eval_files.h"
 #include "recipes/export.h"
 
 namespace sala::launch {
@@ -58,27 +59,13 @@ StatusOr<std::optional<data::Haystack::Part>> HeldOutPart(const EvalOptions& opt
   return data::Haystack::Part{data::Split::kHeldOut, seed, fraction};
 }
 
+// What is complete is not made again. An evaluation that was cut off goes on (EvalWriter).
 Status CheckTarget(const EvalOptions& options, const std::string& directory) {
-  if (!PathExists(directory + "/summary.jsonl")) return OkStatus();
-  if (options.force) return OkStatus();
+  if (options.force || recipes::StateOf(directory) != recipes::EvalState::kComplete)
+    return OkStatus();
   return MakeError(ExitCode::kIo, "EVAL-EXISTS",
                    Printable(directory) +
                        ": holds an evaluation; name another directory, or --force replaces it");
-}
-
-// Of an evaluation that is replaced: its files, and no others.
-Status RemoveEvaluation(const std::string& directory) {
-  if (!PathExists(directory + "/summary.jsonl")) return OkStatus();
-  SALA_ASSIGN_OR_RETURN(const auto summary, recipes::ReadSummary(directory));
-  std::vector<std::string> names = {"summary.jsonl", "depths.svg"};
-  for (const nlohmann::ordered_json& line : summary)
-    names.push_back(line["task"].get<std::string>() + "-" +
-                    std::to_string(line["length"].get<int64_t>()) + ".jsonl");
-  for (const std::string& name : names) {
-    if (name.find('/') == std::string::npos && PathExists(directory + "/" + name))
-      SALA_RETURN_IF_ERROR(RemoveTree(directory + "/" + name));
-  }
-  return OkStatus();
 }
 
 Status Print(const EvalOptions& options, const std::vector<nlohmann::ordered_json>& lines,
@@ -92,12 +79,21 @@ Status Print(const EvalOptions& options, const std::vector<nlohmann::ordered_jso
   return OkStatus();
 }
 
-// One model, into one directory. Collective.
+// The evaluation that is in the directory.
+Status PrintEvaluation(const EvalOptions& options, const std::string& path,
+                       const std::string& directory) {
+  SALA_ASSIGN_OR_RETURN(const auto summary, recipes::ReadSummary(directory));
+  if (!options.json) std::printf("%s (%s)\n", path.c_str(), directory.c_str());
+  return Print(options, summary, recipes::EvaluationTable(summary));
+}
+
+// One model, into one directory. With `keep` an evaluation that is complete and has the same
+// settings is not made again. Collective.
 Status EvaluateModel(parallel::Communicator& world, const EvalOptions& options,
-                     const std::string& path, const std::string& directory) {
+                     const std::string& path, const std::string& directory, bool keep) {
   const bool root = world.rank() == 0;
   SALA_RETURN_IF_ERROR(
-      parallel::AgreeOnStatus(world, root ? CheckTarget(options, directory) : OkStatus()));
+      parallel::AgreeOnStatus(world, root && !keep ? CheckTarget(options, directory) : OkStatus()));
   ThreadPool pool(options.threads);
   Arena arena;
   Arena scratch;
@@ -129,20 +125,31 @@ Status EvaluateModel(parallel::Communicator& world, const EvalOptions& options,
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, open()));
   model::ComputeParameters parameters(ctx, loaded->params, mesh.get());
   const model::Model model(loaded->config, parameters.store(), model::Spread(*mesh));
-  SALA_ASSIGN_OR_RETURN(
-      const std::vector<recipes::TaskResult> results,
-      evaluation->Run(*mesh, recipes::ScoreWith(ctx, arena, model, {.sparse_attention = sparse})));
-  const recipes::EvalIdentity identity = {
-      .step = loaded->checkpoint ? loaded->checkpoint->info().global_step : -1, .checkpoint = path};
-  const auto write = [&]() -> Status {
-    SALA_RETURN_IF_ERROR(RemoveEvaluation(directory));
-    SALA_RETURN_IF_ERROR(
-        recipes::WriteEvaluation(directory, results, options.request.config.depths, identity));
-    SALA_ASSIGN_OR_RETURN(const auto summary, recipes::ReadSummary(directory));
-    if (!options.json) std::printf("%s (%s)\n", path.c_str(), directory.c_str());
-    return Print(options, summary, recipes::EvaluationTable(summary));
+  recipes::EvalTarget target = {
+      .directory = directory,
+      .depths = options.request.config.depths,
+      .identity = {.step = loaded->checkpoint ? loaded->checkpoint->info().global_step : -1,
+                   .checkpoint = path},
+      .replace = options.force};
+  int64_t complete = 0;
+  const auto prepare = [&]() -> Status {
+    SALA_ASSIGN_OR_RETURN(
+        target.settings,
+        recipes::EvalSettings(
+            options.request, **tokenizer,
+            {.model_path = path, .sparse_attention = sparse, .cp = options.cp, .tp = options.tp}));
+    complete = keep && recipes::IsCompleteWith(directory, target.settings) ? 1 : 0;
+    return OkStatus();
   };
-  return parallel::AgreeOnStatus(world, root ? write() : OkStatus());
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, root ? prepare() : OkStatus()));
+  SALA_RETURN_IF_ERROR(world.AllReduce(std::span<int64_t>(&complete, 1), parallel::Reduce::kMax));
+  if (complete == 0) {
+    SALA_RETURN_IF_ERROR(recipes::MakeEvaluation(
+        *mesh, *evaluation, recipes::ScoreWith(ctx, arena, model, {.sparse_attention = sparse}),
+        target));
+  }
+  return parallel::AgreeOnStatus(world,
+                                 root ? PrintEvaluation(options, path, directory) : OkStatus());
 }
 
 Status Compare(const EvalOptions& options) {
@@ -155,7 +162,11 @@ Status Evaluate(parallel::Communicator& world, EvalOptions options) {
   const auto part = HeldOutPart(options);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, part.status()));
   options.request.part = *part;
+  // A pair of which the first was made and the second was not goes on with the second.
+  bool keep = false;
   if (!options.against.empty()) {
+    keep = !options.force &&
+           recipes::StateOf(options.to + "/against") != recipes::EvalState::kComplete;
     // Found out now, not after the first model was measured.
     const auto second = [&]() -> Status {
       SALA_RETURN_IF_ERROR(recipes::ModelConfigAt(options.against).status());
@@ -163,11 +174,11 @@ Status Evaluate(parallel::Communicator& world, EvalOptions options) {
     };
     SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, world.rank() == 0 ? second() : OkStatus()));
   }
-  SALA_RETURN_IF_ERROR(EvaluateModel(world, options, options.model, options.to));
+  SALA_RETURN_IF_ERROR(EvaluateModel(world, options, options.model, options.to, keep));
   if (options.against.empty()) return OkStatus();
   options.first = options.to;
   options.second = options.to + "/against";
-  SALA_RETURN_IF_ERROR(EvaluateModel(world, options, options.against, options.second));
+  SALA_RETURN_IF_ERROR(EvaluateModel(world, options, options.against, options.second, false));
   if (world.rank() == 0 && !options.json)
     std::printf("\na: %s\nb: %s\n", options.model.c_str(), options.against.c_str());
   return parallel::AgreeOnStatus(world, world.rank() == 0 ? Compare(options) : OkStatus());
@@ -261,7 +272,9 @@ void AddEvalCommand(CommandLine& line) {
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   command->add_flag("--json", options->json, "a JSON object a line instead of tables");
-  command->add_flag("--force", options->force, "replace an evaluation that is there");
+  command->add_flag(
+      "--force", options->force,
+      "replace an evaluation that is there; one that was cut off with the same options goes on");
   AddCompare(*command, *options);
   line.OnUse(command, [options, command, &line] {
     return command->get_subcommands().empty() ? Run(line, *options) : Compare(*options);

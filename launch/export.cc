@@ -21,6 +21,8 @@ struct ExportCommand {
   std::string tokenizer;
   std::string dtype;
   std::string max_shard;
+  std::string engine;
+  bool print_eval_commands = false;
   recipes::ExportOptions options;
 };
 
@@ -34,6 +36,12 @@ struct ModelFile {
   }
 };
 
+std::string Listed(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text.empty() ? "nothing" : text;
+}
+
 void Print(const ExportCommand& command, const recipes::ExportReport& report) {
   const bool shapes = !command.shapes_only.empty();
   std::printf("%s: %s tensors, %s parameters, %s of %s weights%s%s%s\n",
@@ -45,6 +53,16 @@ void Print(const ExportCommand& command, const recipes::ExportReport& report) {
               report.verified ? ", read back and equal bit for bit" : "");
   if (!report.source_problem.empty())
     std::printf("not in the form of the folder it came from: %s\n", report.source_problem.c_str());
+  if (!command.options.base.empty()) {
+    std::printf("taken from %s: %s\n", command.options.base.c_str(), Listed(report.taken).c_str());
+    if (!report.left_out.empty())
+      std::printf("left out, of another tokenizer: %s\n", Listed(report.left_out).c_str());
+  }
+  if (command.options.engine) {
+    std::printf("%s\n", recipes::LoadCommand(*command.options.engine, command.options.directory,
+                                             report.config)
+                            .c_str());
+  }
 }
 
 // A run takes them from its tokenizer; here is none.
@@ -63,10 +81,12 @@ Status CheckTokenIds(const std::string& path, const model::ModelConfig& config) 
 }
 
 Status ExportShapes(const ExportCommand& command) {
-  if (!command.tokenizer.empty() || command.options.verify) {
-    return MakeError(ExitCode::kUsage, "USAGE",
-                     "--shapes-only writes no values and no tokenizer; leave --verify and "
-                     "--tokenizer out");
+  if (!command.tokenizer.empty() || command.options.verify || command.options.engine ||
+      !command.options.base.empty() || command.print_eval_commands) {
+    return MakeError(
+        ExitCode::kUsage, "USAGE",
+        "--shapes-only writes no values and no tokenizer; leave --verify, --tokenizer, "
+        "--engine, --base and --print-eval-commands out");
   }
   SALA_ASSIGN_OR_RETURN(const ConfigDocument document, ConfigDocument::Load(command.shapes_only));
   ModelFile file;
@@ -107,7 +127,23 @@ StatusOr<std::unique_ptr<data::Tokenizer>> FindTokenizer(
   return loaded.status();
 }
 
+// Whether a checkpoint's stage trained on chats.
+struct KindKey {
+  std::string kind;
+  void Bind(ConfigBinder& b) { b.Field("kind", &kind); }
+};
+
+StatusOr<bool> LearnedChats(const Checkpoint& checkpoint) {
+  KindKey key;
+  SALA_ASSIGN_OR_RETURN(const std::string yaml, checkpoint.ReadConfig());
+  SALA_ASSIGN_OR_RETURN(const ConfigDocument document,
+                        ConfigDocument::Parse(yaml, checkpoint.directory() + "/config.yaml"));
+  static_cast<void>(BindConfig(document, &key));  // complains of all the other keys
+  return key.kind == "sft";
+}
+
 Status Export(ExportCommand command) {
+  command.options.engine = recipes::ParseEngine(command.engine);
   if (!command.dtype.empty()) command.options.dtype = recipes::ParseWeightType(command.dtype);
   if (!command.max_shard.empty()) {
     const std::optional<int64_t> bytes = ParseInteger(command.max_shard);
@@ -129,6 +165,7 @@ Status Export(ExportCommand command) {
     const CheckpointInfo& info = model.checkpoint->info();
     source["step"] = info.global_step;
     source["stage"] = info.stage;
+    SALA_ASSIGN_OR_RETURN(command.options.chat, LearnedChats(*model.checkpoint));
   }
   command.options.tokenizer_fingerprint = model.tokenizer_fingerprint;
   if (tokenizer != nullptr && !model.tokenizer_fingerprint.empty() &&
@@ -140,6 +177,10 @@ Status Export(ExportCommand command) {
                          "; name the right one with --tokenizer");
   }
   command.options.source_form = record ? &*record : nullptr;
+  if (command.print_eval_commands) {  // what cannot be printed shows before anything is written
+    SALA_RETURN_IF_ERROR(
+        recipes::EvalCommands(command.options.engine, command.options.directory, {}).status());
+  }
   SALA_ASSIGN_OR_RETURN(
       const recipes::ExportReport report,
       recipes::ExportModel(model.config, model.params, tokenizer.get(), source, command.options));
@@ -149,6 +190,11 @@ Status Export(ExportCommand command) {
                       "the model came from";
   }
   Print(command, report);
+  if (!command.print_eval_commands) return OkStatus();
+  SALA_ASSIGN_OR_RETURN(
+      const std::vector<std::string> commands,
+      recipes::EvalCommands(command.options.engine, command.options.directory, report.config));
+  for (const std::string& each : commands) std::printf("%s\n", each.c_str());
   return OkStatus();
 }
 
@@ -175,6 +221,16 @@ void AddExportCommand(CommandLine& line) {
                       "folder it came from keeps that folder's files");
   command->add_option("--tokenizer", options->tokenizer,
                       "tokenizer to put in; default: the run's own; none: leave it out");
+  command
+      ->add_option("--engine", options->engine,
+                   "check that this program loads the folder, and print the command that does: hf "
+                   "(transformers), sglang, vllm")
+      ->check(CLI::IsMember({"hf", "sglang", "vllm"}));
+  command->add_option("--base", options->options.base,
+                      "model folder whose code, licence and other small files are put in where "
+                      "there is none of that name");
+  command->add_flag("--print-eval-commands", options->print_eval_commands,
+                    "print commands that evaluate the folder");
   command->add_flag("--verify", options->options.verify, "read everything back and compare bits");
   command->add_flag("--force", options->options.force,
                     "replace an exported model that is there; everything in its folder goes");

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/file.h"
+#include "core/log.h"
 #include "launch/command.h"
 #include "recipes/report_page.h"
 
@@ -23,6 +24,8 @@ Status Report(const ReportOptions& options) {
   while (true) {
     SALA_ASSIGN_OR_RETURN(const recipes::ReportData data, recipes::ReadReportData(options.run));
     SALA_RETURN_IF_ERROR(WriteFileAtomically(to, recipes::ReportPage(data, options.watch_seconds)));
+    if (options.watch_seconds > 0 && !data.gone.empty())
+      SALA_LOG(Warn) << options.run << ": the run was killed: " << data.gone;
     if (options.watch_seconds == 0 || !data.live()) break;
     ::sleep(static_cast<unsigned>(options.watch_seconds));
   }
@@ -41,7 +44,8 @@ void AddReportCommand(CommandLine& line) {
   command->add_option("--to", options->to, "the page; default: report.html in the run directory");
   command
       ->add_option("--watch", options->watch_seconds,
-                   "write it again every so many seconds until the run ends; the page loads itself "
+                   "write it again every so many seconds until the run ends or is killed; the page "
+                   "loads itself "
                    "again")
       ->check(CLI::Range(1, 86400));
   line.OnUse(command, [options] { return Report(*options); });

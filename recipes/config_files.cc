@@ -5,6 +5,7 @@
 #include <sstream>
 
 #include "core/file.h"
+#include "data/synthetic.h"
 #include "recipes/config.h"
 
 namespace sala::recipes {
@@ -117,7 +118,22 @@ Status CheckOverrideHeads(const std::vector<std::string>& stems,
   return OkStatus();
 }
 
-// Gates that compare with another stage need that stage's numbers.
+// The first key of the two that makes other prompts of a task; "" when they make the same.
+std::string OtherPrompts(const EvalConfig& a, const EvalConfig& b, const std::string& task) {
+  const auto differs = [](const std::string& key, const std::string& one,
+                          const std::string& other) {
+    return one == other ? std::string() : key + " (" + one + " and " + other + ")";
+  };
+  const auto recall = data::RecallTaskNamed(task);
+  const bool text = !recall.ok() || data::WantsRunningText(*recall);
+  std::string key = differs("samples", std::to_string(a.samples), std::to_string(b.samples));
+  if (key.empty()) key = differs("seed", std::to_string(a.seed), std::to_string(b.seed));
+  if (key.empty()) key = differs("chat", a.chat ? "true" : "false", b.chat ? "true" : "false");
+  if (key.empty() && text) key = differs("haystack", a.haystack, b.haystack);
+  return key;
+}
+
+// Gates that compare with another stage need that stage's numbers, of the same prompts.
 Status CheckGates(const StageConfig& stage, const std::vector<StageConfig>& earlier) {
   if (!stage.eval) return OkStatus();
   for (const EvalGate& gate : stage.eval->gate) {
@@ -131,7 +147,15 @@ Status CheckGates(const StageConfig& stage, const std::vector<StageConfig>& earl
              std::find(eval.tasks.begin(), eval.tasks.end(), gate.task) != eval.tasks.end() &&
              std::find(lengths.begin(), lengths.end(), gate.length) != lengths.end();
     };
-    if (from != earlier.end() && from->eval && measures(*from->eval)) continue;
+    if (from != earlier.end() && from->eval && measures(*from->eval)) {
+      const std::string key = OtherPrompts(*from->eval, *stage.eval, gate.task);
+      if (key.empty()) continue;
+      return ConfigError("CFG-CONFLICT", "stage " + stage.name + ": eval.gate: " + gate.task +
+                                             " at length " + std::to_string(gate.length) +
+                                             " cannot be compared with stage " + from->name +
+                                             ", whose eval has another " + key +
+                                             "; give both the same");
+    }
     return ConfigError("CFG-CONFLICT", "stage " + stage.name + ": eval.gate: max_drop_from '" +
                                            Printable(gate.max_drop_from) + "' is no stage before " +
                                            "this one that measures " + gate.task + " at length " +

@@ -125,7 +125,7 @@ Status Dashboards::Validation(const ordered_json& line) {
 Status Dashboards::Evaluations() {
   if (!events_.is_open()) return OkStatus();
   for (const std::string& file : EvaluationFiles(run_.dir)) {
-    if (!evaluations_.insert(file).second) continue;
+    if (evaluations_.count(file) > 0) continue;
     SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(file));
     std::istringstream lines(text);
     for (std::string each; std::getline(lines, each);) {
@@ -134,6 +134,7 @@ Status Dashboards::Evaluations() {
       if (std::isfinite(step))
         SALA_RETURN_IF_ERROR(events_.Write(static_cast<int64_t>(step), EvaluationScalars(line)));
     }
+    evaluations_.insert(file);
   }
   return OkStatus();
 }

@@ -200,13 +200,14 @@ StatusOr<Evaluation> Evaluation::Open(const EvalRequest& request,
   return evaluation;
 }
 
-StatusOr<std::vector<TaskResult>> Evaluation::Run(
-    const parallel::Mesh& mesh, const ScoreDocument& score,
-    const std::function<Status(const TaskResult&)>& done) const {
+StatusOr<std::vector<TaskResult>> Evaluation::Run(const parallel::Mesh& mesh,
+                                                  const ScoreDocument& score,
+                                                  const EvalHooks& hooks) const {
   std::vector<TaskResult> results;
   for (const auto& source : sources_) {
+    if (hooks.skip && hooks.skip(source->task(), source->length())) continue;
     SALA_ASSIGN_OR_RETURN(TaskResult result, MeasureSource(mesh, *source, score));
-    if (done) SALA_RETURN_IF_ERROR(done(result));
+    if (hooks.done) SALA_RETURN_IF_ERROR(hooks.done(result));
     results.push_back(std::move(result));
   }
   return results;

@@ -104,6 +104,13 @@ struct TaskResult {
   double mean_log_probability() const;
 };
 
+// What may be said between the tasks of an evaluation, on every rank alike.
+struct EvalHooks {
+  std::function<bool(const std::string& task, int64_t length)> skip = nullptr;  // measured already
+  // After each task and length; an error ends the run.
+  std::function<Status(const TaskResult&)> done = nullptr;
+};
+
 class Evaluation {
  public:
   // Reads the haystack and the prompts and makes the first sample of every task and length, so that
@@ -111,10 +118,9 @@ class Evaluation {
   // EVAL-BOUNDARY (78), EVAL-PROMPTS (65). `tokenizer` must outlive it.
   static StatusOr<Evaluation> Open(const EvalRequest& request, const data::Tokenizer& tokenizer);
 
-  // Collective. `done` is called on every rank after each task and length; an error ends the run.
-  StatusOr<std::vector<TaskResult>> Run(
-      const parallel::Mesh& mesh, const ScoreDocument& score,
-      const std::function<Status(const TaskResult&)>& done = nullptr) const;
+  // Collective. The results of what was not skipped.
+  StatusOr<std::vector<TaskResult>> Run(const parallel::Mesh& mesh, const ScoreDocument& score,
+                                        const EvalHooks& hooks = {}) const;
 
   const std::vector<std::unique_ptr<EvalSource>>& sources() const { return sources_; }
 

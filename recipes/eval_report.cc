@@ -7,37 +7,12 @@
 
 #include "core/file.h"
 #include "core/json.h"
-#include "core/rng.h"
+#include "recipes/eval_text.h"
 
 namespace sala::recipes {
 namespace {
 
 using nlohmann::ordered_json;
-
-std::string Format(const char* format, double value) {
-  char text[64];
-  std::snprintf(text, sizeof(text), format, value);
-  return text;
-}
-
-std::string Padded(std::string text, int width) {  // right-aligned where width > 0
-  const auto size = static_cast<size_t>(std::abs(width));
-  if (text.size() < size) text.insert(width > 0 ? 0 : text.size(), size - text.size(), ' ');
-  return text;
-}
-
-std::string FileOf(const std::string& directory, const std::string& task, int64_t length) {
-  return directory + "/" + task + "-" + std::to_string(length) + ".jsonl";
-}
-
-// A path need not be UTF-8.
-std::string Dumped(const ordered_json& line) { return DumpJson(line); }
-
-std::string Lines(const std::vector<ordered_json>& lines) {
-  std::string text;
-  for (const ordered_json& line : lines) text += Dumped(line) + "\n";
-  return text;
-}
 
 ordered_json SampleLine(const SampleResult& sample, bool of_losses) {
   ordered_json line = {{"index", sample.index},
@@ -140,51 +115,6 @@ std::string Colour(double share) {
   return text;
 }
 
-// Log probability and whether it is right, of each sample by its place.
-struct SampleRow {
-  double log_probability = 0;
-  double right = 0;
-  std::string hash;
-};
-
-StatusOr<std::vector<SampleRow>> ReadSamples(const std::string& directory, const std::string& task,
-                                             int64_t length) {
-  const std::string path = FileOf(directory, task, length);
-  SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
-  std::vector<SampleRow> rows;
-  std::istringstream lines(text);
-  for (std::string line; std::getline(lines, line);) {
-    const nlohmann::json json = ParseJson(line);
-    const auto has = [&json](const char* key, auto is) {
-      return json.contains(key) && (json[key].*is)();
-    };
-    if (!json.is_object() || !has("log_probability", &nlohmann::json::is_number) ||
-        !has("prompt_hash", &nlohmann::json::is_string)) {
-      return MakeError(ExitCode::kData, "EVAL-FORMAT",
-                       path + ": line " + std::to_string(rows.size() + 1) +
-                           " is no sample of an evaluation; evaluate again");
-    }
-    const bool right = has("right", &nlohmann::json::is_boolean) && json["right"].get<bool>();
-    rows.push_back({json["log_probability"].get<double>(), right ? 1.0 : 0.0,
-                    json["prompt_hash"].get<std::string>()});
-  }
-  return rows;
-}
-
-// Differences b - a of one column.
-std::vector<double> Differences(const std::vector<SampleRow>& a, const std::vector<SampleRow>& b,
-                                double SampleRow::*column) {
-  std::vector<double> differences;
-  for (size_t i = 0; i < a.size(); ++i) differences.push_back(b[i].*column - a[i].*column);
-  return differences;
-}
-
-std::string Verdict(const Interval& interval) {
-  if (interval.low > 0) return "better";
-  if (interval.high < 0) return "worse";
-  return "no difference shown";
-}
-
 }  // namespace
 
 Interval WilsonInterval(int64_t right, int64_t count) {
@@ -227,20 +157,18 @@ ordered_json SummaryLine(const TaskResult& result, int64_t depths, const EvalIde
   return line;
 }
 
-Status WriteEvaluation(const std::string& directory, const std::vector<TaskResult>& results,
-                       int64_t depths, const EvalIdentity& identity) {
-  SALA_RETURN_IF_ERROR(MakeDirectories(directory));
-  std::vector<ordered_json> summary;
-  for (const TaskResult& result : results) {
-    std::vector<ordered_json> samples;
-    for (const SampleResult& sample : result.samples)
-      samples.push_back(SampleLine(sample, result.of_losses()));
-    SALA_RETURN_IF_ERROR(
-        WriteFileAtomically(FileOf(directory, result.task, result.length), Lines(samples)));
-    summary.push_back(SummaryLine(result, depths, identity));
-  }
-  SALA_RETURN_IF_ERROR(WriteFileAtomically(directory + "/depths.svg", EvaluationSvg(summary)));
-  return WriteFileAtomically(directory + "/summary.jsonl", Lines(summary));
+std::string SamplesText(const TaskResult& result) {
+  std::vector<ordered_json> samples;
+  for (const SampleResult& sample : result.samples)
+    samples.push_back(SampleLine(sample, result.of_losses()));
+  return SummaryText(samples);
+}
+
+// A path need not be UTF-8.
+std::string SummaryText(const std::vector<ordered_json>& lines) {
+  std::string text;
+  for (const ordered_json& line : lines) text += DumpJson(line) + "\n";
+  return text;
 }
 
 std::string EvaluationTable(const std::vector<ordered_json>& summary) {
@@ -315,7 +243,10 @@ std::string EvaluationSvg(const std::vector<ordered_json>& summary) {
 }
 
 StatusOr<std::vector<ordered_json>> ReadSummary(const std::string& directory) {
-  const std::string path = directory + "/summary.jsonl";
+  return ReadSummaryFile(directory + "/summary.jsonl");
+}
+
+StatusOr<std::vector<ordered_json>> ReadSummaryFile(const std::string& path) {
   SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
   std::vector<ordered_json> summary;
   std::istringstream lines(text);
@@ -336,112 +267,6 @@ StatusOr<std::vector<ordered_json>> ReadSummary(const std::string& directory) {
     summary.push_back(json);
   }
   return summary;
-}
-
-PairedDifference PairedBootstrap(const std::vector<double>& differences, int64_t resamples,
-                                 const std::string& stream) {
-  PairedDifference result;
-  const size_t n = differences.size();
-  if (n == 0) return result;
-  for (const double difference : differences) result.mean += difference;
-  result.mean /= static_cast<double>(n);
-  PhiloxStream rng(stream);
-  std::vector<double> means;
-  for (int64_t r = 0; r < resamples; ++r) {
-    double sum = 0;
-    for (size_t draw = 0; draw < n; ++draw) sum += differences[rng.Bounded(n)];
-    means.push_back(sum / static_cast<double>(n));
-  }
-  std::sort(means.begin(), means.end());
-  const auto at = [&means](double share) {
-    const double place = share * static_cast<double>(means.size() - 1);
-    return means[static_cast<size_t>(std::lround(place))];
-  };
-  result.interval = {at(0.025), at(0.975)};
-  return result;
-}
-
-StatusOr<std::vector<ordered_json>> CompareEvaluations(const std::string& a, const std::string& b,
-                                                       int64_t seed) {
-  constexpr int64_t kResamples = 2000;
-  SALA_ASSIGN_OR_RETURN(const std::vector<ordered_json> summary, ReadSummary(a));
-  SALA_ASSIGN_OR_RETURN(const std::vector<ordered_json> other, ReadSummary(b));
-  std::vector<ordered_json> lines;
-  for (const ordered_json& line : summary) {
-    const auto task = line["task"].get<std::string>();
-    const auto length = line["length"].get<int64_t>();
-    const auto same = std::find_if(other.begin(), other.end(), [&line](const ordered_json& l) {
-      return l["task"] == line["task"] && l["length"] == line["length"];
-    });
-    if (same == other.end()) continue;
-    if (OfLosses(line) != OfLosses(*same)) {
-      return MakeError(ExitCode::kData, "EVAL-COMPARE",
-                       a + " and " + b + ": " + task + " at length " + std::to_string(length) +
-                           " has shares in one and losses in the other; evaluate again");
-    }
-    SALA_ASSIGN_OR_RETURN(const std::vector<SampleRow> rows_a, ReadSamples(a, task, length));
-    SALA_ASSIGN_OR_RETURN(const std::vector<SampleRow> rows_b, ReadSamples(b, task, length));
-    const bool paired =
-        rows_a.size() == rows_b.size() &&
-        std::equal(rows_a.begin(), rows_a.end(), rows_b.begin(),
-                   [](const SampleRow& x, const SampleRow& y) { return x.hash == y.hash; });
-    if (!paired) {
-      return MakeError(ExitCode::kData, "EVAL-COMPARE",
-                       a + " and " + b + ": " + task + " at length " + std::to_string(length) +
-                           " was measured on other prompts; evaluate both with the same options "
-                           "and tokenizer");
-    }
-    const std::string stream =
-        "v1|" + std::to_string(seed) + "|eval_compare|" + task + "|" + std::to_string(length) + "|";
-    const PairedDifference log_probability =
-        PairedBootstrap(Differences(rows_a, rows_b, &SampleRow::log_probability), kResamples,
-                        stream + "log_probability");
-    ordered_json row = {{"task", task}, {"length", length}, {"count", rows_a.size()}};
-    Interval decides = log_probability.interval;
-    if (!OfLosses(line)) {
-      const PairedDifference share = PairedBootstrap(Differences(rows_a, rows_b, &SampleRow::right),
-                                                     kResamples, stream + "right");
-      decides = share.interval;
-      row["share_a"] = line["share"];
-      row["share_b"] = (*same)["share"];
-      row["difference"] = share.mean;
-      row["interval"] = {share.interval.low, share.interval.high};
-    }
-    row["log_probability_difference"] = log_probability.mean;
-    row["log_probability_interval"] = {log_probability.interval.low, log_probability.interval.high};
-    row["verdict"] = Verdict(decides);
-    lines.push_back(row);
-  }
-  if (lines.empty()) {
-    return MakeError(ExitCode::kData, "EVAL-COMPARE",
-                     a + " and " + b + " have no task and length in common");
-  }
-  return lines;
-}
-
-std::string ComparisonTable(const std::vector<ordered_json>& lines) {
-  std::string text = Padded("task", -18) + Padded("length", 9) + Padded("a", 8) + Padded("b", 8) +
-                     Padded("b - a", 9) + Padded("95 % interval", 18) + Padded("log p, b - a", 14) +
-                     Padded("95 % interval", 18) + "  b is\n";
-  const auto interval = [](const ordered_json& line, const char* key) {
-    return Format("%+.3f", line.at(key).at(0).get<double>()) + " " +
-           Format("%+.3f", line.at(key).at(1).get<double>());
-  };
-  for (const ordered_json& line : lines) {
-    const bool shares = line.contains("share_a");
-    const auto number = [&line, shares](const char* key, const char* format) {
-      return shares ? Format(format, line.at(key).get<double>()) : std::string("-");
-    };
-    text += Padded(line.at("task").get<std::string>(), -18) +
-            Padded(std::to_string(line.at("length").get<int64_t>()), 9) +
-            Padded(number("share_a", "%.3f"), 8) + Padded(number("share_b", "%.3f"), 8) +
-            Padded(number("difference", "%+.3f"), 9) +
-            Padded(shares ? interval(line, "interval") : "-", 18) +
-            Padded(Format("%+.3f", line.at("log_probability_difference").get<double>()), 14) +
-            Padded(interval(line, "log_probability_interval"), 18) + "  " +
-            line.at("verdict").get<std::string>() + "\n";
-  }
-  return text;
 }
 
 }  // namespace sala::recipes

@@ -7,12 +7,12 @@
 #include <vector>
 
 #include "core/file.h"
-#include "core/json.h"
 #include "core/log.h"
 #include "parallel/watchdog.h"
 #include "recipes/checkpointing.h"
 #include "recipes/eval.h"
-#include "recipes/eval_report.h"
+#include "recipes/eval_compare.h"
+#include "recipes/eval_files.h"
 #include "recipes/stage.h"
 #include "recipes/step_loop.h"
 
@@ -31,21 +31,19 @@ EvalRequest RequestOf(const StageConfig& stage) {
   return request;
 }
 
-// Everything that decides the numbers; an evaluation that was made of something else counts as not
-// made. Gates do not decide them.
-ordered_json SettingsOf(const StageConfig& stage, const std::string& save_id) {
-  EvalConfig config = *stage.eval;
-  config.when = {};
-  config.gate = {};
-  return {{"eval", EmitConfig(config)},
-          {"held_out_seed", stage.data.seed},
-          {"held_out_fraction", stage.data.validation.fraction},
-          {"sparse_attention", stage.sparse_attention},
-          {"save_id", save_id}};
+StatusOr<ordered_json> SettingsOf(Session& session, const StageConfig& stage,
+                                  const std::string& model_path) {
+  return EvalSettings(
+      RequestOf(stage), session.tokenizer(),
+      {.model_path = model_path,
+       .sparse_attention = stage.sparse_attention,
+       .cp = stage.parallel.cp,
+       .tp = stage.parallel.tp,
+       .device = session.config().run.device == DeviceKind::kCuda ? "cuda" : "cpu"});
 }
 
 struct Place {
-  std::string directory, save_id;
+  std::string directory;
   int64_t step = 0;
 };
 
@@ -55,7 +53,6 @@ StatusOr<Place> PlaceOf(Session& session, const StageConfig& stage, EvalMoment m
   if (PathExists(model_path + "/manifest.json")) {
     SALA_ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(model_path));
     place.step = checkpoint.info().global_step;
-    place.save_id = checkpoint.info().save_id;
   }
   char name[32];
   std::snprintf(name, sizeof(name), "eval/%09lld-", static_cast<long long>(place.step));
@@ -63,16 +60,21 @@ StatusOr<Place> PlaceOf(Session& session, const StageConfig& stage, EvalMoment m
   return place;
 }
 
-// By rank 0; the others take its word.
-StatusOr<bool> IsComplete(Session& session, const Place& place, const ordered_json& settings) {
+// What rank 0 finds; the others take its word. An evaluation that was cut off with these settings
+// stays for EvalWriter, any other that is there would be taken for a part of this one.
+StatusOr<bool> IsComplete(Session& session, const Place& place,
+                          const StatusOr<ordered_json>& settings) {
   int64_t complete = 0;
+  Status status = OkStatus();
   if (session.is_root()) {
-    const auto made = ReadFile(place.directory + "/settings.json");
-    complete = made.ok() && *made == settings.dump(1) + "\n" &&
-                       PathExists(place.directory + "/summary.jsonl")
-                   ? 1
-                   : 0;
+    status = settings.status();
+    if (status.ok()) complete = IsCompleteWith(place.directory, *settings) ? 1 : 0;
+    const bool goes_on = status.ok() && StateOf(place.directory) == EvalState::kUnfinished &&
+                         SettingsDifference(ReadSettings(place.directory), *settings).empty();
+    if (status.ok() && complete == 0 && !goes_on && PathExists(place.directory))
+      status = RemoveTree(place.directory);
   }
+  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), status));
   SALA_RETURN_IF_ERROR(
       session.world().AllReduce(std::span<int64_t>(&complete, 1), parallel::Reduce::kMax));
   return complete == 1;
@@ -86,8 +88,8 @@ Status StopWhenAsked(Session& session, const StageConfig& stage) {
                                                          : OkStatus();
 }
 
-StatusOr<std::vector<TaskResult>> Measure(Session& session, const StageConfig& stage,
-                                          const std::string& model_path) {
+Status Measure(Session& session, const StageConfig& stage, const std::string& model_path,
+               const EvalTarget& target) {
   auto loaded = LoadModel(model_path, LayoutOn(session.mesh()));
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), loaded.status()));
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), CheckModel(session, *loaded)));
@@ -102,23 +104,13 @@ StatusOr<std::vector<TaskResult>> Measure(Session& session, const StageConfig& s
   ctx.scratch = &scratch;
   model::ComputeParameters parameters(ctx, loaded->params, &session.mesh());
   const model::Model model(loaded->config, parameters.store(), model::Spread(session.mesh()));
-  return evaluation->Run(session.mesh(),
-                         ScoreWith(ctx, arena, model, {.sparse_attention = stage.sparse_attention}),
-                         [&](const TaskResult&) { return StopWhenAsked(session, stage); });
+  return MakeEvaluation(session.mesh(), *evaluation,
+                        ScoreWith(ctx, arena, model, {.sparse_attention = stage.sparse_attention}),
+                        target, [&session, &stage] { return StopWhenAsked(session, stage); });
 }
 
-Status Write(Session& session, const StageConfig& stage, EvalMoment moment, const Place& place,
-             const std::string& model_path, const ordered_json& settings,
-             const std::vector<TaskResult>& results) {
+Status Show(Session& session, const StageConfig& stage, EvalMoment moment, const Place& place) {
   if (!session.is_root()) return OkStatus();
-  // What an earlier evaluation with other settings left must not be taken for a part of this one.
-  SALA_RETURN_IF_ERROR(RemoveTree(place.directory));
-  SALA_RETURN_IF_ERROR(MakeDirectories(place.directory));
-  SALA_RETURN_IF_ERROR(
-      WriteFileAtomically(place.directory + "/settings.json", settings.dump(1) + "\n"));
-  const EvalIdentity identity = {
-      .stage = stage.name, .when = NameOf(moment), .step = place.step, .checkpoint = model_path};
-  SALA_RETURN_IF_ERROR(WriteEvaluation(place.directory, results, stage.eval->depths, identity));
   SALA_ASSIGN_OR_RETURN(const std::vector<ordered_json> summary, ReadSummary(place.directory));
   std::printf("\nevaluation %s stage %s, step %lld (%s)\n%s\n", NameOf(moment), stage.name.c_str(),
               static_cast<long long>(place.step), place.directory.c_str(),
@@ -127,10 +119,10 @@ Status Write(Session& session, const StageConfig& stage, EvalMoment moment, cons
   return OkStatus();
 }
 
-// The summary of the last evaluation of this stage at this moment, of no later step than `step`:
-// the directory may hold later ones, of a run that went another way.
-StatusOr<std::vector<ordered_json>> SummaryOfStage(Session& session, const std::string& stage,
-                                                   EvalMoment moment, int64_t step) {
+// The directory of the last evaluation of this stage at this moment, of no later step than `step`:
+// the run may hold later ones, of a run that went another way.
+StatusOr<std::string> DirectoryOfStage(Session& session, const std::string& stage,
+                                       EvalMoment moment, int64_t step) {
   const std::string ending = std::string("-") + NameOf(moment) + "-" + stage;
   std::string found;
   if (const auto names = ListDirectory(session.path("eval")); names.ok()) {
@@ -148,7 +140,7 @@ StatusOr<std::vector<ordered_json>> SummaryOfStage(Session& session, const std::
                          stage + " up to step " + std::to_string(step) +
                          ", which a gate compares with; evaluate that stage again");
   }
-  return ReadSummary(session.path("eval/" + found));
+  return session.path("eval/" + found);
 }
 
 struct Share {
@@ -156,10 +148,8 @@ struct Share {
   std::string text;  // "0.400 (20 of 50)"
 };
 
-StatusOr<Share> ShareOf(Session& session, const std::string& stage, EvalMoment moment,
-                        const EvalGate& gate, int64_t step) {
-  SALA_ASSIGN_OR_RETURN(const std::vector<ordered_json> summary,
-                        SummaryOfStage(session, stage, moment, step));
+StatusOr<Share> ShareIn(const std::string& directory, const EvalGate& gate) {
+  SALA_ASSIGN_OR_RETURN(const std::vector<ordered_json> summary, ReadSummary(directory));
   for (const ordered_json& line : summary) {
     if (line["task"] != gate.task || line["length"] != gate.length || !line.contains("share"))
       continue;
@@ -173,15 +163,16 @@ StatusOr<Share> ShareOf(Session& session, const std::string& stage, EvalMoment m
     return share;
   }
   return MakeError(ExitCode::kData, "EVAL-FORMAT",
-                   "the evaluation of stage " + stage + " has no line of " + gate.task +
-                       " at length " + std::to_string(gate.length) + "; evaluate again");
+                   directory + ": has no line of " + gate.task + " at length " +
+                       std::to_string(gate.length) + "; evaluate again");
 }
 
 // "" when the gate holds, else the figures.
 StatusOr<std::string> GateProblem(Session& session, const StageConfig& stage, const EvalGate& gate,
                                   int64_t step) {
-  SALA_ASSIGN_OR_RETURN(const Share now,
-                        ShareOf(session, stage.name, EvalMoment::kAfter, gate, step));
+  SALA_ASSIGN_OR_RETURN(const std::string directory,
+                        DirectoryOfStage(session, stage.name, EvalMoment::kAfter, step));
+  SALA_ASSIGN_OR_RETURN(const Share now, ShareIn(directory, gate));
   const std::string found = gate.task + " at length " + std::to_string(gate.length) + ": found " +
                             now.text + ", expected ";
   char limit[64];
@@ -190,15 +181,22 @@ StatusOr<std::string> GateProblem(Session& session, const StageConfig& stage, co
     return now.value >= *gate.min ? std::string() : found + limit;
   }
   const bool own = gate.max_drop_from == "before";
-  SALA_ASSIGN_OR_RETURN(const Share then,
-                        ShareOf(session, own ? stage.name : gate.max_drop_from,
-                                own ? EvalMoment::kBefore : EvalMoment::kAfter, gate, step));
+  const std::string other_name = own ? "before the stage" : "stage " + gate.max_drop_from;
+  SALA_ASSIGN_OR_RETURN(const std::string other,
+                        DirectoryOfStage(session, own ? stage.name : gate.max_drop_from,
+                                         own ? EvalMoment::kBefore : EvalMoment::kAfter, step));
+  SALA_ASSIGN_OR_RETURN(const Share then, ShareIn(other, gate));
+  SALA_ASSIGN_OR_RETURN(const std::string difference,
+                        SamplesDifference(other, directory, gate.task, gate.length));
+  if (!difference.empty()) {
+    return gate.task + " at length " + std::to_string(gate.length) + ": found " + now.text +
+           ", which cannot be compared with that of " + other_name + ": " + difference;
+  }
   // Shares of counts: a difference that is exactly the limit may be off by a rounding.
   constexpr double kRounding = 1e-12;
   if (then.value - now.value <= gate.max_drop + kRounding) return std::string();
   std::snprintf(limit, sizeof(limit), "at most %.3f below ", gate.max_drop);
-  return found + limit + then.text + " of " +
-         (own ? "before the stage" : "stage " + gate.max_drop_from);
+  return found + limit + then.text + " of " + other_name;
 }
 
 Status GateStatus(Session& session, const StageConfig& stage, const std::string& model_path) {
@@ -228,7 +226,8 @@ Status EvaluateStage(Session& session, const StageConfig& stage, EvalMoment mome
   if (!wanted) return OkStatus();
   auto place = PlaceOf(session, stage, moment, model_path);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), place.status()));
-  const ordered_json settings = SettingsOf(stage, place->save_id);
+  const StatusOr<ordered_json> settings =
+      session.is_root() ? SettingsOf(session, stage, model_path) : ordered_json();
   SALA_ASSIGN_OR_RETURN(const bool complete, IsComplete(session, *place, settings));
   if (complete) {
     if (session.is_root()) SALA_LOG(Info) << "evaluation " << place->directory << " is complete";
@@ -239,9 +238,16 @@ Status EvaluateStage(Session& session, const StageConfig& stage, EvalMoment mome
   SALA_RETURN_IF_ERROR(session.UseMesh(stage.parallel));
   // Asked for in the stage's last step: not after a whole task.
   SALA_RETURN_IF_ERROR(StopWhenAsked(session, stage));
-  SALA_ASSIGN_OR_RETURN(const std::vector<TaskResult> results, Measure(session, stage, model_path));
-  SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(
-      session.world(), Write(session, stage, moment, *place, model_path, settings, results)));
+  const EvalTarget target = {.directory = place->directory,
+                             .settings = *settings,
+                             .depths = stage.eval->depths,
+                             .identity = {.stage = stage.name,
+                                          .when = NameOf(moment),
+                                          .step = place->step,
+                                          .checkpoint = model_path}};
+  SALA_RETURN_IF_ERROR(Measure(session, stage, model_path, target));
+  SALA_RETURN_IF_ERROR(
+      parallel::AgreeOnStatus(session.world(), Show(session, stage, moment, *place)));
   session.ShowEvaluations();
   return OkStatus();
 }

@@ -15,6 +15,8 @@
 #include "core/hash.h"
 #include "core/log.h"
 #include "data/tokenizer_files.h"
+#include "recipes/export_base.h"
+#include "recipes/export_stops.h"
 
 namespace sala::recipes {
 namespace {
@@ -152,16 +154,6 @@ StatusOr<Weights> ConvertWeights(const model::ParameterStore& params, const Type
   return weights;
 }
 
-// Everything that ends a generation: the model's eos, the tokenizer's, the end of a chat turn.
-std::vector<int64_t> EosIds(const model::ModelConfig& config, const data::Tokenizer* tokenizer) {
-  std::vector<int64_t> ids = {config.eos_token_id};
-  if (tokenizer == nullptr) return ids;
-  const auto im_end = tokenizer->added_tokens().find(data::kImEnd);
-  if (im_end != tokenizer->added_tokens().end() && im_end->second != config.eos_token_id)
-    ids.push_back(im_end->second);
-  return ids;
-}
-
 // "" when a folder may be made at this place, else what stands in the way.
 StatusOr<std::string> Obstacle(const std::string& directory, bool force) {
   if (!PathExists(directory)) return std::string();
@@ -265,7 +257,8 @@ Status WriteAsSource(const std::string& directory, const SourceRecord& record,
 // Everything, in a directory nobody looks at yet.
 Status WriteFolder(const std::string& directory, const Weights& weights, const Texts& texts,
                    const data::Tokenizer* tokenizer, const nlohmann::json& source,
-                   const ExportOptions& options, ExportReport* report) {
+                   const ExportOptions& options, const std::optional<BaseFolder>& base,
+                   ExportReport* report) {
   SALA_RETURN_IF_ERROR(MakeDirectories(directory));
   if (report->as_source) {
     SALA_RETURN_IF_ERROR(WriteAsSource(directory, *options.source_form, weights));
@@ -283,6 +276,11 @@ Status WriteFolder(const std::string& directory, const Weights& weights, const T
     SALA_RETURN_IF_ERROR(VerifyExport(directory, weights, texts));
     report->verified = true;
   }
+  if (base) {
+    SALA_ASSIGN_OR_RETURN(report->taken, TakeFromBase(*base, directory));
+    report->left_out = base->left_out;
+  }
+  if (options.engine) SALA_RETURN_IF_ERROR(CheckEngineFolder(*options.engine, directory));
   const std::string fingerprint =
       tokenizer != nullptr ? tokenizer->fingerprint() : options.tokenizer_fingerprint;
   SALA_RETURN_IF_ERROR(WriteExportRecord(
@@ -354,6 +352,22 @@ std::string SourceProblem(const SourceRecord& record, const model::ModelConfig& 
   return "";
 }
 
+// What --base and --engine change in config.json: where the model's code is.
+void SetAutoMap(const std::optional<BaseFolder>& base, std::optional<Engine> engine,
+                nlohmann::json* config, std::string* text) {
+  const bool add = base && base->auto_map.is_object() && !config->contains("auto_map");
+  if (add) (*config)["auto_map"] = base->auto_map;
+  const bool remove = engine == Engine::kSglang && config->contains("auto_map") &&
+                      (*config)["auto_map"].is_object() &&
+                      (*config)["auto_map"].contains(kAutoConfig);
+  if (remove) (*config)["auto_map"].erase(kAutoConfig);
+  if (!add && !remove) return;
+  // In the order of the keys that it has.
+  auto ordered = nlohmann::ordered_json::parse(*text);
+  ordered["auto_map"] = (*config)["auto_map"];
+  *text = ordered.dump(2) + "\n";
+}
+
 Status Place(const std::string& temporary, const std::string& directory, Status written) {
   if (written.ok()) written = MoveIntoPlace(temporary, directory);
   if (!written.ok())
@@ -383,7 +397,8 @@ StatusOr<ExportReport> ExportModel(const model::ModelConfig& config,
   }
   ExportReport report{.tensors = static_cast<int64_t>(params.specs().size()),
                       .parameters = params.parameters(),
-                      .dtype = dtype};
+                      .dtype = dtype,
+                      .config = hf_config};
   if (record != nullptr) {
     report.source_problem = SourceProblem(*record, config, hf_config, hf, params.specs(), options);
     report.as_source = report.source_problem.empty();
@@ -395,7 +410,19 @@ StatusOr<ExportReport> ExportModel(const model::ModelConfig& config,
     const auto tensors = record->Tensors();
     for (const SourceRecord::Tensor& tensor : *tensors) types[tensor.name] = tensor.type;
     texts = {.config = record->config, .generation = record->generation_config};
+    report.config = nlohmann::json::parse(record->config);
+    if (options.chat && tokenizer != nullptr && texts.generation)
+      texts.generation = WithTurnEnds(*texts.generation, config, *tokenizer);
   }
+  std::optional<BaseFolder> base;
+  if (!options.base.empty()) {
+    SALA_ASSIGN_OR_RETURN(
+        base, ReadBase(options.base, hf_config["model_type"].get<std::string>(), tokenizer));
+  }
+  SetAutoMap(base, options.engine, &report.config, &texts.config);
+  if (options.engine)
+    SALA_RETURN_IF_ERROR(
+        CheckEngineConfig(*options.engine, report.config, base && base->has_code()));
   SALA_ASSIGN_OR_RETURN(const Weights weights, ConvertWeights(params, [&](const std::string& name) {
                           return report.as_source ? types.at(name) : dtype;
                         }));
@@ -404,7 +431,7 @@ StatusOr<ExportReport> ExportModel(const model::ModelConfig& config,
   SALA_RETURN_IF_ERROR(RemoveTree(temporary));
   SALA_RETURN_IF_ERROR(
       Place(temporary, directory,
-            WriteFolder(temporary, weights, texts, tokenizer, source, options, &report)));
+            WriteFolder(temporary, weights, texts, tokenizer, source, options, base, &report)));
   return report;
 }
 

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "core/safetensors.h"
 #include "core/status.h"
@@ -19,6 +20,7 @@
 #include "model/config.h"
 #include "model/parameters.h"
 #include "nlohmann/json.hpp"
+#include "recipes/export_engine.h"
 #include "recipes/hf_config.h"
 #include "recipes/hf_folder.h"
 
@@ -35,6 +37,11 @@ struct ExportOptions {
   // read; "": none.
   std::string tokenizer_directory = {};
   const SourceRecord* source_form = nullptr;  // of the folder the model came from, if it did
+  std::optional<Engine> engine = {};          // that must be able to load it
+  std::string base = {};  // model folder whose other files are taken over; "": none
+  // The model was trained on chats here: it ends a turn with the marker of its turns, whatever the
+  // folder it came from stops at.
+  bool chat = false;
 };
 
 struct ExportReport {
@@ -45,13 +52,15 @@ struct ExportReport {
   bool as_source = false;           // in the form of the folder the model came from
   std::string source_problem = {};  // why not, where it came from one
   bool verified = false;
+  std::vector<std::string> taken = {}, left_out = {};  // files of options.base
+  nlohmann::json config = {};                          // config.json as it was written
 };
 
 // `tokenizer` may be null (none is written); its fingerprint goes into export.json. `source` goes
 // into export.json: what the weights are
 // ({path, save_id, step}). Errors: EXP-EXISTS (74), EXP-QKNORM, EXP-TOKENIZER (a vocabulary larger
 // than the model's), EXP-NUMBERS (a weight is not finite), EXP-VERIFY (what was read back differs),
-// EXP-FIELD (config.json would not give this model back) (65).
+// EXP-FIELD (config.json would not give this model back), EXP-ENGINE, EXP-BASE (65).
 StatusOr<ExportReport> ExportModel(const model::ModelConfig& config,
                                    const model::ParameterStore& params,
                                    const data::Tokenizer* tokenizer, const nlohmann::json& source,

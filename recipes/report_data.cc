@@ -10,6 +10,7 @@
 #include "core/checkpoint.h"
 #include "core/file.h"
 #include "core/json.h"
+#include "core/run_lock.h"
 #include "recipes/config.h"
 
 namespace sala::recipes {
@@ -213,7 +214,7 @@ std::string ReportText(const json& object, const char* key) {
 
 bool ReportData::live() const {
   const std::string state = ReportText(status, "state");
-  return state != "done" && state != "failed" && state != "stopping";
+  return state != "done" && state != "failed" && state != "stopping" && gone.empty();
 }
 
 size_t ReportData::StageOf(const std::string& stage) const {
@@ -263,7 +264,14 @@ std::vector<json> LinesThatCount(const std::vector<json>& lines, std::vector<int
 }
 
 StatusOr<ReportData> ReadReportData(const std::string& directory) {
-  return Reader(directory).Read();
+  SALA_ASSIGN_OR_RETURN(ReportData data, Reader(directory).Read());
+  if (data.live()) data.gone = GoneRun(directory);
+  // It may have ended in order between the two looks.
+  if (!data.gone.empty()) {
+    SALA_ASSIGN_OR_RETURN(ReportData again, Reader(directory).Read());
+    if (!again.live()) return again;
+  }
+  return data;
 }
 
 }  // namespace sala::recipes

@@ -46,7 +46,11 @@ struct ReportData {
   std::vector<std::pair<std::string, std::string>> configuration;  // file, text
   std::vector<std::string> notes;                                  // what could not be read
 
-  bool live() const;  // by its status: neither done nor stopped nor failed
+  // By its status neither done nor stopped nor failed, but its process was killed: which one. Else
+  // "".
+  std::string gone = {};
+
+  bool live() const;                               // neither done nor stopped nor failed nor gone
   size_t StageOf(const std::string& stage) const;  // its index; stages.size() where unknown
 };
 

@@ -49,8 +49,9 @@ int64_t StepsDone(const ReportStage& stage) {
 
 std::string Header(const ReportData& data) {
   const std::string state = ReportText(data.status, "state");
-  const std::string css =
-      state == "done" || state == "failed" || state == "stopping" ? state : "live";
+  const std::string css = !data.gone.empty()                                            ? "failed"
+                          : state == "done" || state == "failed" || state == "stopping" ? state
+                                                                                        : "live";
   const json none;
   const json& last = data.train.empty() ? none : data.train.back();
   std::string bar;
@@ -86,10 +87,11 @@ std::string Header(const ReportData& data) {
   if (std::isfinite(ReportNumber(last, "gflop_per_s")))
     facts += Fact("GFLOP/s of rank 0", Formatted("%.1f", ReportNumber(last, "gflop_per_s")));
   if (data.live()) facts += Fact("left in this phase", DurationText(ReportNumber(last, "eta_s")));
+  if (!data.gone.empty()) facts += Fact("ended without a word", data.gone);
   if (!data.resumes.empty()) facts += Fact("restarts", std::to_string(data.resumes.size()));
   return "<header class=\"top\"><div class=\"row\"><h1>" + EscapeHtml(data.name) +
          "</h1><span class=\"state " + css + "\">" +
-         EscapeHtml(state.empty() ? "no status" : state) +
+         EscapeHtml((state.empty() ? "no status" : state) + (data.gone.empty() ? "" : ", killed")) +
          "</span></div><p class=\"lead\" style=\"margin:4px 0 0\">" + EscapeHtml(data.directory) +
          ", last change " + TimeText(ReportNumber(data.status, "time")) +
          " UTC</p><div class=\"bar\">" + bar + "</div><div class=\"facts\">" + facts +

@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -45,6 +46,31 @@ TEST(RunLock, ALockOfADeadProcessIsTakenOver) {
   EXPECT_TRUE(RunLock::Acquire(dir.path()).ok());
   EXPECT_THAT(::testing::internal::GetCapturedStderr(),
               HasSubstr("stale lock of process " + std::to_string(child)));
+}
+
+TEST(RunLock, TellsARunThatWasKilledFromOneThatLives) {
+  const TempDir dir;
+  EXPECT_EQ(GoneRun(dir.path()), "no process holds RUN.lock");
+  std::array<int, 2> ready{};
+  ASSERT_EQ(::pipe(ready.data()), 0);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    const auto lock = RunLock::Acquire(dir.path());
+    static_cast<void>(!::write(ready[1], "x", 1));
+    while (lock.ok()) ::pause();
+    ::_exit(1);
+  }
+  char byte = 0;
+  ASSERT_EQ(::read(ready[0], &byte, 1), 1);
+  EXPECT_EQ(GoneRun(dir.path()), "");
+  ::kill(child, SIGKILL);
+  ASSERT_EQ(::waitpid(child, nullptr, 0), child);
+  EXPECT_THAT(GoneRun(dir.path()), HasSubstr("process " + std::to_string(child) + " on "));
+  EXPECT_TRUE(RunLock::Acquire(dir.path()).ok()) << "looking keeps no lock";
+  ASSERT_TRUE(WriteFileAtomically(dir / "RUN.lock",
+                                  "host no-such-host-here\npid 12\nstarted 2026-01-01T00:00:00Z\n")
+                  .ok());
+  EXPECT_EQ(GoneRun(dir.path()), "") << "cannot be known";
 }
 
 TEST(RunLock, AnotherHostIsNotTakenOver) {

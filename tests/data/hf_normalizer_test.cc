@@ -63,5 +63,18 @@ TEST(HfNormalizer, LongRunsOfMarksAreSorted) {
   EXPECT_TRUE(Normalized(Form("NFC"), text) == expected);
 }
 
+// Where a Metaspace of scheme "first" writes its mark, as tokenizers 0.22.2 does.
+TEST(HfNormalizer, TheStartAfterAReplace) {
+  const auto stays = [](const std::string& pattern, const std::string& content) {
+    AlignedText text{.text = "\xC3\xA9xa", .tracked = false, .at_start = true, .origin = {}};
+    ReplaceText(pattern, content, &text);
+    return text.at_start;
+  };
+  EXPECT_TRUE(stays("\xC3\xA9", "ab"));  // one character
+  EXPECT_FALSE(stays("\xC3\xA9", ""));
+  EXPECT_FALSE(stays("\xC3\xA9x", "a"));  // stands for the x, which is not the first
+  EXPECT_TRUE(stays("xa", "b"));
+}
+
 }  // namespace
 }  // namespace sala::data

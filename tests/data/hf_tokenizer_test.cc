@@ -127,6 +127,26 @@ TEST_F(HfTokenizerTest, WhatIsNotReadIsNamed) {
             {"invert", false}},
            {"pre_tokenizer.pattern.Regex", "\\x"});
   }
+  // Without case one character may stand for two in Oniguruma.
+  for (const std::string folded : {"(?i:ss)", "(?i:as(?:S)|b)", "(?i:(?:a|F)I)", "(?i:x(st))",
+                                   "(?i:\u00df)", "(?i:[\ufb01a])", "(?i:\\u0073)"}) {
+    const bool groups = folded == "(?i:x(st))";
+    refuse("/pre_tokenizer",
+           {{"type", "Split"},
+            {"pattern", {{"Regex", folded}}},
+            {"behavior", "Isolated"},
+            {"invert", false}},
+           {"pre_tokenizer.pattern.Regex", groups ? "'t' in it" : "another thing"});
+  }
+  for (const std::string plain :
+       {"(?i:'s|'t|'re|'ve|'m|'ll|'d)|ss", "(?i:s?s|s+|s[s])|(?:ss|fi)"}) {
+    json changed = Fallback();
+    changed["pre_tokenizer"] = {{"type", "Split"},
+                                {"pattern", {{"Regex", plain}}},
+                                {"behavior", "Isolated"},
+                                {"invert", false}};
+    EXPECT_TRUE(Load(changed).ok()) << plain;
+  }
   refuse("/pre_tokenizer", {{"type", "Punctuation"}, {"behavior", "Isolated"}},
          {"pre_tokenizer.type", "Punctuation"});
   refuse("/pre_tokenizer",

@@ -285,6 +285,48 @@ TEST_F(JinjaTest, TheTemplateOfATokenizer) {
               ExitCode::kConfig, {"no chat template"});
 }
 
+ChatRecord Parsed(const std::string& text) {
+  return Value(ParseChat(nlohmann::ordered_json::parse(text), ChatShape::kMessages, "messages"));
+}
+
+TEST_F(JinjaTest, ContentsReachATemplateAsTheRecordHasThem) {
+  const ChatRecord record = Parsed(
+      R"({"messages":[{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]},
+          {"role":"assistant","content":null,"tool_calls":[1]},
+          {"role":"assistant","tool_calls":[1]},{"role":"assistant","content":"c"}]})");
+  const auto rendered = [&](const std::string& text) {
+    return Value(Value(Open(text))->Render(record)).text;
+  };
+  const std::string what =
+      "{% for m in messages %}{% if m.content is string %}{{ m.content }}"
+      "{% elif m.content is none %}null{% elif m.content is defined %}"
+      "{% for part in m.content %}<{{ part.text }}>{% endfor %}{% else %}absent{% endif %};"
+      "{% endfor %}";
+  // Written otherwise than a string is: a list is no content that this template reads.
+  EXPECT_EQ(rendered(what), "ab;null;absent;c;");
+  std::string same = what;
+  same.replace(same.find("<{{ part.text }}>"), 17, "{{ part.text }}{{ '' if loop.last else '|' }}");
+  EXPECT_EQ(rendered(same), "a|b;null;absent;c;");
+  // Of families a text, as ever.
+  EXPECT_EQ(record.messages[0].content, "ab");
+  EXPECT_EQ(record.messages[1].content, "");
+}
+
+TEST_F(JinjaTest, AConversationOfThousandsOfTurnsIsRefusedAtOnce) {
+  std::vector<ChatMessage> talk;
+  for (int i = 0; i < 3000; ++i) {
+    talk.push_back({"user", "a"});
+    talk.push_back({"assistant", "b"});
+  }
+  const auto start = std::chrono::steady_clock::now();
+  ExpectError(Render(kMl, talk).status(), "CHAT-TEMPLATE", ExitCode::kData,
+              {"6000 messages, of which 3000 are learned", "generation"});
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(10));
+  // What needs no search is rendered.
+  EXPECT_TRUE(Render(kMl, talk, ChatMask::kLastAssistant).ok());
+  EXPECT_TRUE(Render(kMl, talk, ChatMask::kAllTokens).ok());
+}
+
 TEST_F(JinjaTest, IngestKeepsToTheRules) {
   WriteText(dir_ / "t.jinja", kForgetful);
   WriteText(

@@ -2,6 +2,7 @@
 stages, restarts that do not measure twice, and training that has the same bits with and without them."""
 
 import json
+import re
 import shutil
 import unittest
 
@@ -99,6 +100,76 @@ class Command(unittest.TestCase):
             self.assertEqual((row["log_probability_difference"], row["log_probability_interval"]), (0, [0, 0]))
             self.assertEqual(row["verdict"], "no difference shown")
 
+    def test_what_was_killed_goes_on(self):
+        words = {"tasks": "passkey,kv,loss_by_position,niah_single_1", "lengths": "512,768", "samples": 40}
+        whole, parts = h.ROOT / "eval-whole", h.ROOT / "eval-parts"
+        h.succeed(arguments(whole, **words), ranks=2)
+        kills = 0
+        done = -1
+        while not (parts / "summary.jsonl").exists():
+            job = h.Job(arguments(parts, **words), ranks=2, env={"OMPI_MCA_odls_base_sigkill_timeout": "0"})
+            part = parts / "summary.part.jsonl"
+            lines = part.read_text().count("\n") if part.exists() else 0
+            self.assertGreater(lines, done)
+            done = lines
+            if job.wait_for(lambda: part.exists() and part.read_text().count("\n") > lines or (parts / "summary.jsonl").exists(), "a task") \
+                    and job.signal_rank(0, h.SIGKILL):
+                kills += 1
+            job.result()
+        self.assertGreaterEqual(kills, 2, "nothing was cut off")
+        self.assertEqual(files(parts), files(whole))
+        # Another command is refused, and nothing of what is there goes.
+        (parts / "summary.jsonl").rename(parts / "summary.part.jsonl")
+        kept = files(parts)
+        result = h.run(arguments(parts, **{**words, "samples": 41}), ranks=2)
+        self.assertEqual(result.code, 74, result)
+        self.assertEqual(len(result.error_lines), 1, result)
+        self.assertIn("EVAL-EXISTS", result.error_lines[0])
+        self.assertIn("samples: 40 and 41", result.error_lines[0])
+        self.assertEqual(files(parts), kept)
+        # Two ranks wrote it, but rows of one are the same.
+        h.succeed(arguments(parts, **words))
+        self.assertEqual(files(parts), files(whole))
+
+    def test_a_pair_goes_on_with_its_second_model(self):
+        target = h.ROOT / "eval-pair"
+        pair = arguments(target, "--against", base("other"))
+        h.succeed(pair)
+        kept = {**files(target), **files(target / "against")}
+        shutil.rmtree(target / "against")
+        first = (target / "summary.jsonl").stat().st_mtime_ns
+        h.succeed(pair)
+        self.assertEqual({**files(target), **files(target / "against")}, kept)
+        self.assertEqual((target / "summary.jsonl").stat().st_mtime_ns, first)
+        shutil.rmtree(target / "against")
+        result = h.run(arguments(target, "--against", base("other"), samples=4))
+        self.assertEqual(result.code, 74, result)
+        self.assertIn("EVAL-EXISTS", result.err)
+        self.assertEqual((target / "summary.jsonl").stat().st_mtime_ns, first)
+
+    def test_what_cannot_be_compared(self):
+        folders = {}
+        for name, more, samples in (("plain", [], 4), ("few", [], 2), ("seed", ["--seed", 7], 4), ("chat", ["--chat"], 4)):
+            folders[name] = h.ROOT / f"eval-compare-{name}"
+            h.succeed(arguments(folders[name], *more, tasks="passkey,loss_by_position", samples=samples))
+        def compare(other):
+            return [json.loads(line) for line in h.succeed(["eval", "compare", folders["plain"], folders[other], "--json"]).out.splitlines()]
+        self.assertEqual([row["count"] for row in compare("few")], [2, 2])
+        for name, text in (("seed", "seed: 1234 and 7"), ("chat", "chat: false and true")):
+            rows = compare(name)
+            self.assertEqual(rows[0]["not_comparable"], text)
+            self.assertEqual(rows[1]["log_probability_difference"], 0)  # losses of documents: the same ones
+            for folder in (folders["plain"], folders[name]):
+                lines = summary(folder)
+                only = h.ROOT / f"{folder.name}-only"
+                if not only.exists():
+                    shutil.copytree(folder, only)
+                    (only / "summary.jsonl").write_text(json.dumps(lines[0]) + "\n")
+            result = h.run(["eval", "compare", h.ROOT / "eval-compare-plain-only", h.ROOT / f"eval-compare-{name}-only"])
+            self.assertEqual(result.code, 65, result)
+            self.assertIn("EVAL-COMPARE", result.err)
+            self.assertIn(text, result.err)
+
     def test_bad_input(self):
         target = h.ROOT / "eval-bad"
         prompts = h.ROOT / "prompts.jsonl"
@@ -166,6 +237,30 @@ class InRuns(unittest.TestCase):
         h.succeed(h.train(config, ranks), ranks=3)
         self.assertEqual(sorted(p.name for p in (ranks / "eval").iterdir()), names)
 
+    def test_a_stop_between_two_tasks(self):
+        config = self.pipeline("stopped")
+        whole = h.ROOT / "runs" / "measured-whole"
+        run = h.ROOT / "runs" / "stopped"
+        h.succeed(h.train(config, whole))
+        job = h.Job(h.train(config, run))
+        last = run / "eval" / "000000008-after-second"
+        part = last / "summary.part.jsonl"
+        self.assertTrue(job.wait_for(part.exists, "the first task"))
+        job.signal_rank(0, h.SIGTERM)
+        result = job.result()
+        if result.code == 0:  # it was quicker than the signal
+            (last / "summary.jsonl").rename(part)
+            part.write_text(part.read_text().splitlines()[0] + "\n")
+        else:
+            self.assertEqual(result.code, 75, result)
+        first = (last / "passkey-400.jsonl").stat().st_mtime_ns
+        h.succeed(h.train(config, run))
+        self.assertEqual((last / "passkey-400.jsonl").stat().st_mtime_ns, first, "measured twice")
+
+        def texts(directory):  # but for the model: the names of saves differ, and the paths
+            return {name: re.sub(rb'"(model|checkpoint)": ?"[^"]*"', b"", text) for name, text in files(directory / "eval" / last.name).items()}
+        self.assertEqual(texts(run), texts(whole))
+
     def test_gates(self):
         # A model of four steps is never right: the limit cannot hold, the drop from nothing to nothing does.
         holds = {"task": "passkey", "length": 400, "max_drop_from": "before", "max_drop": 0}
@@ -183,7 +278,22 @@ class InRuns(unittest.TestCase):
                           result.error_lines[0])
             self.assertEqual(json.loads((run / "status.json").read_text())["state"], "failed")
         self.assertIn("gate ignored: passkey at length 400", h.succeed([*h.train(config, run), "--ignore-gates"]).err)
-        h.succeed(h.train(self.pipeline("held", [holds, {**holds, "max_drop_from": "first"}]), h.ROOT / "runs" / "held"))
+        against_first = [holds, {**holds, "max_drop_from": "first"}]
+        config = self.pipeline("held", against_first)
+        run = h.ROOT / "runs" / "held"
+        h.succeed(h.train(config, run))
+        # Numbers of other prompts say nothing of a drop.
+        path = run / "eval" / "000000004-after-first" / "passkey-400.jsonl"
+        path.write_text(path.read_text().replace('"prompt_hash":"', '"prompt_hash":"x'))
+        result = h.run(h.train(config, run))
+        self.assertEqual(result.code, 76, result)
+        self.assertIn("which cannot be compared with that of stage first: they measured other prompts", result.err)
+        for change, text in (("first.eval.seed=4", "another seed (4 and 1234)"), ("second.eval.samples=4", "another samples (3 and 4)"),
+                             ("first.eval.chat=true", "another chat (true and false)")):
+            result = h.run(h.train(config, h.ROOT / "runs" / "never", change))
+            self.assertEqual(result.code, 78, result)
+            self.assertIn("CFG-CONFLICT", result.err)
+            self.assertIn(text, result.err)
 
     def test_bad_configurations(self):
         gate = {"task": "passkey", "length": 400, "min": 0.5}

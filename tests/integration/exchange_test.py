@@ -102,6 +102,61 @@ class Exchange(unittest.TestCase):
         self.assertIn("--max-shard was ignored", again.err)
         self.assertEqual(files(h.ROOT / "exports" / "again"), files(folder))
 
+    def test_engines(self):
+        exports = h.ROOT / "exports"
+        _, llama = imported("llama")
+        for engine, command in (("hf", "AutoModelForCausalLM.from_pretrained("), ("sglang", "python -m sglang.launch_server --model-path "),
+                                ("vllm", "vllm serve ")):
+            out = h.succeed(["export", "--ckpt", llama, "--to", exports / f"for-{engine}", "--engine", engine, "--print-eval-commands"]).out
+            self.assertIn(command, out)
+            self.assertIn("lm_eval --model ", out)
+        folder, minicpm = imported("minicpm", **MINICPM)
+        base = h.ROOT / "models" / "published"
+        shutil.copytree(folder, base)
+        config = json.loads((base / "config.json").read_text())
+        config["auto_map"] = {"AutoConfig": "configuration_m.C", "AutoModelForCausalLM": "modeling_m.M"}
+        (base / "config.json").write_text(json.dumps(config))
+        for name in ("configuration_m.py", "modeling_m.py", "LICENSE"):
+            (base / name).write_text(f"# {name}\n")
+        (base / "generation_config.json").write_text("{}")
+        target = exports / "engine"
+        for arguments, code, texts in (
+                ([minicpm, "--engine", "hf"], 65, ["EXP-ENGINE", "auto_map: found none", "--base"]),
+                ([llama, "--engine", "vllm", "--tokenizer", "bytes"], 65, ["EXP-ENGINE", "tokenizer: found neither"]),
+                ([llama, "--engine", "sglang", "--dtype", "f64"], 65, ["EXP-ENGINE", "torch_dtype: found float64"]),
+                ([minicpm, "--base", teacher("llama")], 65, ["EXP-BASE", "found 'llama', expected 'minicpm'"]),
+                ([minicpm, "--base", h.ROOT / "nowhere"], 66, ["FILE-MISSING"]),
+                ([llama, "--engine", "llama.cpp"], 64, ["USAGE"])):
+            result = h.run(["export", "--ckpt", arguments[0], "--to", target, *arguments[1:]])
+            self.assertEqual(result.code, code, result)
+            self.assertEqual(len(result.error_lines), 1, result)
+            for text in texts:
+                self.assertIn(text, result.error_lines[0])
+            self.assertEqual([path for path in exports.iterdir() if path.name.startswith("engine")], [])
+        self.assertEqual(h.run(["export", "--ckpt", llama, "--to", exports / "a,b", "--print-eval-commands"]).code, 64)
+        self.assertFalse((exports / "a,b").exists())
+
+        out = h.succeed(["export", "--ckpt", minicpm, "--to", target, "--engine", "hf", "--base", base, "--verify"]).out
+        self.assertIn(f"taken from {base}: LICENSE, configuration_m.py, modeling_m.py", out)
+        self.assertIn("trust_remote_code=True", out)
+        self.assertEqual((target / "modeling_m.py").read_text(), "# modeling_m.py\n")
+        self.assertEqual((target / "generation_config.json").read_bytes(), (folder / "generation_config.json").read_bytes())
+        written = json.loads((target / "config.json").read_text())
+        self.assertEqual(written, {**json.loads((folder / "config.json").read_text()), "auto_map": config["auto_map"]})
+        self.assertIn("modeling_m.py", json.loads((target / "export.json").read_text())["sha256"])
+        h.succeed(["export", "--ckpt", minicpm, "--to", target, "--engine", "sglang", "--base", base, "--force"])
+        self.assertEqual(json.loads((target / "config.json").read_text())["auto_map"], {"AutoModelForCausalLM": "modeling_m.M"})
+
+    def test_a_model_that_learned_chats_stops_at_the_end_of_a_turn(self):
+        folder, checkpoint = imported("llama")
+        stage = {**h.sft("talk", 2), "init_from": {"path": str(checkpoint)}, "data": h.data(h.chat())}
+        run = h.ROOT / "runs" / "talk"
+        h.succeed(h.train(h.write_stage(h.ROOT / "talk" / "stage.yaml", stage), run))
+        exported = h.ROOT / "exports" / "talk"
+        h.succeed(["export", "--ckpt", h.final_checkpoints(run)["talk"], "--to", exported])
+        self.assertEqual(json.loads((exported / "generation_config.json").read_text()), {"eos_token_id": [257, 260], "top_p": 0.8})
+        self.assertEqual((exported / "config.json").read_bytes(), (folder / "config.json").read_bytes())
+
     def test_commands_take_the_checkpoint(self):
         _, checkpoint = imported("llama")
         h.succeed(["ckpt", "verify", checkpoint, "--deep"])

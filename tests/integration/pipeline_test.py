@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import subprocess
 import unittest
 
 import harness as h
@@ -200,6 +201,37 @@ class Pipeline(unittest.TestCase):
         self.assertNotEqual(draws[0], draws[2])
 
     def test_generation_of_a_chat(self):
+        talk = ["generate", "--ckpt", self.last(), "--max-new-tokens", "8", "--temperature", "0"]
+
+        def lines(text, *more):
+            done = subprocess.run(h.command([*talk, "--chat", *more]), input=text, capture_output=True, text=True, errors="replace",
+                                  timeout=h.LIMIT_SECONDS)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            return done.stdout
+        first = lines("Continue: the lamp\n")
+        both = lines("Continue: the lamp\n\nAnd then?\n")
+        self.assertTrue(both.startswith(first))
+        self.assertGreater(len(both), len(first))
+        # A file with the same conversation has the same answer: the turns before it were read.
+        record = h.ROOT / "talk.jsonl"
+        messages = [{"role": "user", "content": "Continue: the lamp"}, {"role": "assistant", "content": first[:-1]},
+                    {"role": "user", "content": "And then?"}]
+        alone = {"messages": messages[2:], "id": 7}
+        record.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps(alone) + "\n")
+        answers = [json.loads(line) for line in h.succeed([*talk, "--messages", record]).out.splitlines()]
+        self.assertEqual(answers[0]["messages"][:-1], messages)
+        self.assertEqual(answers[0]["messages"][-1], {"role": "assistant", "content": both[len(first):-1]})
+        self.assertEqual((answers[1]["id"], answers[1]["messages"][:-1]), (7, alone["messages"]))
+        for bad, code in (('{"messages": [{"role": "assistant", "content": "a"}]}', "CHAT-ROLE"), ("[]", "ING-JSON"), ('{"text": "a"}', "ING-FIELD"),
+                          ('{"messages": [{"role": "user"}]}', "ING-FIELD"), ("", "ING-FIELD")):
+            record.write_text(json.dumps({"messages": messages}) + "\n" + bad + "\n" if bad else "\n")
+            result = h.run([*talk, "--messages", record])
+            self.assertEqual((result.code, result.out), (65, ""), result)
+            self.assertIn(code, result.err)
+            self.assertIn(f"{record}: line 2" if bad else "holds no conversation", result.err)
+        for words in ([], ["--prompt", "a", "--messages", record]):
+            self.assertEqual(h.run([*talk, *words]).code, 64)
+        self.assertEqual(h.run([*talk, "--messages", h.ROOT / "nowhere.jsonl"]).code, 66)
         self.assertTrue(h.succeed(["generate", "--ckpt", self.last(), "--chat", "--prompt", "Continue this text: the lamp",
                                    "--max-new-tokens", "8", "--temperature", "0"]).out)
 

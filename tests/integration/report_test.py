@@ -1,8 +1,11 @@
 """What a run shows: TensorBoard events, Prometheus text, traces and the report, live, killed, resumed and finished."""
 
+import fcntl
 import html.parser
 import json
 import re
+import shutil
+import socket
 import struct
 import unittest
 
@@ -210,6 +213,30 @@ class Report(unittest.TestCase):
         self.assertEqual(h.differences(plain, self.run_directory), [])
         for name in ("tb", "metrics.prom", "traces"):
             self.assertFalse((plain / name).exists(), name)
+
+    def test_watching_ends_with_a_run_that_was_killed(self):
+        run = h.ROOT / "runs" / "killed"
+        shutil.copytree(self.run_directory, run)
+        status = json.loads((run / "status.json").read_text())
+        (run / "status.json").write_text(json.dumps({**status, "state": "training"}))
+        job = h.Job(["--version"])
+        job.result()
+        (run / "RUN.lock").write_text(f"host {socket.gethostname()}\npid {job.process.pid}\nstarted 2026-01-01T00:00:00Z\n")
+        result = h.succeed(["report", run, "--watch", "3600"])
+        self.assertIn(f"the run was killed: process {job.process.pid} on", result.err)
+        text = (run / "report.html").read_text()
+        self.assertIn("training, killed", text)
+        self.assertNotIn("http-equiv", text)
+        # One that lives is watched on.
+        with open(run / "RUN.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            job = h.Job(["report", run, "--watch", "1"])
+            (run / "report.html").unlink()
+            self.assertTrue(job.wait_for(lambda: (run / "report.html").exists(), "the page"))
+            (run / "report.html").unlink()
+            self.assertTrue(job.wait_for(lambda: (run / "report.html").exists(), "the page again"))
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        self.assertIn("the run was killed", job.result().err)
 
     def test_what_cannot_be_done(self):
         for arguments, code, word in (

@@ -10,6 +10,8 @@
 #include "core/file.h"
 #include "core/rng.h"
 #include "parallel/communicator.h"
+#include "recipes/eval_compare.h"
+#include "recipes/eval_files.h"
 #include "recipes/eval_report.h"
 #include "recipes/eval_sources.h"
 #include "tests/core/temp_dir.h"
@@ -337,12 +339,20 @@ TaskResult Made(const std::vector<bool>& right) {
   return result;
 }
 
+Status WriteEvaluation(const std::string& directory, const TaskResult& result,
+                       const nlohmann::ordered_json& settings = {{"seed", 1}}) {
+  SALA_ASSIGN_OR_RETURN(EvalWriter writer,
+                        EvalWriter::Open({.directory = directory, .settings = settings}));
+  SALA_RETURN_IF_ERROR(writer.Add(result));
+  return writer.Finish();
+}
+
 TEST(EvalReport, ComparisonOfWrittenEvaluations) {
   TempDir dir;
   const std::vector<bool> few = {true, false, false, false, false, false, false, false};
   const std::vector<bool> most = {true, true, true, true, true, true, true, false};
-  ASSERT_TRUE(WriteEvaluation(dir / "a", {Made(few)}, 4, {}).ok());
-  ASSERT_TRUE(WriteEvaluation(dir / "b", {Made(most)}, 4, {}).ok());
+  ASSERT_TRUE(WriteEvaluation(dir / "a", Made(few)).ok());
+  ASSERT_TRUE(WriteEvaluation(dir / "b", Made(most)).ok());
   const auto lines = CompareEvaluations(dir / "a", dir / "b", 1).value();
   ASSERT_EQ(lines.size(), 1U);
   EXPECT_EQ(lines[0]["difference"], 0.75);
@@ -355,14 +365,141 @@ TEST(EvalReport, ComparisonOfWrittenEvaluations) {
 
   TaskResult others = Made(few);
   others.samples[3].hash = "else";
-  ASSERT_TRUE(WriteEvaluation(dir / "c", {others}, 4, {}).ok());
+  ASSERT_TRUE(WriteEvaluation(dir / "c", others).ok());
   EXPECT_EQ(ErrorCodeOf(CompareEvaluations(dir / "a", dir / "c", 1).status()), "EVAL-COMPARE");
   others.task = "kv";
-  ASSERT_TRUE(WriteEvaluation(dir / "d", {others}, 4, {}).ok());
+  ASSERT_TRUE(WriteEvaluation(dir / "d", others).ok());
   EXPECT_EQ(ErrorCodeOf(CompareEvaluations(dir / "a", dir / "d", 1).status()), "EVAL-COMPARE");
   EXPECT_EQ(ErrorCodeOf(CompareEvaluations(dir / "a", dir / "none", 1).status()), "FILE-MISSING");
   ASSERT_TRUE(WriteFileAtomically(dir / "d/summary.jsonl", "{\"task\": 3}\n").ok());
   EXPECT_EQ(ErrorCodeOf(CompareEvaluations(dir / "a", dir / "d", 1).status()), "EVAL-FORMAT");
+}
+
+TEST(EvalReport, WhatCannotBeComparedIsNamed) {
+  TempDir dir;
+  const std::vector<bool> few = {true, false, false, true};
+  const nlohmann::ordered_json settings = {{"seed", 1}, {"chat", false}, {"tokenizer", "x"}};
+  ASSERT_TRUE(WriteEvaluation(dir / "a", Made(few), settings).ok());
+
+  // Fewer samples of the same prompts: those that both have.
+  ASSERT_TRUE(WriteEvaluation(dir / "b", Made({true, true}), settings).ok());
+  const auto lines = CompareEvaluations(dir / "a", dir / "b", 1).value();
+  EXPECT_EQ(lines[0]["count"], 2);
+  EXPECT_EQ(lines[0]["share_a"], 0.5);
+  EXPECT_EQ(lines[0]["share_b"], 1.0);
+  EXPECT_EQ(SamplesDifference(dir / "a", dir / "b", "passkey", 64).value(), "samples: 4 and 2");
+  EXPECT_EQ(SamplesDifference(dir / "a", dir / "a", "passkey", 64).value(), "");
+
+  // Other prompts, because of the seed; the same prompts, cut in other tokens.
+  TaskResult others = Made(few);
+  for (SampleResult& sample : others.samples) sample.hash += "x";
+  auto changed = settings;
+  changed["seed"] = 2;
+  ASSERT_TRUE(WriteEvaluation(dir / "c", others, changed).ok());
+  EXPECT_THAT(MessageOf(CompareEvaluations(dir / "a", dir / "c", 1).status()),
+              HasSubstr("nothing can be compared; seed: 1 and 2;"));
+  EXPECT_EQ(SamplesDifference(dir / "a", dir / "c", "passkey", 64).value(), "seed: 1 and 2");
+  changed = settings;
+  changed["tokenizer"] = "y";
+  ASSERT_TRUE(WriteEvaluation(dir / "d", Made(few), changed).ok());
+  EXPECT_THAT(MessageOf(CompareEvaluations(dir / "a", dir / "d", 1).status()),
+              HasSubstr("tokenizer: \"x\" and \"y\""));
+
+  // One task that can be compared and one that cannot.
+  changed = settings;
+  changed["seed"] = 2;
+  for (const char* name : {"e", "f"}) {
+    TaskResult more = others;
+    more.task = "kv";
+    if (name[0] == 'f') more.samples[0].hash = "else";
+    auto writer = EvalWriter::Open({.directory = dir / name, .settings = changed}).value();
+    ASSERT_TRUE(writer.Add(Made(few)).ok());
+    ASSERT_TRUE(writer.Add(more).ok());
+    ASSERT_TRUE(writer.Finish().ok());
+  }
+  const auto mixed = CompareEvaluations(dir / "e", dir / "f", 1).value();
+  ASSERT_EQ(mixed.size(), 2U);
+  EXPECT_EQ(mixed[0]["verdict"], "no difference shown");
+  EXPECT_EQ(mixed[1]["not_comparable"], "they measured other prompts");
+  EXPECT_THAT(ComparisonTable(mixed), HasSubstr("not comparable: they measured other prompts"));
+}
+
+TEST_F(EvalTest, AnEvaluationThatWasCutOffGoesOn) {
+  TempDir dir;
+  EvalRequest request;
+  request.config.tasks = {"passkey", "niah_single_1", "kv"};
+  request.config.lengths_tokens = {400, 600};
+  request.config.samples = 4;
+  const auto evaluation = Evaluation::Open(request, *tokenizer_).value();
+  int64_t documents = 0;
+  const ScoreDocument copies = Stub([&documents](const model::Batch& batch, int64_t vocab) {
+    ++documents;
+    return Copying(batch, vocab, 0);
+  });
+  ASSERT_TRUE(MakeDirectories(dir / "model").ok());
+  ASSERT_TRUE(WriteFileAtomically(dir / "model/config.json", "{}").ok());
+  EvalTarget target = {.directory = dir / "whole"};
+  target.settings = EvalSettings(request, *tokenizer_, {.model_path = dir / "model"}).value();
+  ASSERT_TRUE(MakeEvaluation(*mesh_, evaluation, copies, target).ok());
+  const int64_t all = documents;
+
+  const auto files_of = [&dir](const std::string& name) {
+    std::map<std::string, std::string> files;
+    const std::vector<std::string> names = ListDirectory(dir / name).value();
+    for (const std::string& file : names) files[file] = ReadFile(dir / (name + "/" + file)).value();
+    return files;
+  };
+  // Cut off behind each task and length, until it is whole.
+  target.directory = dir / "parts";
+  documents = 0;
+  int starts = 0;
+  Status status = MakeError(ExitCode::kInternal, "INTERNAL", "");
+  while (!status.ok() && starts < 20) {
+    ++starts;
+    status = MakeEvaluation(*mesh_, evaluation, copies, target,
+                            [] { return MakeError(ExitCode::kRequeue, "STOPPED", "stopped"); });
+    EXPECT_THAT(ErrorCodeOf(status), ::testing::AnyOf("", "STOPPED"));
+  }
+  EXPECT_EQ(starts, 7);  // six parts, and the start that finds them all
+  EXPECT_EQ(documents, all) << "measured twice";
+  EXPECT_EQ(files_of("parts"), files_of("whole"));
+  EXPECT_EQ(files_of("parts").count("summary.part.jsonl"), 0U);
+  EXPECT_TRUE(IsCompleteWith(dir / "parts", target.settings));
+
+  // A file that is gone, and a line that is cut: from there on it is measured again.
+  const auto cut_off = [&](const std::string& name) {
+    target.directory = dir / name;
+    int left = 3;
+    EXPECT_FALSE(MakeEvaluation(*mesh_, evaluation, copies, target, [&left] {
+                   return --left > 0 ? OkStatus()
+                                     : MakeError(ExitCode::kRequeue, "STOPPED", "stopped");
+                 }).ok());
+    EXPECT_EQ(StateOf(dir / name), EvalState::kUnfinished);
+  };
+  cut_off("gone");
+  ASSERT_TRUE(RemoveTree(dir / "gone/passkey-600.jsonl").ok());
+  EXPECT_EQ(EvalWriter::Open(target)->done(), (std::vector<std::string>{"passkey-400"}));
+  ASSERT_TRUE(MakeEvaluation(*mesh_, evaluation, copies, target).ok());
+  EXPECT_EQ(files_of("gone"), files_of("whole"));
+  cut_off("bad");
+  ASSERT_TRUE(WriteFileAtomically(dir / "bad/summary.part.jsonl", "{\"task\": \"pass").ok());
+  EXPECT_TRUE(EvalWriter::Open(target)->done().empty());
+  ASSERT_TRUE(MakeEvaluation(*mesh_, evaluation, copies, target).ok());
+  EXPECT_EQ(files_of("bad"), files_of("whole"));
+
+  // Another command, another model: refused, and everything stays.
+  cut_off("other");
+  const auto before = files_of("other");
+  target.settings["samples"] = 5;
+  EXPECT_EQ(ErrorCodeOf(EvalWriter::Open(target).status()), "EVAL-EXISTS");
+  EXPECT_THAT(MessageOf(EvalWriter::Open(target).status()), HasSubstr("samples: 4 and 5"));
+  ASSERT_TRUE(WriteFileAtomically(dir / "model/config.json", "{ }").ok());
+  target.settings = EvalSettings(request, *tokenizer_, {.model_path = dir / "model"}).value();
+  EXPECT_THAT(MessageOf(EvalWriter::Open(target).status()), HasSubstr("model: "));
+  EXPECT_EQ(files_of("other"), before);
+  target.replace = true;
+  EXPECT_TRUE(EvalWriter::Open(target)->done().empty());
+  EXPECT_EQ(files_of("other").size(), 1U);
 }
 
 }  // namespace

@@ -1,0 +1,37 @@
+// What programs that load exported folders need, as far as it is known (docs/howto/export.md):
+// checks before and after a folder is written, and the command lines for it.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/status.h"
+#include "nlohmann/json.hpp"
+
+namespace sala::recipes {
+
+enum class Engine : uint8_t { kHf, kSglang, kVllm };
+std::optional<Engine> ParseEngine(const std::string& name);  // hf, sglang, vllm
+
+// Of config.json as it will be written. `has_code`: the model's own Python files will lie beside
+// it. EXP-ENGINE (65) with the field that stands in the way.
+Status CheckEngineConfig(Engine engine, const nlohmann::json& config, bool has_code);
+// Of the folder that was written: servers need a tokenizer that they read. EXP-ENGINE (65).
+Status CheckEngineFolder(Engine engine, const std::string& directory);
+
+// A user reported that SGLang takes its own configuration class only where config.json does not
+// name another one.
+inline constexpr char kAutoConfig[] = "AutoConfig";
+
+// The command that loads or serves the folder there.
+std::string LoadCommand(Engine engine, const std::string& directory, const nlohmann::json& config);
+// Commands of lm-evaluation-harness (which has RULER's tasks) on the folder, through transformers
+// or through the server that LoadCommand starts, and of this program's own tasks. USAGE (64): its
+// lists of options cannot name such a path.
+StatusOr<std::vector<std::string>> EvalCommands(std::optional<Engine> engine,
+                                                const std::string& directory,
+                                                const nlohmann::json& config);
+
+}  // namespace sala::recipes
