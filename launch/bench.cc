@@ -7,6 +7,7 @@
 
 #include "core/check.h"
 #include "core/config.h"
+#include "core/file.h"
 #include "core/statistics.h"
 #include "launch/build_info.h"
 #include "launch/command.h"
@@ -127,6 +128,10 @@ std::string CommandText(const CommandLine& line) {
   std::string text = "sala";
   for (int i = 1; i < line.argc; ++i) text += std::string(" ") + line.argv[i];
   return text;
+}
+
+Status TryReport(const std::string& path) {
+  return path.empty() ? OkStatus() : WriteFileAtomically(path, "{}\n");
 }
 
 Measured MeasuredOf(const std::vector<double>& values) {

@@ -46,6 +46,9 @@ void PrintBenchHead(const model::ModelConfig& config, const std::string& command
 // The command as it was typed, for the head of a report.
 std::string CommandText(const CommandLine& line);
 
+// Whether the file of --json can be written, before minutes of measuring; "" can.
+Status TryReport(const std::string& path);
+
 // Smallest, median and largest of what was measured several times.
 struct Measured {
   double least = 0, median = 0, most = 0;

@@ -10,6 +10,7 @@
 
 #include "core/clock.h"
 #include "core/file.h"
+#include "core/json.h"
 #include "core/rng.h"
 #include "kernels/attention/attention.h"
 #include "kernels/lightning/lightning.h"
@@ -17,7 +18,6 @@
 #include "launch/bench.h"
 #include "launch/build_info.h"
 #include "launch/command.h"
-#include "nlohmann/json.hpp"
 
 namespace sala::launch {
 namespace {
@@ -246,7 +246,7 @@ Status WriteJson(const ScalingBenchOptions& options, const std::string& command,
     }
     json[kKeys[kind]] = std::move(points);
   }
-  return WriteFileAtomically(options.json, json.dump(2) + "\n");
+  return WriteFileAtomically(options.json, DumpJson(json, 2) + "\n");
 }
 
 }  // namespace
@@ -257,6 +257,7 @@ Status BenchScaling(const ScalingBenchOptions& options, const std::string& comma
                      "--lengths: each must be larger than the one before");
   }
   SALA_ASSIGN_OR_RETURN(const model::ModelConfig config, ReadBenchModel(options.config));
+  SALA_RETURN_IF_ERROR(TryReport(options.json));
   PrintBenchHead(config, command);
   std::printf("threads     %d\n", options.threads);
   std::fflush(stdout);

@@ -11,6 +11,7 @@
 
 #include "core/clock.h"
 #include "core/file.h"
+#include "core/json.h"
 #include "core/rng.h"
 #include "kernels/gemm/gemm.h"
 #include "launch/bench.h"
@@ -20,7 +21,6 @@
 #include "model/loss.h"
 #include "model/model.h"
 #include "model/work.h"
-#include "nlohmann/json.hpp"
 #include "parallel/communicator.h"
 #include "parallel/mesh.h"
 #include "recipes/optimizer.h"
@@ -295,13 +295,14 @@ Status WriteJson(const StepBenchOptions& options, const std::string& command, co
     libraries[peers.found[p].name()] = rounds.peers[p];
   }
   json["library_gemm_seconds"] = std::move(libraries);
-  return WriteFileAtomically(options.json, json.dump(2) + "\n");
+  return WriteFileAtomically(options.json, DumpJson(json, 2) + "\n");
 }
 
 }  // namespace
 
 Status BenchStep(const StepBenchOptions& options, const std::string& command) {
   SALA_ASSIGN_OR_RETURN(const model::ModelConfig config, ReadBenchModel(options.config));
+  SALA_RETURN_IF_ERROR(TryReport(options.json));
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<StepRunner> runner,
                         StepRunner::Create(config, options));
   PrintBenchHead(config, command);

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-CHUNK = 128  # tokens of a chunk of the linear layers: the fastest of 64, 128 and 256 on the machine of docs/benchmarks/cpu_step.md
+CHUNK = 128  # tokens of a chunk of the linear layers
 QUERIES_AT_ONCE = 1024  # of block selection; bounds the memory of its scores
 
 
@@ -114,13 +114,15 @@ class Mixer(nn.Module):
     def attend(self, q, k, v, slopes):
         if self.linear:
             return chunked_recurrence(q, k, v, slopes)
+        # Groups as a batch: a mask is per group, keys and values are those of all its heads.
+        groups, shared = self.kv_heads, self.heads // self.kv_heads
         mask = None
-        if self.config.sparse is not None and q.shape[0] >= self.config.sparse.dense_len:
-            mask = selection_mask(q, k, self.config.sparse).repeat_interleave(self.heads // self.kv_heads, dim=0)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
+        if self.config.sparse is not None and len(q) >= self.config.sparse.dense_len:
+            mask = selection_mask(q, k, self.config.sparse)[:, None]
+        q = q.view(len(q), groups, shared, self.dim).permute(1, 2, 0, 3)
+        k, v = (x.transpose(0, 1)[:, None].expand(-1, shared, -1, -1) for x in (k, v))
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return o[0].transpose(0, 1)
+        return o.permute(2, 0, 1, 3).reshape(-1, self.heads, self.dim)
 
     def forward(self, n, tables, slopes):
         tokens = n.shape[0]
