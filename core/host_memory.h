@@ -11,4 +11,8 @@ namespace sala {
 // (docs/benchmarks/cpu_step.md). HostMemoryError when the system has none.
 void* AllocateHostMemory(size_t bytes);
 
+// The steps in which `used` of such a piece of `bytes` become resident: of 2 MiB where it is a
+// large one and the system gives huge pages to who asks, else `used` itself.
+size_t ResidentOfPiece(size_t bytes, size_t used);
+
 }  // namespace sala

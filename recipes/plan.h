@@ -40,7 +40,8 @@ struct MemoryPlan {
   int64_t activations = 0;  // peak of the arena
   int64_t work_space = 0;   // peak of scratch; on a GPU that of loss and products only
   int64_t host = 0;         // cuda: the float32 store and the saved moments in host memory
-  // CPU, beyond the two peaks: bytes at the ends of the arenas' blocks, in use at another moment.
+  // CPU, beyond the two peaks: bytes at the ends of the arenas' blocks, in use at another moment,
+  // and the rest of the last page of each.
   int64_t arena_ends = 0;
   // CPU, HALO: buffers while the hybrid is put together, before its first step.
   int64_t assembly = 0;

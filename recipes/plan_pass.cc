@@ -1,6 +1,7 @@
 #include "recipes/plan_pass.h"
 
 #include "core/arena.h"
+#include "core/host_memory.h"
 #include "kernels/cross_entropy/cross_entropy.h"
 #include "kernels/kl_divergence/kl_divergence.h"
 #include "model/units.h"
@@ -121,7 +122,10 @@ void ArenaMeter::New(int64_t bytes) {
 
 int64_t ArenaMeter::touched() const {
   int64_t bytes = 0;
-  for (const Block& block : blocks_) bytes += block.touched;
+  for (const Block& block : blocks_) {
+    bytes += static_cast<int64_t>(
+        ResidentOfPiece(static_cast<size_t>(block.size), static_cast<size_t>(block.touched)));
+  }
   return bytes;
 }
 

@@ -34,8 +34,8 @@ class ArenaMeter {
   void Release(const Mark& mark) { at_ = mark; }
 
   int64_t peak() const { return peak_; }
-  // Bytes of its blocks that were ever handed out: what becomes resident. More than the peak where
-  // something did not fit into the rest of a block.
+  // What becomes resident of its blocks. More than the peak where something did not fit into the
+  // rest of a block, and by the pages' size (core/host_memory.h).
   int64_t touched() const;
 
  private:
