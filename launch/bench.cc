@@ -43,7 +43,8 @@ struct BenchFile {
 void AddModelOptions(CLI::App* command, std::string* config, int* threads, std::string* json) {
   command->add_option(
       "--config", *config,
-      "YAML file with a `model`, as a stage has it; default: a hybrid of about 15M parameters");
+      "YAML file whose one key is `model`, with the keys it has in a stage; default: a hybrid of "
+      "about 15M parameters");
   command->add_option("--threads", *threads, "compute threads")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
@@ -131,7 +132,11 @@ std::string CommandText(const CommandLine& line) {
 }
 
 Status TryReport(const std::string& path) {
-  return path.empty() ? OkStatus() : WriteFileAtomically(path, "{}\n");
+  if (path.empty()) return OkStatus();
+  // Beside it: what an earlier run left there stays until there is something new.
+  const std::string probe = path + ".probe";
+  SALA_RETURN_IF_ERROR(WriteFileAtomically(probe, ""));
+  return RemoveTree(probe);
 }
 
 Measured MeasuredOf(const std::vector<double>& values) {

@@ -170,7 +170,7 @@ Status BenchHalo(const BenchHaloOptions& options, const std::string& command) {
     return options.json.empty() ? OkStatus()
                                 : WriteFileAtomically(options.json, report.dump(1) + "\n");
   };
-  SALA_RETURN_IF_ERROR(write());  // a file that cannot be written shows before the measuring
+  SALA_RETURN_IF_ERROR(TryReport(options.json));
   for (int64_t seed = 1; seed <= options.seeds; ++seed) {
     const double started = ClockSeconds();
     const auto say = [&](const std::string& line) {

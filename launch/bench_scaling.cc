@@ -252,9 +252,14 @@ Status WriteJson(const ScalingBenchOptions& options, const std::string& command,
 }  // namespace
 
 Status BenchScaling(const ScalingBenchOptions& options, const std::string& command) {
-  if (!std::is_sorted(options.lengths.begin(), options.lengths.end(), std::less_equal<>())) {
-    return MakeError(ExitCode::kUsage, "USAGE",
-                     "--lengths: each must be larger than the one before");
+  const auto fall =
+      std::is_sorted_until(options.lengths.begin(), options.lengths.end(), std::less_equal<>());
+  if (fall != options.lengths.end()) {
+    return MakeError(
+        ExitCode::kUsage, "USAGE",
+        Format("--lengths: found %ld after %ld; expected each to be larger than the one "
+               "before; sort them",
+               static_cast<long>(*fall), static_cast<long>(*(fall - 1))));
   }
   SALA_ASSIGN_OR_RETURN(const model::ModelConfig config, ReadBenchModel(options.config));
   SALA_RETURN_IF_ERROR(TryReport(options.json));

@@ -1,7 +1,6 @@
 // sala bench step: one training step on the CPU against the matrix products of the same model, ours
 // and those of other libraries, all measured in turn.
 #include <algorithm>
-#include <array>
 #include <cstdio>
 #include <map>
 #include <memory>
@@ -9,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/check.h"
 #include "core/clock.h"
 #include "core/file.h"
 #include "core/json.h"
@@ -28,14 +28,32 @@
 namespace sala::launch {
 namespace {
 
-// All matrix products of a step at the model's own shapes: for each weight [out, in], how often the
-// model has it, forward, input and weight gradient.
+// "model.layers.3.self_attn.q_proj.weight" -> "model.layers.3.self_attn.in": maps of one input are
+// one product (model/projection.h).
+std::string ProductOf(const std::string& name) {
+  const auto ends = [&name](const char* end) {
+    const std::string suffix = std::string(end) + ".weight";
+    return name.size() >= suffix.size() &&
+           name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0;
+  };
+  if (ends("o_proj") || ends("down_proj")) return name;
+  const size_t last = name.rfind('.', name.size() - std::string(".weight").size() - 1);
+  return name.substr(0, last) + ".in";
+}
+
+// All matrix products of a step at the model's own shapes: for each weight [out, in] forward, input
+// and weight gradient.
 class GemmYardstick {
  public:
   GemmYardstick(const model::ModelConfig& config, int64_t tokens) : tokens_(tokens) {
+    std::map<std::string, std::pair<int64_t, int64_t>> products;
     for (const model::ParameterSpec& spec : model::ParameterSpecs(config)) {
-      if (spec.kind == model::ParameterKind::kMatrix) ++shapes_[{spec.shape[0], spec.shape[1]}];
+      if (spec.kind != model::ParameterKind::kMatrix) continue;
+      auto& [out, in] = products[ProductOf(spec.name)];
+      out += spec.shape[0];
+      in = spec.shape[1];
     }
+    for (const auto& [name, shape] : products) ++shapes_[shape];
     // The output head; the embedding is a look-up, no product.
     ++shapes_[{config.vocab_size, config.hidden_size}];
     int64_t in = 0;
@@ -47,9 +65,10 @@ class GemmYardstick {
       weight = std::max(weight, shape.first * shape.second);
       elements_ += shape.first * shape.second * count;
     }
-    x_.assign(static_cast<size_t>(tokens * in), 0.5F);
-    y_.assign(static_cast<size_t>(tokens * out), 0.25F);
-    w_.assign(static_cast<size_t>(weight), 0.125F);
+    x_ = Operand("x", tokens * in);
+    y_ = Operand("y", tokens * out);
+    w_ = Operand("w", weight);
+    result_.resize(std::max({x_.size(), y_.size(), w_.size()}));
   }
 
   double flops() const {
@@ -59,35 +78,44 @@ class GemmYardstick {
   // Seconds of our own.
   double Measure(const Context& ctx) {
     return Run([&](ProductForm form, int64_t out, int64_t in) {
-      const Tensor x(x_.data(), {tokens_, in});
-      const Tensor y(y_.data(), {tokens_, out});
-      const Tensor w(w_.data(), {out, in});
+      const ConstTensor x(x_.data(), {tokens_, in});
+      const ConstTensor y(y_.data(), {tokens_, out});
+      const ConstTensor w(w_.data(), {out, in});
       switch (form) {
         case ProductForm::kNT:
-          return kernels::GemmNT(ctx, x, w, y, {.alpha = kSmall});
+          return kernels::GemmNT(ctx, x, w, Tensor(result_.data(), {tokens_, out}));
         case ProductForm::kNN:
-          return kernels::GemmNN(ctx, y, w, x, {.alpha = kSmall});
+          return kernels::GemmNN(ctx, y, w, Tensor(result_.data(), {tokens_, in}));
         case ProductForm::kTN:
-          return kernels::GemmTN(ctx, y, x, w, {.alpha = kSmall});
+          return kernels::GemmTN(ctx, y, x, Tensor(result_.data(), {out, in}));
       }
     });
   }
 
   double Measure(const BlasPeer& peer) {
     return Run([&](ProductForm form, int64_t out, int64_t in) {
+      const auto multiply = [&](int64_t m, int64_t n, int64_t k, const float* a, const float* b) {
+        SALA_CHECK(peer.Multiply(form, m, n, k, 1.0F, a, b, result_.data())) << peer.name();
+      };
       switch (form) {
         case ProductForm::kNT:
-          return peer.Multiply(form, tokens_, out, in, kSmall, x_.data(), w_.data(), y_.data());
+          return multiply(tokens_, out, in, x_.data(), w_.data());
         case ProductForm::kNN:
-          return peer.Multiply(form, tokens_, in, out, kSmall, y_.data(), w_.data(), x_.data());
+          return multiply(tokens_, in, out, y_.data(), w_.data());
         case ProductForm::kTN:
-          return peer.Multiply(form, out, in, tokens_, kSmall, y_.data(), x_.data(), w_.data());
+          return multiply(out, in, tokens_, y_.data(), x_.data());
       }
     });
   }
 
  private:
-  static constexpr float kSmall = 1e-3F;  // keeps the numbers that go round in range
+  // Of ordinary numbers: a processor may take less time, or more, for zeros and denormal ones.
+  static std::vector<float> Operand(const char* what, int64_t n) {
+    PhiloxStream rng("v1|1|bench||0|gemm|" + std::string(what));
+    std::vector<float> values(static_cast<size_t>(n));
+    for (float& value : values) value = static_cast<float>(rng.NextDouble() - 0.5);
+    return values;
+  }
 
   template <typename Multiply>
   double Run(const Multiply& multiply) {
@@ -102,10 +130,10 @@ class GemmYardstick {
     return ClockSeconds() - start;
   }
 
-  std::map<std::pair<int64_t, int64_t>, int64_t> shapes_;
+  std::map<std::pair<int64_t, int64_t>, int64_t> shapes_;  // and how often the model has it
   int64_t tokens_;
   int64_t elements_ = 0;
-  std::vector<float> x_, y_, w_;
+  std::vector<float> x_, y_, w_, result_;
 };
 
 // A model, its gradients and optimizer, and one document of random tokens.

@@ -2,7 +2,9 @@
 
 #include <dlfcn.h>
 
-#include <cstdlib>
+#include <cmath>
+
+#include "core/rng.h"
 
 namespace sala::launch {
 namespace {
@@ -16,7 +18,7 @@ constexpr int kRowMajor = 101;
 constexpr int kNoTranspose = 111;
 constexpr int kTranspose = 112;
 
-void MultiplyOpenBlas(void* function, ProductForm form, int64_t m, int64_t n, int64_t k,
+bool MultiplyOpenBlas(void* function, ProductForm form, int64_t m, int64_t n, int64_t k,
                       float alpha, const float* a, const float* b, float* c) {
   const bool ta = form == ProductForm::kTN;
   const bool tb = form == ProductForm::kNT;
@@ -24,6 +26,7 @@ void MultiplyOpenBlas(void* function, ProductForm form, int64_t m, int64_t n, in
       kRowMajor, ta ? kTranspose : kNoTranspose, tb ? kTranspose : kNoTranspose,
       static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), alpha, a,
       static_cast<int>(ta ? m : k), b, static_cast<int>(tb ? k : n), 0.0F, c, static_cast<int>(n));
+  return true;
 }
 
 // ---- oneDNN ----
@@ -35,12 +38,57 @@ struct DnnlVersion {  // the head of dnnl_version_t
   int major, minor, patch;
 };
 
-void MultiplyOneDnn(void* function, ProductForm form, int64_t m, int64_t n, int64_t k, float alpha,
+bool MultiplyOneDnn(void* function, ProductForm form, int64_t m, int64_t n, int64_t k, float alpha,
                     const float* a, const float* b, float* c) {
   const bool ta = form == ProductForm::kTN;
   const bool tb = form == ProductForm::kNT;
-  reinterpret_cast<DnnlSgemm>(function)(ta ? 'T' : 'N', tb ? 'T' : 'N', m, n, k, alpha, a,
-                                        ta ? m : k, b, tb ? k : n, 0.0F, c, n);
+  return reinterpret_cast<DnnlSgemm>(function)(ta ? 'T' : 'N', tb ? 'T' : 'N', m, n, k, alpha, a,
+                                               ta ? m : k, b, tb ? k : n, 0.0F, c, n) == 0;
+}
+
+// Whether a library gives the products of a small case: a wrong transposition or an interface of
+// another integer size would otherwise pass for a fast library.
+bool GivesRightNumbers(const BlasPeer& peer) {
+  constexpr int64_t kM = 7;
+  constexpr int64_t kN = 11;
+  constexpr int64_t kK = 29;
+  PhiloxStream rng("v1|1|bench||0|blas|");
+  std::vector<float> a(kM * kK);
+  std::vector<float> b(kN * kK);
+  std::vector<float> c(kM * kN);
+  for (std::vector<float>* x : {&a, &b}) {
+    for (float& value : *x) value = static_cast<float>(rng.NextNormal());
+  }
+  for (const ProductForm form : {ProductForm::kNT, ProductForm::kNN, ProductForm::kTN}) {
+    if (!peer.Multiply(form, kM, kN, kK, 0.5F, a.data(), b.data(), c.data())) return false;
+    for (int64_t i = 0; i < kM; ++i) {
+      for (int64_t j = 0; j < kN; ++j) {
+        double sum = 0;
+        double size = 0;
+        for (int64_t k = 0; k < kK; ++k) {
+          const double x =
+              a[static_cast<size_t>(form == ProductForm::kTN ? k * kM + i : i * kK + k)];
+          const double y =
+              b[static_cast<size_t>(form == ProductForm::kNT ? j * kK + k : k * kN + j)];
+          sum += x * y;
+          size += std::abs(x * y);
+        }
+        // 29 roundings of 6e-8 at most; a wrong element differs by a term or more.
+        if (std::abs(0.5 * sum - c[static_cast<size_t>(i * kN + j)]) > 1e-5 * size) return false;
+      }
+    }
+  }
+  return true;
+}
+
+void Add(const BlasPeer& peer, bool threads_set, BlasPeers* peers) {
+  if (!threads_set) {
+    peers->missing.push_back(peer.name() + ": its number of threads cannot be set");
+  } else if (!GivesRightNumbers(peer)) {
+    peers->missing.push_back(peer.name() + ": its products are not those of the operands");
+  } else {
+    peers->found.push_back(peer);
+  }
 }
 
 // The first of `files` that loads; null and why not in `reason`.
@@ -71,8 +119,9 @@ void LoadOpenBlas(int threads, BlasPeers* peers) {
     const std::string text = config();
     name = text.substr(0, text.find(' ', text.find(' ') + 1));
   }
-  if (const auto set = Symbol<void (*)(int)>(handle, "openblas_set_num_threads")) set(threads);
-  peers->found.emplace_back(name, MultiplyOpenBlas, product);
+  const auto set = Symbol<void (*)(int)>(handle, "openblas_set_num_threads");
+  if (set != nullptr) set(threads);
+  Add({name, MultiplyOpenBlas, product}, set != nullptr, peers);
 }
 
 void LoadOneDnn(int threads, BlasPeers* peers) {
@@ -90,8 +139,9 @@ void LoadOneDnn(int threads, BlasPeers* peers) {
             std::to_string(v->patch);
   }
   // The library's threads are OpenMP's.
-  if (const auto set = Symbol<void (*)(int)>(handle, "omp_set_num_threads")) set(threads);
-  peers->found.emplace_back(name, MultiplyOneDnn, product);
+  const auto set = Symbol<void (*)(int)>(handle, "omp_set_num_threads");
+  if (set != nullptr) set(threads);
+  Add({name, MultiplyOneDnn, product}, set != nullptr, peers);
 }
 
 }  // namespace

@@ -14,17 +14,17 @@ enum class ProductForm : uint8_t { kNT, kNN, kTN };
 class BlasPeer {
  public:
   // C [m, n] = alpha * product over k, row-major f32 without gaps: NT A [m, k], B [n, k]; NN A
-  // [m, k], B [k, n]; TN A [k, m], B [k, n].
-  using Product = void (*)(void* function, ProductForm form, int64_t m, int64_t n, int64_t k,
+  // [m, k], B [k, n]; TN A [k, m], B [k, n]. False when the library reports an error.
+  using Product = bool (*)(void* function, ProductForm form, int64_t m, int64_t n, int64_t k,
                            float alpha, const float* a, const float* b, float* c);
 
   BlasPeer(std::string name, Product product, void* function)
       : name_(std::move(name)), product_(product), function_(function) {}
 
   const std::string& name() const { return name_; }  // "OpenBLAS 0.3.21"
-  void Multiply(ProductForm form, int64_t m, int64_t n, int64_t k, float alpha, const float* a,
+  bool Multiply(ProductForm form, int64_t m, int64_t n, int64_t k, float alpha, const float* a,
                 const float* b, float* c) const {
-    product_(function_, form, m, n, k, alpha, a, b, c);
+    return product_(function_, form, m, n, k, alpha, a, b, c);
   }
 
  private:
@@ -38,8 +38,8 @@ struct BlasPeers {
   std::vector<std::string> missing;  // "oneDNN: libdnnl.so.2: cannot open shared object file"
 };
 
-// OpenBLAS and oneDNN with `threads` threads each. Once per process: the libraries stay loaded and
-// keep the number of threads they were started with.
+// OpenBLAS and oneDNN with `threads` threads each, as far as they are installed, can be told the
+// number of threads and give the right numbers. The libraries stay loaded.
 BlasPeers LoadBlasPeers(int threads);
 
 }  // namespace sala::launch

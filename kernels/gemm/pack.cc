@@ -57,9 +57,10 @@ void CopyPanels(int64_t k, int64_t columns, const float* from, int64_t row, floa
 // The same for a width that is known at run time only.
 void CopyPanelsOfAnyWidth(int64_t k, int64_t columns, const float* from, int64_t row, int64_t width,
                           float* to) {
-  for (int64_t j = 0; j < columns; ++j) {
-    float* panel = to + j / width * k * width + j % width;
-    for (int64_t p = 0; p < k; ++p) panel[p * width] = from[p * row + j];
+  for (int64_t p = 0; p < k; ++p) {
+    for (int64_t j = 0; j < columns; j += width) {
+      std::copy_n(from + p * row + j, std::min(width, columns - j), to + j * k + p * width);
+    }
   }
 }
 

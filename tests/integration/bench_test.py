@@ -111,7 +111,7 @@ class BadInputTest(unittest.TestCase):
         self.assertIn(text, done.err)
 
     def test_bad_input(self):
-        self.refused("USAGE", 64, "each must be larger", "scaling", "--lengths", 512, 256)
+        self.refused("USAGE", 64, "found 256 after 512", "scaling", "--lengths", 512, 256)
         self.refused("FILE-MISSING", 66, "no.yaml", "step", "--config", h.ROOT / "no.yaml")
         wrong = h.ROOT / "wrong.yaml"
         wrong.write_text("model: {hiden_size: 32}\n")

@@ -28,9 +28,11 @@ def rotary_tables(tokens, dim, theta):
 
 
 def chunked_recurrence(q, k, v, slopes):
-    """S[t] = decay S[t-1] + k[t] v[t]^T, o[t] = S[t]^T q[t] / sqrt(D); q, k, v [T, H, D] with T a multiple of CHUNK."""
+    """S[t] = decay S[t-1] + k[t] v[t]^T, o[t] = S[t]^T q[t] / sqrt(D); q, k, v [T, H, D]."""
     tokens, heads, dim = q.shape
-    chunks = tokens // CHUNK
+    chunks = -(-tokens // CHUNK)
+    if tokens % CHUNK != 0:  # zeros behind the end change nothing before it
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, chunks * CHUNK - tokens)) for x in (q, k, v))
     q, k, v = (x.view(chunks, CHUNK, heads, dim).permute(0, 2, 1, 3) for x in (q, k, v))
     i = torch.arange(CHUNK, dtype=torch.float32)
     distance = i[:, None] - i[None, :]
@@ -46,7 +48,7 @@ def chunked_recurrence(q, k, v, slopes):
         states.append(state)
         state = whole * state + added[c]
     o = o + (q * from_start) @ torch.stack(states)
-    return o.permute(0, 2, 1, 3).reshape(tokens, heads, dim) / math.sqrt(dim)
+    return o.permute(0, 2, 1, 3).reshape(chunks * CHUNK, heads, dim)[:tokens] / math.sqrt(dim)
 
 
 def pooled(k, size, stride):
