@@ -29,8 +29,9 @@ const MicroKernels& MicroKernelsOf(InstructionSet set) {
 
 namespace {
 
-// Measured with gemm_bench on processors with 48 KiB of L1 and 2 MiB of L2 cache per core. A long
-// piece of k loads and stores the sums of C less often: they are the traffic beyond the L2 cache.
+// For processors with 48 KiB of L1 and 2 MiB of L2 cache per core (docs/benchmarks/cpu_step.md). A
+// long piece of k loads and stores the sums of C less often: they are the traffic beyond the L2
+// cache.
 constexpr int64_t kBlockRows = 960;
 constexpr int64_t kBlockColumns = 512;
 constexpr int64_t kBlockK = 384;
