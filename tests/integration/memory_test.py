@@ -1,6 +1,11 @@
 """The peak of resident memory that `sala train --dry-run` and `sala plan` say, beside that of the processes of a run (VmHWM).
 
-Models from 0.1 to 20 million parameters, so that in some the program itself is most of it and in others the weights are.
+Models of 0.1, 1.8 and 14.2 million parameters, so that in some the program itself is most of it and in others the weights are.
+
+Two terms of the plan are fitted (recipes/resident_plan.cc): what code of steps and saves takes, to the models `tiny`, `long` and `weights`
+here, and what MPI takes, to `tiny` and `ranks`. For those models the sum of the two is no prediction, so that the test of each asks for
+more than 5 percent of the whole: the rest without the fitted terms must be at least ten times the fitted ones, or the error is held against
+an absolute number. `halo` and its selectors are fitted to nothing.
 """
 
 import json
@@ -8,7 +13,10 @@ import unittest
 
 import harness as h
 
-TOLERANCE = 0.05  # asked of the plan
+TOLERANCE = 0.05  # asked of the plan, where the fitted terms are a small part of it
+# Bytes for the tiny model, of which most is the program and what is fitted: 5 percent of the whole would hide an error as large as all of
+# its own memory. Pages of code that happen to be read differ by some hundred KB from run to run.
+TINY_TOLERANCE = 2e6
 
 
 def said(command):
