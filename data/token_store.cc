@@ -87,19 +87,15 @@ Status TokenFile::Touch(Blocks& blocks, int64_t begin, int64_t count) {
     std::atomic<bool>& done = blocks.done[static_cast<size_t>(b)];
     if (verify_ == Verify::kFirstTouch && done.load(std::memory_order_relaxed)) continue;
     SALA_RETURN_IF_ERROR(CheckBlock(blocks, b));
-    Forget(blocks, kCrcBlockBytes);
+    Forget(blocks, b * kCrcBlockBytes, kCrcBlockBytes);
     done.store(true, std::memory_order_relaxed);
   }
   return OkStatus();
 }
 
-void TokenFile::Forget(Blocks& blocks, int64_t bytes) const {
-  // Linux maps up to 64 KiB around the page that was asked for.
-  constexpr int64_t kAround = int64_t{64} << 10;
-  const int64_t read = bytes + kAround;
-  if (blocks.resident.fetch_add(read, std::memory_order_relaxed) + read < kCrcBlockBytes) return;
-  blocks.resident.store(0, std::memory_order_relaxed);
-  map_.Forget(static_cast<size_t>(blocks.array.offset), static_cast<size_t>(blocks.array.bytes()));
+void TokenFile::Forget(const Blocks& blocks, int64_t begin, int64_t bytes) const {
+  map_.Forget(static_cast<size_t>(blocks.array.offset + begin),
+              static_cast<size_t>(std::min(bytes, blocks.array.bytes() - begin)));
 }
 
 Status TokenFile::CheckOffsets() const {
@@ -170,7 +166,7 @@ Status TokenFile::CopyTokens(int64_t begin, int64_t count, int32_t* out) {
   } else if (count > 0) {
     std::memcpy(out, Array<uint32_t>(tokens_) + begin, static_cast<size_t>(count) * 4);
   }
-  Forget(tokens_, count * tokens_.array.item_bytes);
+  Forget(tokens_, begin * tokens_.array.item_bytes, count * tokens_.array.item_bytes);
   return OkStatus();
 }
 
@@ -179,7 +175,7 @@ Status TokenFile::CopyMask(int64_t begin, int64_t count, uint8_t* out) {
       << path_;
   SALA_RETURN_IF_ERROR(Touch(mask_, begin, count));
   if (count > 0) std::memcpy(out, Array<uint8_t>(mask_) + begin, static_cast<size_t>(count));
-  Forget(mask_, count);
+  Forget(mask_, begin, count);
   return OkStatus();
 }
 

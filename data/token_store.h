@@ -134,17 +134,15 @@ class TokenFile {
     const uint32_t* crc = nullptr;
     std::string name;
     std::unique_ptr<std::atomic<bool>[]> done;
-    std::atomic<int64_t> resident = 0;  // bytes read since the last Forget, at most
   };
   TokenFile() = default;
   Status Map(const std::string& name, Blocks* blocks);
   Status CheckOffsets() const;
   Status Touch(Blocks& blocks, int64_t begin, int64_t count);
   Status CheckBlock(const Blocks& blocks, int64_t block) const;
-  // Bytes of an array were read: documents are copied, so a run would otherwise hold all of a store
-  // that it has seen as its own memory. Forgets the array whenever a checksum block has come
-  // together: a call of the system for every document costs more than the copy of a short one.
-  void Forget(Blocks& blocks, int64_t bytes) const;
+  // Bytes of an array that were read: documents are copied, so a run would otherwise hold all of a
+  // store that it has seen as its own memory.
+  void Forget(const Blocks& blocks, int64_t begin, int64_t bytes) const;
   Status CheckRange(int64_t first, int64_t last) const;
   template <typename T>
   const T* Array(const Blocks& blocks) const {

@@ -5,7 +5,6 @@
 #include "core/file.h"
 #include "core/host_memory.h"
 #include "core/memory.h"
-#include "data/token_shard.h"
 #include "data/token_store.h"
 
 namespace sala::recipes {
@@ -28,7 +27,6 @@ constexpr int64_t kSlotBytes = 12;
 
 struct DataCounts {
   int64_t documents = 0;
-  int64_t mapped = 0;  // bytes of tokens that stay resident until the next are read
   double tokens = 0;
 };
 
@@ -39,8 +37,6 @@ DataCounts CountData(const StageConfig& stage) {
     const auto info = data::ReadDatasetInfo(view.dataset);
     if (!info.ok()) continue;  // what is wrong with it the run says
     counts.documents += info->documents;
-    for (const data::DatasetFile& file : info->files)
-      counts.mapped += std::min(file.bytes, data::kCrcBlockBytes);
     counts.tokens += static_cast<double>(info->tokens);
   }
   return counts;
@@ -78,7 +74,7 @@ ResidentPlan PlanResident(const ProcessStart& start, const StageConfig& stage,
   const int64_t sequences = (batch.global_batch_sequences() + input.mesh.dp - 1) / input.mesh.dp;
   const DataCounts counts = CountData(stage);
   const int64_t held_out = std::min(stage.data.validation.max_tokens, HeldOutTokens(stage, counts));
-  plan.data = counts.mapped + kDocumentBytes * counts.documents +
+  plan.data = kDocumentBytes * counts.documents +
               kSlotBytes * (batch.seq_len_tokens * (sequences + batch.micro_batch_sequences) +
                             held_out / input.mesh.dp);
   plan.memory = memory.resident();

@@ -35,7 +35,7 @@ struct ResidentPlan {
   int64_t program = 0;    // code, libraries and tokenizer: ProcessStart
   int64_t training = 0;   // fitted: code and tables of libraries that only a run uses
   int64_t transport = 0;  // fitted: MPI, where the process that asks has not started it
-  int64_t data = 0;       // lists of documents; mapped tokens; samples of a step; held-out samples
+  int64_t data = 0;       // lists of documents; samples of a step; held-out samples
   int64_t memory = 0;     // MemoryPlan::resident()
 
   int64_t total() const { return program + training + transport + data + memory; }

@@ -185,11 +185,11 @@ TEST(PlanTest, PeaksOfAScoredItem) {
   const model::Batch batch = BatchOf(cu_seqlens, swapped.vocab_size);
   const auto rows = [&] { return arena.New(DType::kF32, {700, swapped.hidden_size}); };
   const Tensor stream = rows();
-  std::fill_n(stream.data<float>(), stream.numel(), 0.5F);
+  std::fill_n(stream.Data<float>(), stream.numel(), 0.5F);
   const Tensor hidden = model.ForwardOnly(ctx, arena, batch, {}, 0, stream);
   model::HeadCrossEntropy(ctx, arena, model, batch, hidden);
   const Tensor kept = rows();
-  std::fill_n(kept.data<float>(), kept.numel(), 0.5F);
+  std::fill_n(kept.Data<float>(), kept.numel(), 0.5F);
   model::HeadKl(ctx, arena, model, kept, model, hidden, batch);
   EXPECT_EQ(at.arena.peak(), static_cast<int64_t>(arena.peak_bytes()));
   EXPECT_EQ(at.scratch.peak(), static_cast<int64_t>(scratch.peak_bytes()));
