@@ -18,7 +18,7 @@ using model::ModelConfig;
 
 // `heads` logits a token, and what the tensor ranks exchange for each chunk of tokens.
 void LossChunks(PassContext& ctx, const ModelPass& pass, int64_t heads, int64_t result_bytes,
-                const std::vector<int64_t>& floats) {
+                const std::vector<int64_t>& floats, bool gradients) {
   const int64_t tokens = pass.share().tokens();
   const int64_t chunk = std::min<int64_t>(ctx.cuda() ? 2048 : 512, tokens);
   const int64_t vocabulary = pass.Vocabulary();
@@ -34,15 +34,19 @@ void LossChunks(PassContext& ctx, const ModelPass& pass, int64_t heads, int64_t 
       }
     }
   }
-  ProductScratch(ctx, chunk, vocabulary, pass.hidden());
+  if (gradients) {
+    ProductScratch(ctx, chunk, vocabulary, pass.hidden());
+  } else {
+    GemmScratch(ctx, chunk, vocabulary, pass.hidden());
+  }
 }
 
-void CrossEntropyLoss(PassContext& ctx, const ModelPass& pass) {
-  LossChunks(ctx, pass, 1, 16, {kernels::kCrossEntropyShardFloats});
+void CrossEntropyLoss(PassContext& ctx, const ModelPass& pass, bool gradients = true) {
+  LossChunks(ctx, pass, 1, 16, {kernels::kCrossEntropyShardFloats}, gradients);
 }
 
-void KlLoss(PassContext& ctx, const ModelPass& pass) {
-  LossChunks(ctx, pass, 2, 24, {kernels::kKlSoftmaxFloats, kernels::kKlPartFloats});
+void KlLoss(PassContext& ctx, const ModelPass& pass, bool gradients = true) {
+  LossChunks(ctx, pass, 2, 24, {kernels::kKlSoftmaxFloats, kernels::kKlPartFloats}, gradients);
 }
 
 // HiddenGradient of model/loss.cc.
@@ -62,14 +66,14 @@ void HeadCrossEntropy(PassContext& ctx, ModelPass& pass) {
   const MeterScope scope(ctx.arena);
   pass.EnterHead();
   pass.Gather(pass.hidden());
-  CrossEntropyLoss(ctx, pass);
+  CrossEntropyLoss(ctx, pass, /*gradients=*/false);
 }
 void HeadKl(PassContext& ctx, ModelPass& pass) {
   const MeterScope scope(ctx.arena);
   pass.EnterHead();
   pass.Gather(pass.hidden());  // the teacher's
   pass.Gather(pass.hidden());
-  KlLoss(ctx, pass);
+  KlLoss(ctx, pass, /*gradients=*/false);
 }
 
 void PassTrain(PassContext& ctx, const std::vector<int32_t>& cu_seqlens) {

@@ -306,18 +306,17 @@ TEST(PlanTest, HugePagesRoundTheArenasUp) {
 
 // It is for a log line: no abort, and nothing to work out on a GPU.
 TEST(PlanTest, ResidentPlanOfAPhaseThatIsNotThere) {
+  const model::ModelConfig model = Input(SmallModel()).model;
   StageConfig stage;
   stage.name = "only";
   stage.batch = Input(SmallModel()).batch;
   RunConfig run;
-  EXPECT_EQ(ErrorCodeOf(PlanResident({}, stage, run, 1, 0, "align", SmallModel()).status()),
-            "INTERNAL");
-  EXPECT_GT(PlanResident({}, stage, run, 1, 0, "train", SmallModel())->total(), 0);
+  EXPECT_EQ(ErrorCodeOf(PlanResident({}, stage, run, 1, 0, "align", model).status()), "INTERNAL");
+  EXPECT_GT(PlanResident({}, stage, run, 1, 0, "train", model)->total(), 0);
   stage.parallel.tp = 3;  // which does not divide the heads
-  EXPECT_EQ(ErrorCodeOf(PlanResident({}, stage, run, 3, 0, "train", SmallModel()).status()),
-            "CFG-MESH");
+  EXPECT_EQ(ErrorCodeOf(PlanResident({}, stage, run, 3, 0, "train", model).status()), "CFG-MESH");
   run.device = DeviceKind::kCuda;
-  EXPECT_EQ(PlanResident({}, stage, run, 3, 0, "train", SmallModel())->total(), 0);
+  EXPECT_EQ(PlanResident({}, stage, run, 3, 0, "train", model)->total(), 0);
 }
 
 TEST(PlanTest, RefusesWhatARunRefuses) {
