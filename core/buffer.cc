@@ -1,7 +1,5 @@
 #include "core/buffer.h"
 
-#include <malloc.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -17,10 +15,9 @@ namespace {
 std::atomic<int64_t> host_bytes{0};
 std::atomic<int64_t> host_peak{0};
 
-// What the allocator gave: the same number when it is taken back, without a place to keep it.
-void CountHost(void* pointer, int64_t sign) {
-  const int64_t now = host_bytes +=
-      sign * static_cast<int64_t>(pointer == nullptr ? 0 : malloc_usable_size(pointer));
+// What was asked for: what the allocator has beside a large piece is never written.
+void CountHost(int64_t bytes) {
+  const int64_t now = host_bytes += bytes;
   int64_t peak = host_peak;
   while (now > peak && !host_peak.compare_exchange_weak(peak, now)) {
   }
@@ -35,23 +32,23 @@ void BufferFree::operator()(void* pointer) const {
   if (device != nullptr) {
     device->Free(pointer);
   } else {
-    CountHost(pointer, -1);
+    CountHost(-static_cast<int64_t>(bytes));
     std::free(pointer);
   }
 }
 
 Buffer::Buffer(size_t bytes, Device* device) : bytes_(bytes) {
   if (bytes == 0) {
-    data_ = {nullptr, BufferFree{device}};
+    data_ = {nullptr, BufferFree{.device = device}};
     return;
   }
   if (device != nullptr) {
-    data_ = {device->Allocate(bytes), BufferFree{device}};
+    data_ = {device->Allocate(bytes), BufferFree{.device = device, .bytes = bytes}};
     device->Zero(data_.get(), bytes);
     return;
   }
-  data_ = {AllocateHostMemory(bytes), BufferFree{}};
-  CountHost(data_.get(), 1);
+  data_ = {AllocateHostMemory(bytes), BufferFree{.bytes = bytes}};
+  CountHost(static_cast<int64_t>(bytes));
   std::memset(data_.get(), 0, bytes);
 }
 

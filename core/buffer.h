@@ -12,6 +12,7 @@ namespace sala {
 // Gives memory back to where it came from.
 struct BufferFree {
   Device* device = nullptr;
+  size_t bytes = 0;  // that were asked for
   void operator()(void* pointer) const;
 };
 

@@ -15,15 +15,6 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kLarge = 2 * kHugePage;
 
-// "always [madvise] never": the setting is the word in brackets.
-bool SystemGivesHugePages() {
-  std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
-  std::string words;
-  std::getline(file, words);
-  return words.find("[always]") != std::string::npos ||
-         words.find("[madvise]") != std::string::npos;
-}
-
 }  // namespace
 
 void* AllocateHostMemory(size_t bytes) {
@@ -38,9 +29,17 @@ void* AllocateHostMemory(size_t bytes) {
   return data;
 }
 
-size_t ResidentOfPiece(size_t bytes, size_t used) {
-  static const bool huge = SystemGivesHugePages();
-  if (!huge || bytes < kLarge) return used;
+// "always [madvise] never": the setting is the word in brackets.
+bool SystemGivesHugePages() {
+  std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
+  std::string words;
+  std::getline(file, words);
+  return words.find("[always]") != std::string::npos ||
+         words.find("[madvise]") != std::string::npos;
+}
+
+size_t ResidentOfPiece(size_t bytes, size_t used, bool huge_pages) {
+  if (!huge_pages || bytes < kLarge) return used;
   return std::min(bytes, (used + kHugePage - 1) / kHugePage * kHugePage);
 }
 

@@ -11,8 +11,11 @@ namespace sala {
 // (docs/benchmarks/cpu_step.md). HostMemoryError when the system has none.
 void* AllocateHostMemory(size_t bytes);
 
-// The steps in which `used` of such a piece of `bytes` become resident: of 2 MiB where it is a
-// large one and the system gives huge pages to who asks, else `used` itself.
-size_t ResidentOfPiece(size_t bytes, size_t used);
+// Whether the system gives huge pages to who asks for them.
+bool SystemGivesHugePages();
+
+// What becomes resident when `used` of such a piece of `bytes` are written: with huge pages and of
+// a large piece in steps of 2 MiB, else `used` itself.
+size_t ResidentOfPiece(size_t bytes, size_t used, bool huge_pages);
 
 }  // namespace sala

@@ -6,7 +6,7 @@
 
 namespace sala {
 
-// Bytes of all Buffers in host memory (core/buffer.h), now and the most there ever were.
+// Bytes asked for by all Buffers in host memory (core/buffer.h), now and the most there ever were.
 int64_t HostBufferBytes();
 int64_t HostBufferPeakBytes();
 

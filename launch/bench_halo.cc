@@ -2,6 +2,7 @@
 // that are trained for it, several seeds, margins fixed beforehand.
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
@@ -29,6 +30,7 @@ using recipes::RecallByLength;
 
 struct BenchHaloOptions {
   int64_t seeds = 3;
+  int64_t first_seed = 1;
   int threads = 1;
   std::string to;
   std::string json;
@@ -126,9 +128,10 @@ void PrintSeed(int64_t seed, const ClaimNumbers& numbers, const std::vector<Clai
   }
 }
 
-void PrintVerdicts(const std::vector<std::vector<ClaimResult>>& seeds) {
+void PrintVerdicts(int64_t first_seed, const std::vector<std::vector<ClaimResult>>& seeds) {
   std::printf("\n%-34s", "verdicts");
-  for (size_t seed = 1; seed <= seeds.size(); ++seed) std::printf(" seed %-10zu", seed);
+  for (size_t i = 0; i < seeds.size(); ++i)
+    std::printf(" seed %-10ld", static_cast<long>(first_seed + static_cast<int64_t>(i)));
   std::printf("\n");
   for (size_t claim = 0; claim < seeds.front().size(); ++claim) {
     std::printf("%2d %-31s", seeds.front()[claim].number, seeds.front()[claim].claim.c_str());
@@ -171,7 +174,7 @@ Status BenchHalo(const BenchHaloOptions& options, const std::string& command) {
                                 : WriteFileAtomically(options.json, report.dump(1) + "\n");
   };
   SALA_RETURN_IF_ERROR(TryReport(options.json));
-  for (int64_t seed = 1; seed <= options.seeds; ++seed) {
+  for (int64_t seed = options.first_seed; seed < options.first_seed + options.seeds; ++seed) {
     const double started = ClockSeconds();
     const auto say = [&](const std::string& line) {
       if (!quiet) {
@@ -189,7 +192,7 @@ Status BenchHalo(const BenchHaloOptions& options, const std::string& command) {
     report["seeds"].push_back(ToJson(seed, numbers, verdicts.back()));
     SALA_RETURN_IF_ERROR(write());
   }
-  PrintVerdicts(verdicts);
+  PrintVerdicts(options.first_seed, verdicts);
   return OkStatus();
 }
 
@@ -205,14 +208,18 @@ void AddBenchHaloCommand(CommandLine& line, CLI::App& group) {
       ->add_option("--to", options->to,
                    "directory of the runs; what is finished there is taken up again")
       ->required();
-  command->add_option("--seeds", options->seeds, "teachers, from seed 1")
+  command->add_option("--seeds", options->seeds, "teachers, one a seed")
       ->check(CLI::Range(int64_t{1}, int64_t{1000}))
+      ->capture_default_str();
+  command->add_option("--first-seed", options->first_seed, "the others follow it")
+      ->check(CLI::Range(int64_t{1}, int64_t{1000000}))
       ->capture_default_str();
   command
       ->add_option("--threads", options->threads, "compute threads; results do not depend on them")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   std::vector<std::string> selectors;
+  selectors.reserve(std::size(recipes::kClaimSelectors));
   for (const recipes::Selector selector : recipes::kClaimSelectors)
     selectors.emplace_back(NameOf(selector));
   command

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "core/file.h"
-#include "core/memory.h"
 #include "data/tokenizer.h"
 #include "launch/command.h"
 #include "launch/plan_text.h"
@@ -126,7 +125,7 @@ Status Plan(const PlanOptions& options) {
                                                 VocabularyOf(config.stages[0])));
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
                         recipes::TokenizerIfThere(config.stages[0].tokenizer));
-  const recipes::ProcessStart start{.bytes = ResidentBytes(), .mpi = false};
+  const recipes::ProcessStart start = recipes::MeasureStart(/*mpi=*/false);
   for (const recipes::StageConfig& stage : config.stages) {
     if (tokenizer == nullptr) break;
     const Status prompts = recipes::CheckRecallPrompts(stage, *tokenizer);
@@ -142,7 +141,8 @@ Status Plan(const PlanOptions& options) {
     if (!plans.ok()) return Annotate(plans.status(), "stage " + stage.name);
     if (!options.stage.empty() && !named(stage)) continue;
     auto phases = nlohmann::ordered_json::array();
-    for (const NamedPlan& plan : *plans) {
+    for (NamedPlan& plan : *plans) {
+      recipes::AddMachine(start, stage, &plan.input);
       std::vector<RankPlan> ranks;
       ranks.reserve(static_cast<size_t>(options.ranks));
       for (int rank = 0; rank < options.ranks; ++rank) {

@@ -30,6 +30,8 @@ nlohmann::ordered_json MemoryJson(const MemoryPlan& memory) {
   json["total"] = memory.total();
   json["arena_ends"] = memory.arena_ends;
   json["assembly"] = memory.assembly;
+  json["scoring"] = memory.scoring;
+  json["fitting"] = memory.fitting;
   json["host"] = memory.host;
   return json;
 }

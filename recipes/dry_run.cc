@@ -9,7 +9,6 @@
 #include <utility>
 
 #include "core/file.h"
-#include "core/memory.h"
 #include "recipes/eval_stage.h"
 #include "recipes/halo/distil.h"
 #include "recipes/halo/items.h"
@@ -263,7 +262,7 @@ StatusOr<DryRunSheet> DryRun(const PipelineConfig& config, int ranks) {
         SALA_ASSIGN_OR_RETURN(const auto named, data::LoadTokenizer(path));
         return named->vocab_size();
       }));
-  const ProcessStart start{.bytes = ResidentBytes(), .mpi = false};
+  const ProcessStart start = MeasureStart(/*mpi=*/false);
   Missing missing;
   for (const StageConfig& stage : config.stages) {
     StageSheet& made = sheet.stages.emplace_back();
@@ -281,7 +280,10 @@ StatusOr<DryRunSheet> DryRun(const PipelineConfig& config, int ranks) {
           CheckInputs(stage, config.run, ranks, model, *tokenizer, &made.data_checked);
       if (!inputs.ok()) return Annotate(inputs, "stage " + stage.name);
     }
-    for (const NamedPlan& plan : *plans) made.phases.push_back(MakePhase(start, stage, plan));
+    for (NamedPlan& plan : *plans) {
+      AddMachine(start, stage, &plan.input);
+      made.phases.push_back(MakePhase(start, stage, plan));
+    }
     AddNotes(stage, &made);
   }
   sheet.missing = missing.Lines();

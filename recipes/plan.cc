@@ -132,6 +132,50 @@ int64_t Assembly(const PlanInput& input, const PassContext& at, const Layout& la
   return memory.frozen + (layout.size() + beside) * kFloat;
 }
 
+// Teacher, mixers, the arenas of the alignment, and two rows of each token of this rank's items:
+// the residual stream at the input of a layer and the teacher's hidden states.
+int64_t Scoring(const PlanInput& input, int64_t rank, const MemoryPlan& memory) {
+  const ScoringInput& scoring = input.scoring;
+  if (input.phase != PlanPhase::kDistil || scoring.text_tokens == 0) return 0;
+  PlanInput align = input;
+  align.phase = PlanPhase::kAlign;
+  align.model = input.teacher;
+  align.batch = scoring.align;
+  PassContext at(align, rank);
+  at.enter = at.enter_teacher = [](int64_t) {};
+  PassMicroBatch(at, FullMicroBatches(align, rank).front());
+  const int64_t piece = std::min(scoring.align.seq_len_tokens, scoring.text_tokens);
+  for (const int64_t length : {piece, scoring.prompt_tokens})
+    PassScore(at, input.teacher, {0, static_cast<int32_t>(length)});
+
+  const int64_t dp = input.mesh.dp;
+  const int64_t tokens =
+      (scoring.text_tokens + dp - 1) / dp + (scoring.prompts + dp - 1) / dp * scoring.prompt_tokens;
+  const int64_t part =
+      model::ShareTokens(static_cast<int32_t>(tokens), at.cp, at.cp_ranks, at.tp, at.tp_ranks)
+          .part();
+  // Tokens, labels and positions of all items, and of this rank's once more.
+  const int64_t items = scoring.text_tokens + scoring.prompts * scoring.prompt_tokens + tokens;
+  const int64_t mixers =
+      model::UnitBorders(AllMixerSpecs(input.teacher, {at.tp, at.tp_ranks})).back();
+  return memory.frozen + mixers * kFloat + 2 * part * input.teacher.hidden_size * kFloat +
+         3 * items * static_cast<int64_t>(sizeof(int32_t)) + at.arena.touched(input.huge_pages) +
+         at.scratch.touched(input.huge_pages);
+}
+
+// Teacher and hybrid, and the arenas of the steps with a pass over a document of the fit.
+int64_t Fitting(const PlanInput& input, const MemoryPlan& memory, PassContext& at) {
+  if (input.fit_tokens == 0) return 0;
+  model::ModelConfig handed_on = input.model;
+  handed_on.attn_use_rope = false;
+  handed_on.attn_use_output_gate = true;
+  PassEvaluate(at, handed_on, {0, static_cast<int32_t>(input.fit_tokens)});
+  const int64_t hybrid =
+      model::UnitBorders(model::ParameterSpecs(handed_on, {at.tp, at.tp_ranks})).back();
+  return memory.frozen + hybrid * kFloat + at.arena.touched(input.huge_pages) +
+         at.scratch.touched(input.huge_pages);
+}
+
 // GradientReducer::Reduce of one unit.
 void CountReduce(const PlanInput& input, const Layout& layout, int64_t param_rank,
                  const std::vector<CopyRange>& copies, int64_t unit, PassContext& at) {
@@ -291,9 +335,12 @@ RankPlan PlanRank(const PlanInput& input, int64_t rank, const MicroBatches& micr
   plan.memory.activations = at.arena.peak();
   plan.memory.work_space = at.scratch.peak();
   if (input.device != DeviceKind::kCuda) {
-    plan.memory.arena_ends =
-        at.arena.touched() + at.scratch.touched() - at.arena.peak() - at.scratch.peak();
+    plan.memory.arena_ends = at.arena.touched(input.huge_pages) +
+                             at.scratch.touched(input.huge_pages) - at.arena.peak() -
+                             at.scratch.peak();
     plan.memory.assembly = Assembly(input, at, layout, plan.memory);
+    plan.memory.scoring = Scoring(input, rank, plan.memory);
+    plan.memory.fitting = Fitting(input, plan.memory, at);
   }
   return plan;
 }
@@ -400,6 +447,16 @@ StatusOr<std::vector<NamedPlan>> PlanStage(const StageConfig& stage, const RunCo
   distil.batch = stage.halo->distil.batch;
   distil.trainable = stage.halo->trainable;
   distil.cross_entropy = stage.halo->ce_weight > 0;
+  const int64_t fit =
+      stage.halo->logit_scale_grid.empty() ? 0 : stage.halo->logit_scale_length_tokens;
+  if (!stage.halo->finetune) distil.fit_tokens = fit;
+  if (NeedsLayerScores(stage.halo->selector) || stage.halo->selector == Selector::kGreedy) {
+    const HaloScoreConfig& score = stage.halo->score;
+    distil.scoring = {.align = stage.halo->align.batch,
+                      .text_tokens = score.text_tokens,
+                      .prompts = score.recall_items,
+                      .prompt_tokens = score.recall_length_tokens};
+  }
   SALA_RETURN_IF_ERROR(add("distil", distil));
   PlanInput finetune = distil;
   finetune.phase = PlanPhase::kFinetune;
@@ -409,6 +466,7 @@ StatusOr<std::vector<NamedPlan>> PlanStage(const StageConfig& stage, const RunCo
   *model = finetune.model;
   if (!stage.halo->finetune) return plans;
   finetune.batch = stage.halo->finetune->batch;
+  finetune.fit_tokens = fit;
   SALA_RETURN_IF_ERROR(add("finetune", finetune));
   return plans;
 }

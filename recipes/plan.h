@@ -43,14 +43,16 @@ struct MemoryPlan {
   // CPU, beyond the two peaks: bytes at the ends of the arenas' blocks, in use at another moment,
   // and the rest of the last page of each.
   int64_t arena_ends = 0;
-  // CPU, HALO: buffers while the hybrid is put together, before its first step.
-  int64_t assembly = 0;
+  // CPU, HALO, what is resident in moments beside the steps: buffers while the hybrid is put
+  // together and all while layers are scored, before the first step of the distillation; all while
+  // the logit scale is fitted, after the last step.
+  int64_t assembly = 0, scoring = 0, fitting = 0;
 
   int64_t buffers() const { return parameters + frozen + slots + gradients + optimizer + exchange; }
   // Of the device computed on.
   int64_t total() const { return buffers() + activations + work_space; }
   // What becomes resident of all this at most.
-  int64_t resident() const { return std::max(total() + arena_ends, assembly); }
+  int64_t resident() const { return std::max({total() + arena_ends, assembly, scoring, fitting}); }
 };
 
 enum class PlanPhase : uint8_t {
@@ -58,6 +60,13 @@ enum class PlanPhase : uint8_t {
   kAlign,     // HALO: linear mixers of all layers beside the teacher's
   kDistil,    // HALO: the hybrid from the teacher
   kFinetune,  // HALO: the hybrid on next tokens, the teacher still in memory
+};
+
+// What HALO scores layers on, one item at a time (recipes/halo/score.h).
+struct ScoringInput {
+  BatchConfig align;        // whose arenas it goes on with, and the pieces of text of whose length
+  int64_t text_tokens = 0;  // 0: no layer is scored
+  int64_t prompts = 0, prompt_tokens = 0;
 };
 
 struct PlanInput {
@@ -74,6 +83,10 @@ struct PlanInput {
   int64_t threads = 1;
   // Whether every step is logged, which gathers a few numbers of every rank.
   bool log_every_step = true;
+  ScoringInput scoring;    // kDistil
+  int64_t fit_tokens = 0;  // HALO's last phase: of a document of the logit scale's fit; 0: no fit
+  // Large pieces of memory become resident in pages of 2 MiB (core/host_memory.h).
+  bool huge_pages = false;
 
   int64_t ranks() const { return mesh.dp * mesh.cp * mesh.tp; }
 };

@@ -203,13 +203,14 @@ void ModelPass::Backward(const Tables& tables, bool recompute, bool embedding_tr
 }
 
 void ModelPass::ForwardOnly(const std::vector<int32_t>& cu_seqlens,
-                            const std::function<void(int64_t)>& hook) {
+                            const std::function<void(int64_t)>& hook, bool input_given) {
   const model::TokenShare share =
       model::ShareTokens(cu_seqlens.back(), ctx_.cp, ctx_.cp_ranks, ctx_.tp, ctx_.tp_ranks);
+  if (input_given) Activations(share.part(), hidden());
   Activations(share.part(), hidden());
   const MeterScope scope(ctx_.arena);
   const Tables tables = MakeTables(cu_seqlens);
-  Embed();
+  if (!input_given) Embed();
   Activations(share_.part(), hidden());
   for (int64_t layer = 0; layer < layers(); ++layer) {
     const MeterScope layer_scope(ctx_.arena);

@@ -53,9 +53,10 @@ class ModelPass {
   Tables Forward(const std::vector<int32_t>& cu_seqlens, bool recompute);
   void Backward(const Tables& tables, bool recompute, bool embedding_trained);
 
-  // Model::ForwardOnly; `hook` behind each layer, before its memory is given back.
+  // Model::ForwardOnly; `hook` behind each layer, before its memory is given back. With
+  // `input_given` from a copy of what enters the first layer, which stays allocated.
   void ForwardOnly(const std::vector<int32_t>& cu_seqlens,
-                   const std::function<void(int64_t)>& hook = nullptr);
+                   const std::function<void(int64_t)>& hook = nullptr, bool input_given = false);
   void EnterHead();
 
   // Entries of the vocabulary that this rank has, without padding.

@@ -18,7 +18,7 @@ using model::ModelConfig;
 
 // `heads` logits a token, and what the tensor ranks exchange for each chunk of tokens.
 void LossChunks(PassContext& ctx, const ModelPass& pass, int64_t heads, int64_t result_bytes,
-                const std::vector<int64_t>& floats) {
+                const std::vector<int64_t>& floats, bool gradients) {
   const int64_t tokens = pass.share().tokens();
   const int64_t chunk = std::min<int64_t>(ctx.cuda() ? 2048 : 512, tokens);
   const int64_t vocabulary = pass.Vocabulary();
@@ -34,11 +34,19 @@ void LossChunks(PassContext& ctx, const ModelPass& pass, int64_t heads, int64_t 
       }
     }
   }
-  ProductScratch(ctx, chunk, vocabulary, pass.hidden());
+  if (gradients) {
+    ProductScratch(ctx, chunk, vocabulary, pass.hidden());
+  } else {
+    GemmScratch(ctx, chunk, vocabulary, pass.hidden());
+  }
 }
 
-void CrossEntropyLoss(PassContext& ctx, const ModelPass& pass) {
-  LossChunks(ctx, pass, 1, 16, {kernels::kCrossEntropyShardFloats});
+void CrossEntropyLoss(PassContext& ctx, const ModelPass& pass, bool gradients = true) {
+  LossChunks(ctx, pass, 1, 16, {kernels::kCrossEntropyShardFloats}, gradients);
+}
+
+void KlLoss(PassContext& ctx, const ModelPass& pass, bool gradients = true) {
+  LossChunks(ctx, pass, 2, 24, {kernels::kKlSoftmaxFloats, kernels::kKlPartFloats}, gradients);
 }
 
 // HiddenGradient of model/loss.cc.
@@ -51,6 +59,21 @@ void SumHiddenGradient(PassContext& ctx, ModelPass& pass) {
   const MeterScope scope(ctx.arena);
   if (ctx.cuda()) pass.Floats(pass.share().tokens() * pass.hidden());
   pass.Sum(pass.hidden(), Write::kOverwrite);
+}
+
+// HeadCrossEntropy and HeadKl of model/loss.cc.
+void HeadCrossEntropy(PassContext& ctx, ModelPass& pass) {
+  const MeterScope scope(ctx.arena);
+  pass.EnterHead();
+  pass.Gather(pass.hidden());
+  CrossEntropyLoss(ctx, pass, /*gradients=*/false);
+}
+void HeadKl(PassContext& ctx, ModelPass& pass) {
+  const MeterScope scope(ctx.arena);
+  pass.EnterHead();
+  pass.Gather(pass.hidden());  // the teacher's
+  pass.Gather(pass.hidden());
+  KlLoss(ctx, pass, /*gradients=*/false);
 }
 
 void PassTrain(PassContext& ctx, const std::vector<int32_t>& cu_seqlens) {
@@ -76,7 +99,7 @@ void PassDistil(PassContext& ctx, const std::vector<int32_t>& cu_seqlens) {
   teacher.EnterHead();
   student.EnterHead();
   student.Gather(student.hidden());
-  LossChunks(ctx, student, 2, 24, {kernels::kKlSoftmaxFloats, kernels::kKlPartFloats});
+  KlLoss(ctx, student);
   if (ctx.input.cross_entropy) {
     student.Activations(student.share().tokens(), student.hidden());
     CrossEntropyLoss(ctx, student);
@@ -120,11 +143,11 @@ void ArenaMeter::New(int64_t bytes) {
   peak_ = std::max(peak_, at_.used);
 }
 
-int64_t ArenaMeter::touched() const {
+int64_t ArenaMeter::touched(bool huge_pages) const {
   int64_t bytes = 0;
   for (const Block& block : blocks_) {
-    bytes += static_cast<int64_t>(
-        ResidentOfPiece(static_cast<size_t>(block.size), static_cast<size_t>(block.touched)));
+    bytes += static_cast<int64_t>(ResidentOfPiece(static_cast<size_t>(block.size),
+                                                  static_cast<size_t>(block.touched), huge_pages));
   }
   return bytes;
 }
@@ -152,6 +175,27 @@ void PassMicroBatch(PassContext& ctx, const std::vector<int32_t>& cu_seqlens) {
       PassDistil(ctx, cu_seqlens);
       break;
   }
+}
+
+void PassEvaluate(PassContext& ctx, const ModelConfig& config,
+                  const std::vector<int32_t>& cu_seqlens) {
+  const MeterScope scope(ctx.arena);
+  ModelPass pass(ctx, config, false, ctx.enter);
+  pass.ForwardOnly(cu_seqlens);
+  HeadCrossEntropy(ctx, pass);
+}
+
+void PassScore(PassContext& ctx, const ModelConfig& teacher,
+               const std::vector<int32_t>& cu_seqlens) {
+  const MeterScope scope(ctx.arena);
+  ModelConfig config = teacher;
+  config.mixer_types[0] = NameOf(MixerType::kLightning);
+  ModelPass swapped(ctx, config, false, ctx.enter_teacher);
+  swapped.ForwardOnly(cu_seqlens, nullptr, /*input_given=*/true);
+  const MeterScope measure(ctx.arena);
+  HeadCrossEntropy(ctx, swapped);
+  swapped.Activations(swapped.share().part(), swapped.hidden());  // the teacher's, kept
+  HeadKl(ctx, swapped);
 }
 
 }  // namespace sala::recipes

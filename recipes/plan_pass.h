@@ -35,8 +35,8 @@ class ArenaMeter {
 
   int64_t peak() const { return peak_; }
   // What becomes resident of its blocks. More than the peak where something did not fit into the
-  // rest of a block, and by the pages' size (core/host_memory.h).
-  int64_t touched() const;
+  // rest of a block, and with huge pages by their size (core/host_memory.h).
+  int64_t touched(bool huge_pages) const;
 
  private:
   struct Block {
@@ -81,5 +81,13 @@ struct PassContext {
 
 // Adds one micro-batch with the documents of cu_seqlens.
 void PassMicroBatch(PassContext& ctx, const std::vector<int32_t>& cu_seqlens);
+
+// EvaluateCrossEntropy of model/loss.h.
+void PassEvaluate(PassContext& ctx, const model::ModelConfig& config,
+                  const std::vector<int32_t>& cu_seqlens);
+
+// One item of Scorer (recipes/halo/score.h) on `teacher` with its first layer linear.
+void PassScore(PassContext& ctx, const model::ModelConfig& teacher,
+               const std::vector<int32_t>& cu_seqlens);
 
 }  // namespace sala::recipes

@@ -250,11 +250,7 @@ StatusOr<StageSummary> RunPretrainStage(Session& session, const StageInput& inpu
     SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(session.world(), chats));
   }
 
-  SALA_ASSIGN_OR_RETURN(
-      const ResidentPlan resident,
-      PlanResident(session.start(), stage, session.config().run, session.world().size(),
-                   session.world().rank(), loop.position.phase, loaded->config));
-  session.planned_resident = std::max(session.planned_resident, resident.total());
+  session.ExpectResident(stage, loop.position.phase, loaded->config);
   PretrainTask task(session.ctx(), session.mesh(), std::move(loaded).value(), stage, **held_out);
   SALA_ASSIGN_OR_RETURN(
       const StepLoopSummary done,

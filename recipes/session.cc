@@ -167,8 +167,22 @@ StatusOr<std::unique_ptr<Session>> Session::Open(parallel::Communicator& world,
   SALA_RETURN_IF_ERROR(
       parallel::AgreeOnStatus(world, OpenLogFile(session->path(RankLogName(world.rank())))));
   session->LogDevice();
-  session->start_ = {.bytes = ResidentBytes(), .mpi = parallel::LaunchedByMpi()};
+  session->start_ = MeasureStart(parallel::LaunchedByMpi());
   return session;
+}
+
+void Session::ExpectResident(const StageConfig& stage, const std::string& phase,
+                             const model::ModelConfig& model) {
+  if (resident_unknown_) return;
+  const auto plan =
+      PlanResident(start_, stage, config_.run, world_.size(), world_.rank(), phase, model);
+  if (plan.ok()) {
+    planned_resident_ = std::max(planned_resident_, plan->total());
+    return;
+  }
+  SALA_LOG(Warn) << "the peak of resident memory is not planned: " << MessageOf(plan.status());
+  resident_unknown_ = true;
+  planned_resident_ = 0;
 }
 
 Status Session::WriteConfig() {

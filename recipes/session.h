@@ -84,7 +84,11 @@ class Session {
   // This process when the session was open.
   const ProcessStart& start() const { return start_; }
   // The peak of this process's resident memory by the plan of the phases so far; 0: not planned.
-  int64_t planned_resident = 0;
+  int64_t planned_resident() const { return planned_resident_; }
+  // Before a phase of a stage that starts from `model`: adds it. The number is for a log line, so
+  // that a phase which cannot be planned is a warning and ends the planning.
+  void ExpectResident(const StageConfig& stage, const std::string& phase,
+                      const model::ModelConfig& model);
   // Steps done over the whole pipeline; checkpoints are named after it.
   int64_t global_step = 0;
   int64_t failed_saves = 0;  // in a row
@@ -100,6 +104,8 @@ class Session {
   Status WriteEnvironment() const;
   void WarnOnce(const Status& status);
   ProcessStart start_;
+  int64_t planned_resident_ = 0;
+  bool resident_unknown_ = false;  // a phase could not be planned
   bool warned_ = false;
   bool steps_begun_ = false;
   int64_t traced_step_ = 0;  // 0: none

@@ -161,8 +161,8 @@ Status StepLoop::PlanMemory() {
   options.dry = true;
   options.like = ctx.gpu;
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<Device> dry, OpenCudaDevice(options));
-  Arena arena(size_t{64} << 20, dry.get());
-  Arena scratch(size_t{64} << 20, dry.get());
+  Arena arena(kArenaBlockBytes, dry.get());
+  Arena scratch(kArenaBlockBytes, dry.get());
   Context plan = ctx;
   plan.gpu = dry.get();
   plan.scratch = &scratch;

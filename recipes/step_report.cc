@@ -159,7 +159,7 @@ Status StepReport::Ranks() {
                                          {"activations", session_.arena().peak_bytes()},
                                          {"work_space", session_.scratch().peak_bytes()},
                                          {"resident", ResidentPeakBytes()},
-                                         {"resident_planned", session_.planned_resident}}}};
+                                         {"resident_planned", session_.planned_resident()}}}};
   SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all,
                         session_.world().AllGatherText(mine.dump()));
   auto ranks = nlohmann::ordered_json::array();

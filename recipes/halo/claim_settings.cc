@@ -1,5 +1,7 @@
-// The sizes of the claims' measurement: large enough that teacher and hybrid of a seed that is not
-// reported (9) recall most of what they are asked, small enough for half an hour of three seeds.
+// The sizes of the claims' measurement: large enough that teacher and hybrid recall most of what
+// they are asked, small enough for half an hour of three seeds. They were set on seed 9, which is
+// not reported, but not on it alone: a first choice was dropped after a part of seed 1, because its
+// hybrid recalled too little (docs/benchmarks/halo.md).
 #include "recipes/halo/claim_trial.h"
 
 namespace sala::recipes {

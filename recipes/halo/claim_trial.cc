@@ -9,6 +9,7 @@
 #include "recipes/halo/align.h"
 #include "recipes/halo/assemble.h"
 #include "recipes/halo/distil.h"
+#include "recipes/halo/files.h"
 #include "recipes/halo/items.h"
 #include "recipes/halo/logit_scale.h"
 #include "recipes/halo/score.h"
@@ -20,18 +21,6 @@ namespace sala::recipes {
 namespace {
 
 using nlohmann::json;
-
-std::string Text(const char* format, double value) {
-  char text[64];
-  std::snprintf(text, sizeof(text), format, value);
-  return text;
-}
-
-std::string Text(const std::vector<int64_t>& layers) {
-  std::string text;
-  for (int64_t layer : layers) text += (text.empty() ? "" : ", ") + std::to_string(layer);
-  return text.empty() ? "none" : text;
-}
 
 // Share of the labels that the model's arg-max finds.
 double Recall(Session& session, const model::Model& model, const std::vector<model::Batch>& batches,

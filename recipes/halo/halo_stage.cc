@@ -190,11 +190,7 @@ StatusOr<StepLoopSummary> HaloStage::RunPhase(const std::string& phase,
   loop.parent = teacher_.origin;
   loop.extra_trainer = {{"halo", state_}};
   loop.final_phase = false;
-  SALA_ASSIGN_OR_RETURN(
-      const ResidentPlan resident,
-      PlanResident(session_.start(), stage_, session_.config().run, session_.world().size(),
-                   session_.world().rank(), phase, teacher_.config));
-  session_.planned_resident = std::max(session_.planned_resident, resident.total());
+  session_.ExpectResident(stage_, phase, teacher_.config);
   SALA_ASSIGN_OR_RETURN(const StepLoopSummary summary,
                         RunStepLoop(session_, loop, task, **stream, ResumeOf(phase)));
   state_["phases"][phase] = {{"tokens", summary.tokens}, {"seconds", summary.seconds}};

@@ -58,12 +58,23 @@ class BenchHaloTest(unittest.TestCase):
         self.assertEqual(json.loads((h.ROOT / "again.json").read_text())["seeds"], self.report["seeds"])
         self.assertNotIn("teacher:", again.err)  # no piece was made
 
+    def test_the_first_seed_can_be_named(self):
+        """Here one that is finished, so that nothing is measured."""
+        second = bench("--seeds", 1, "--first-seed", 2, "--to", self.folder, "--json", h.ROOT / "second.json")
+        self.assertEqual(second.code, 0, second)
+        self.assertEqual(json.loads((h.ROOT / "second.json").read_text())["seeds"], self.report["seeds"][1:])
+        self.assertNotIn("teacher:", second.err)
+        verdicts = second.out[second.out.index("verdicts"):].splitlines()[0]
+        self.assertIn("seed 2", verdicts)
+        self.assertNotIn("seed 1", verdicts)
+
     def test_bad_input_is_refused_in_one_line(self):
         blocked = h.ROOT / "file"
         blocked.write_text("")
         for arguments, code, name in (
                 ((), 64, "USAGE"),
                 (("--to", self.folder, "--seeds", 0), 64, "USAGE"),
+                (("--to", self.folder, "--first-seed", 0), 64, "USAGE"),
                 (("--to", self.folder, "--threads", "two"), 64, "USAGE"),
                 (("--to", self.folder, "--selector", "uniform"), 64, "USAGE"),
                 (("--to", self.folder, "--selector", "kl_swap"), 78, "BENCH-DIR"),

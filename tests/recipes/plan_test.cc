@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "model/units.h"
 #include "recipes/halo/transfer.h"
 #include "recipes/plan_pass.h"
+#include "recipes/resident_plan.h"
 
 namespace sala::recipes {
 namespace {
@@ -144,6 +146,55 @@ int64_t Bytes(const RankPlan& plan, const std::string& name) {
   return it == plan.comm.end() ? 0 : it->second.bytes;
 }
 
+TEST(PlanTest, PeaksOfAnEvaluation) {
+  for (const std::vector<int32_t>& cu_seqlens : {std::vector<int32_t>{0, 64}, {0, 300, 700}}) {
+    const PlanInput input = Input(SmallModel());
+    PassContext at(input, 0);
+    at.enter = at.enter_teacher = [](int64_t) {};
+    PassEvaluate(at, input.model, cu_seqlens);
+    model::ParameterStore params(model::ParameterSpecs(input.model));
+    model::InitialiseParameters(input.model, 1, params);
+    const model::Model model(input.model, params);
+    ThreadPool pool(static_cast<int>(input.threads));
+    Arena arena, scratch;
+    const Context ctx{.pool = &pool, .scratch = &scratch};
+    model::EvaluateCrossEntropy(ctx, arena, model, BatchOf(cu_seqlens, input.model.vocab_size), {});
+    EXPECT_EQ(at.arena.peak(), static_cast<int64_t>(arena.peak_bytes()));
+    EXPECT_EQ(at.scratch.peak(), static_cast<int64_t>(scratch.peak_bytes()));
+  }
+}
+
+// As Scorer runs an item.
+TEST(PlanTest, PeaksOfAScoredItem) {
+  PlanInput input = Input(SmallModel());
+  for (std::string& type : input.model.mixer_types)
+    type = model::NameOf(model::MixerType::kSoftmax);
+  const std::vector<int32_t> cu_seqlens = {0, 700};
+  PassContext at(input, 0);
+  at.enter = at.enter_teacher = [](int64_t) {};
+  PassScore(at, input.model, cu_seqlens);
+
+  model::ModelConfig swapped = input.model;
+  swapped.mixer_types[0] = model::NameOf(model::MixerType::kLightning);
+  model::ParameterStore params(model::ParameterSpecs(swapped));
+  model::InitialiseParameters(swapped, 1, params);
+  const model::Model model(swapped, params);
+  ThreadPool pool(static_cast<int>(input.threads));
+  Arena arena, scratch;
+  const Context ctx{.pool = &pool, .scratch = &scratch};
+  const model::Batch batch = BatchOf(cu_seqlens, swapped.vocab_size);
+  const auto rows = [&] { return arena.New(DType::kF32, {700, swapped.hidden_size}); };
+  const Tensor stream = rows();
+  std::fill_n(stream.Data<float>(), stream.numel(), 0.5F);
+  const Tensor hidden = model.ForwardOnly(ctx, arena, batch, {}, 0, stream);
+  model::HeadCrossEntropy(ctx, arena, model, batch, hidden);
+  const Tensor kept = rows();
+  std::fill_n(kept.Data<float>(), kept.numel(), 0.5F);
+  model::HeadKl(ctx, arena, model, kept, model, hidden, batch);
+  EXPECT_EQ(at.arena.peak(), static_cast<int64_t>(arena.peak_bytes()));
+  EXPECT_EQ(at.scratch.peak(), static_cast<int64_t>(scratch.peak_bytes()));
+}
+
 RankPlan PlanOf(const PlanInput& input, int64_t rank = 0) {
   return PlanRank(input, rank, FullMicroBatches(input, rank));
 }
@@ -222,6 +273,50 @@ TEST(PlanTest, MemoryFollowsZeroStages) {
   EXPECT_LT(memory(3).parameters, memory(2).parameters);
   EXPECT_GT(memory(3).slots, 0);
   EXPECT_EQ(memory(2).slots, 0);
+}
+
+// The stage's own numbers of what is kept while layers are scored: two rows of each token.
+TEST(PlanTest, MomentsBesideTheStepsAreResidentToo) {
+  PlanInput input = Input(SmallModel());
+  input.phase = PlanPhase::kDistil;
+  input.teacher = input.model;
+  EXPECT_EQ(PlanOf(input).memory.scoring, 0);
+  EXPECT_EQ(PlanOf(input).memory.fitting, 0);
+  input.scoring = {.align = input.batch, .text_tokens = 1 << 20, .prompts = 4, .prompt_tokens = 32};
+  input.fit_tokens = 4096;
+  const MemoryPlan one = PlanOf(input).memory;
+  EXPECT_GT(one.scoring, int64_t{2 << 20} * input.model.hidden_size * 4);
+  EXPECT_EQ(one.resident(), one.scoring);
+  EXPECT_GT(one.fitting, int64_t{4096} * input.model.hidden_size * 4);
+  input.scoring.text_tokens *= 2;
+  EXPECT_EQ(PlanOf(input).memory.scoring - one.scoring,
+            int64_t{1 << 20} * (2 * input.model.hidden_size * 4 + 2 * 12));
+  input.mesh.dp = 2;
+  EXPECT_LT(PlanOf(input).memory.scoring, one.scoring * 1.1);
+}
+
+TEST(PlanTest, HugePagesRoundTheArenasUp) {
+  PlanInput input = Input(SmallModel());
+  const int64_t small = PlanOf(input).memory.arena_ends;
+  input.huge_pages = true;
+  const MemoryPlan huge = PlanOf(input).memory;
+  EXPECT_GT(huge.arena_ends, small);
+  EXPECT_EQ((huge.activations + huge.work_space + huge.arena_ends) % (2 << 20), 0);
+}
+
+// It is for a log line: no abort, and nothing to work out on a GPU.
+TEST(PlanTest, ResidentPlanOfAPhaseThatIsNotThere) {
+  const model::ModelConfig model = Input(SmallModel()).model;
+  StageConfig stage;
+  stage.name = "only";
+  stage.batch = Input(SmallModel()).batch;
+  RunConfig run;
+  EXPECT_EQ(ErrorCodeOf(PlanResident({}, stage, run, 1, 0, "align", model).status()), "INTERNAL");
+  EXPECT_GT(PlanResident({}, stage, run, 1, 0, "train", model)->total(), 0);
+  stage.parallel.tp = 3;  // which does not divide the heads
+  EXPECT_EQ(ErrorCodeOf(PlanResident({}, stage, run, 3, 0, "train", model).status()), "CFG-MESH");
+  run.device = DeviceKind::kCuda;
+  EXPECT_EQ(PlanResident({}, stage, run, 3, 0, "train", model)->total(), 0);
 }
 
 TEST(PlanTest, RefusesWhatARunRefuses) {
