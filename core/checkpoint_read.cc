@@ -59,7 +59,7 @@ StatusOr<json> ReadManifest(const std::string& directory, CheckpointInfo* info) 
   const std::string path = directory + "/" + checkpoint::kManifestName;
   const StatusOr<std::string> text = ReadFile(path);
   if (!text.ok()) {
-    return DataError("CKPT-NONE", directory + ": " + WhyNone(directory, text.status()));
+    return DataError("CKPT-NONE", Printable(directory) + ": " + WhyNone(directory, text.status()));
   }
   if (!checkpoint::ManifestIsIntact(*text)) {
     return DataError(

@@ -23,14 +23,14 @@ namespace {
 std::string ErrorText(int error) { return std::generic_category().message(error); }
 
 Status ReadError(const std::string& path, int error, const std::string& action) {
-  const std::string text = path + ": cannot " + action + ": " + ErrorText(error);
+  const std::string text = Printable(path) + ": cannot " + action + ": " + ErrorText(error);
   if (error == ENOENT) return MakeError(ExitCode::kNoInput, "FILE-MISSING", text);
   return MakeError(ExitCode::kIo, "FILE-READ", text);
 }
 
 Status WriteError(const std::string& path, int error, const std::string& action) {
   return MakeError(ExitCode::kIo, "FILE-WRITE",
-                   path + ": cannot " + action + ": " + ErrorText(error));
+                   Printable(path) + ": cannot " + action + ": " + ErrorText(error));
 }
 
 class Descriptor {
@@ -207,7 +207,7 @@ Status ReadAt(const std::string& path, int64_t offset, void* data, size_t bytes)
   if (done < 0) return ReadError(path, errno, "read");
   if (static_cast<size_t>(done) != bytes) {
     return MakeError(ExitCode::kIo, "FILE-READ",
-                     path + ": file ends early: asked for " + std::to_string(bytes) +
+                     Printable(path) + ": file ends early: asked for " + std::to_string(bytes) +
                          " bytes at offset " + std::to_string(offset) + ", got " +
                          std::to_string(done) + "; it was cut, restore it");
   }

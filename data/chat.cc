@@ -253,14 +253,15 @@ Status CheckChatTokens(const ChatFamily& family, const Tokenizer& tokenizer) {
   return OkStatus();
 }
 
-std::vector<int32_t> TurnEndTokens(const Tokenizer& tokenizer, const ChatFamily* family) {
+std::vector<int32_t> TurnEndTokens(const Tokenizer& tokenizer) {
   std::vector<int32_t> ends;
   const auto& added = tokenizer.added_tokens();
-  for (const ChatFamily& each : ChatFamilies()) {
-    if (family != nullptr && each.name != family->name) continue;
-    for (const ChatRole& role : each.roles) {
+  for (const ChatFamily& family : ChatFamilies()) {
+    for (const ChatRole& role : family.roles) {
+      const bool marker = std::find(family.markers.begin(), family.markers.end(),
+                                    role.end_of_turn) != family.markers.end();
       const auto found = added.find(role.end_of_turn);
-      if (role.learned && found != added.end() &&
+      if (role.learned && marker && found != added.end() &&
           std::find(ends.begin(), ends.end(), found->second) == ends.end())
         ends.push_back(found->second);
     }

@@ -84,9 +84,9 @@ EncodedChat EncodeChat(const RenderedChat& chat, const Tokenizer& tokenizer);
 // bos in front of and eos behind the tokens, where they are not there already.
 void AddDocumentEnds(int32_t bos_id, int32_t eos_id, EncodedChat* chat);  // -1: none
 
-// Tokens that end a learned turn of the family (nullptr: of any family): its markers that are added
-// tokens.
-std::vector<int32_t> TurnEndTokens(const Tokenizer& tokenizer, const ChatFamily* family = nullptr);
+// Tokens that end a learned turn of any family: those of its markers that do and are added tokens.
+// The end of a line is no marker, also where it is an added token.
+std::vector<int32_t> TurnEndTokens(const Tokenizer& tokenizer);
 
 // Every marker of the family must be one token: CHAT-TEMPLATE otherwise.
 Status CheckChatTokens(const ChatFamily& family, const Tokenizer& tokenizer);

@@ -350,6 +350,8 @@ StatusOr<std::vector<int32_t>> ChatRenderer::EncodePrompt(const ChatRecord& reco
   return ids;
 }
 
-std::vector<int32_t> ChatRenderer::TurnEnds() const { return TurnEndTokens(tokenizer_, family_); }
+std::vector<std::string> ChatRenderer::TurnStarts() const {
+  return family_ == nullptr ? std::vector<std::string>() : family_->headers;
+}
 
 }  // namespace sala::data

@@ -48,8 +48,8 @@ class ChatRenderer {
   // For generation: the conversation so far with the start of an assistant turn behind it. Starts
   // with bos where the tokenizer has one, whether the template writes it or not.
   StatusOr<std::vector<int32_t>> EncodePrompt(const ChatRecord& record) const;
-  // Tokens that end a turn of the assistant; empty where only the tokenizer's eos does.
-  std::vector<int32_t> TurnEnds() const;
+  // How a line starts that starts a turn; empty where markers do that.
+  std::vector<std::string> TurnStarts() const;
 
   const std::string& name() const { return name_; }      // "chatml", or that of the file
   const std::string& sha256() const { return sha256_; }  // of a template's text; "": a family

@@ -1,5 +1,5 @@
 // Chat templates rendered by Jinja2, in helper processes of Python that requests go to and answers
-// come from. Used when data is made; training never runs Python.
+// come from. Used when data is made and to talk to a model; training never runs Python.
 //
 //   SALA_ASSIGN_OR_RETURN(auto jinja, JinjaTemplate::Open("qwen.jinja", text, variables));
 //   SALA_ASSIGN_OR_RETURN(JinjaAnswer answer, jinja->Render({.messages = "[...]", .renders = {{3,

@@ -7,9 +7,11 @@ little-endian bytes. The first request has the template, later ones a conversati
     {"messages": [...], "tools": [...] or null, "spans": BOOL,
      "renders": [[FIRST_N_MESSAGES, WITH_GENERATION_PROMPT], ...]}      ->  {"texts": [...], "spans": [[BEGIN, END], ...]}
 
-A content that is a list of text parts reaches the template as such where it reads lists, else as one text. `spans` are the bytes of the generation blocks of the first render. An answer of {"error": TEXT, "line": N} says what is wrong with the
-template or what it says of the conversation; {"missing": TEXT} that Jinja2 is not there. The environment is that of the chat
-templates of Hugging Face tokenizers: sandboxed, with trimmed blocks, loop controls, raise_exception, strftime_now and their tojson.
+A content that is a list of text parts reaches the template as one text where the template says such a text there, else as the list
+where it says all its parts (contents_for). `spans` are the bytes of the generation blocks of the first render. An answer of
+{"error": TEXT, "line": N} says what is wrong with the template or what it says of the conversation; {"missing": TEXT} that Jinja2 is
+not there. The environment is that of the chat templates of Hugging Face tokenizers: sandboxed, with trimmed blocks, loop controls,
+raise_exception, strftime_now and their tojson.
 """
 
 import sys
@@ -115,32 +117,62 @@ def render_one(template, variables, messages, tools, prompt):
     return template.render(messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **variables)
 
 
-def reads_parts(template, variables):
-    """Whether a content that is a list of parts is written as the same text in one string is."""
-    def written(content):
-        return render_one(template, variables, [{"role": "user", "content": content}], None, False)
-
-    try:
-        return written([{"type": "text", "text": "a part"}]) == written("a part")
-    except Exception:  # whatever it says of a list, it does not read it
-        return False
+def has_parts(message):
+    return isinstance(message.get("content"), list)
 
 
 def joined(message):
     """The message with its parts as one text."""
-    content = message.get("content")
-    return {**message, "content": "".join(part["text"] for part in content)} if isinstance(content, list) else message
+    return {**message, "content": "".join(part["text"] for part in message["content"])} if has_parts(message) else message
+
+
+def contents_for(render, messages):
+    """The messages with each content that is a list in the form that the template reads in that place.
+
+    Marks stand in for the texts, drawn anew, so that what becomes of each part is seen. A template may read texts of one role and
+    lists of another, the first part only, or print a list as Python would.
+    """
+    key = secrets.token_hex(8)
+    parts = [i for i, message in enumerate(messages) if has_parts(message)]
+
+    def said(lists):
+        """{message: how much of its content is said}, 0 to 1; -1 where the list itself is printed, keys and all."""
+        marks, probes = {}, list(messages)
+        for i in parts:
+            count = len(messages[i]["content"]) if i in lists else 1
+            marks[i] = [f"{key}-{i}-{part}-" for part in range(count)]
+            content = [{"type": "text", "text": mark, f"{key}-{i}-key": ""} for mark in marks[i]] if i in lists else marks[i][0]
+            probes[i] = {**messages[i], "content": content}
+        try:
+            text = render(probes)
+        except Exception:  # whatever it says of such contents, it does not read them
+            return dict.fromkeys(parts, 0)
+        return {i: -1 if f"{key}-{i}-key" in text else sum(mark in text for mark in marks[i]) / max(len(marks[i]), 1) for i in parts}
+
+    as_texts = said([])
+    unread = [i for i in parts if as_texts[i] < 1]
+    if not unread:
+        return [joined(message) for message in messages]
+    as_lists = said(parts)
+    lists = [i for i in unread if as_lists[i] == 1]
+    chosen = said(lists)
+    for i in unread:
+        if chosen[i] < 1 and as_lists[i] != 0:  # 0: the template says nothing of this message, whatever its form
+            raise ValueError(f"message {i}: the template says the list of parts that its content is only in part; "
+                             "give the content as one string")
+    return [message if i in lists else joined(message) for i, message in enumerate(messages)]
 
 
 def render_all(template, variables, marks, request):
-    messages = request["messages"]
-    if any(isinstance(message.get("content"), list) for message in messages) and not reads_parts(template, variables):
-        messages = [joined(message) for message in messages]
+    messages, tools = request["messages"], request["tools"]
+    marks["on"] = False
+    if any(has_parts(message) for message in messages):
+        count, prompt = request["renders"][0]
+        messages = contents_for(lambda probes: render_one(template, variables, probes[:count], tools, prompt), messages)
 
     def render(count, prompt):
-        return render_one(template, variables, messages[:count], request["tools"], prompt)
+        return render_one(template, variables, messages[:count], tools, prompt)
 
-    marks["on"] = False
     texts = [render(count, prompt) for count, prompt in request["renders"]]
     spans = []
     if request["spans"]:

@@ -22,10 +22,19 @@ CLI::App* AddCommand(CLI::App& parent, const std::string& name, const std::strin
 void PrintError(const Status& status) {
   std::string text;
   // Names of files may hold what a terminal obeys. A message about several mistakes has lines.
-  for (const char c : MessageOf(status)) {
+  // In UTF-8 U+0080..U+009F, which some terminals obey, are C2 80..9F.
+  const std::string message = MessageOf(status);
+  for (size_t i = 0; i < message.size(); ++i) {
+    const char c = message[i];
     const auto byte = static_cast<unsigned char>(c);
-    text +=
-        (byte < 0x20 && c != '\n') || byte == 0x7F ? Format("\\x%02x", byte) : std::string(1, c);
+    const auto next = static_cast<unsigned char>(i + 1 < message.size() ? message[i + 1] : ' ');
+    if (byte == 0xC2 && next >= 0x80 && next < 0xA0) {
+      text += Format("\\xc2\\x%02x", next);
+      ++i;
+    } else {
+      text +=
+          (byte < 0x20 && c != '\n') || byte == 0x7F ? Format("\\x%02x", byte) : std::string(1, c);
+    }
   }
   std::fflush(stdout);  // what was printed before stands before it
   std::fprintf(stderr, "sala: %s %s\n", Tinted(STDERR_FILENO, Tint::kBad, "error:").c_str(),

@@ -61,6 +61,8 @@ StatusOr<std::optional<data::Haystack::Part>> HeldOutPart(const EvalOptions& opt
 
 // What is complete is not made again. An evaluation that was cut off goes on (EvalWriter).
 Status CheckTarget(const EvalOptions& options, const std::string& directory) {
+  if (recipes::StateOf(directory) == recipes::EvalState::kForeign)
+    return recipes::ForeignError(directory);
   if (options.force || recipes::StateOf(directory) != recipes::EvalState::kComplete)
     return OkStatus();
   return MakeError(ExitCode::kIo, "EVAL-EXISTS",
@@ -115,8 +117,9 @@ Status EvaluateModel(parallel::Communicator& world, const EvalOptions& options,
     SALA_RETURN_IF_ERROR(loaded.status());
     if ((*tokenizer)->vocab_size() > loaded->config.vocab_size) {
       return MakeError(ExitCode::kData, "TOK-VOCAB",
-                       tokenizer_path + ": has " + std::to_string((*tokenizer)->vocab_size()) +
-                           " tokens, the model " + std::to_string(loaded->config.vocab_size) +
+                       Printable(tokenizer_path) + ": has " +
+                           std::to_string((*tokenizer)->vocab_size()) + " tokens, the model " +
+                           std::to_string(loaded->config.vocab_size) +
                            "; name the tokenizer the model was trained with");
     }
     SALA_ASSIGN_OR_RETURN(sparse, UseSparseAttention(options.sparse, path, *loaded));
@@ -139,7 +142,11 @@ Status EvaluateModel(parallel::Communicator& world, const EvalOptions& options,
             options.request, **tokenizer,
             {.model_path = path, .sparse_attention = sparse, .cp = options.cp, .tp = options.tp}));
     complete = keep && recipes::IsCompleteWith(directory, target.settings) ? 1 : 0;
-    return OkStatus();
+    // The second of a pair whose first is now replaced.
+    const std::string second = directory + "/against";
+    const bool stale = keep && complete == 0 && options.force &&
+                       recipes::StateOf(second) != recipes::EvalState::kNothing;
+    return stale ? recipes::RemoveEvaluation(second) : OkStatus();
   };
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, root ? prepare() : OkStatus()));
   SALA_RETURN_IF_ERROR(world.AllReduce(std::span<int64_t>(&complete, 1), parallel::Reduce::kMax));
@@ -162,11 +169,12 @@ Status Evaluate(parallel::Communicator& world, EvalOptions options) {
   const auto part = HeldOutPart(options);
   SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, part.status()));
   options.request.part = *part;
-  // A pair of which the first was made and the second was not goes on with the second.
+  // A pair of which the first was made and the second was not goes on with the second, also one
+  // that replaces another.
   bool keep = false;
   if (!options.against.empty()) {
-    keep = !options.force &&
-           recipes::StateOf(options.to + "/against") != recipes::EvalState::kComplete;
+    keep =
+        options.force || recipes::StateOf(options.to + "/against") != recipes::EvalState::kComplete;
     // Found out now, not after the first model was measured.
     const auto second = [&]() -> Status {
       SALA_RETURN_IF_ERROR(recipes::ModelConfigAt(options.against).status());

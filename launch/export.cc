@@ -56,7 +56,9 @@ void Print(const ExportCommand& command, const recipes::ExportReport& report) {
   if (!command.options.base.empty()) {
     std::printf("taken from %s: %s\n", command.options.base.c_str(), Listed(report.taken).c_str());
     if (!report.left_out.empty())
-      std::printf("left out, of another tokenizer: %s\n", Listed(report.left_out).c_str());
+      std::printf("left out, %s: %s\n",
+                  command.tokenizer == "none" ? "with the tokenizer" : "of another tokenizer",
+                  Listed(report.left_out).c_str());
   }
   if (command.options.engine) {
     std::printf("%s\n", recipes::LoadCommand(*command.options.engine, command.options.directory,
@@ -75,7 +77,7 @@ Status CheckTokenIds(const std::string& path, const model::ModelConfig& config) 
   }
   if (missing.empty()) return OkStatus();
   return MakeError(ExitCode::kConfig, "CFG-MISSING",
-                   path + ": " + missing +
+                   Printable(path) + ": " + missing +
                        ": missing; the folder's config.json needs them, and --shapes-only has no "
                        "tokenizer to take them from");
 }
@@ -171,15 +173,16 @@ Status Export(ExportCommand command) {
   if (tokenizer != nullptr && !model.tokenizer_fingerprint.empty() &&
       model.tokenizer_fingerprint != tokenizer->fingerprint()) {
     return MakeError(ExitCode::kData, "TOK-MISMATCH",
-                     command.checkpoint + ": trained with tokenizer " +
+                     Printable(command.checkpoint) + ": trained with tokenizer " +
                          model.tokenizer_fingerprint.substr(0, 12) + ", found " +
                          tokenizer->fingerprint().substr(0, 12) +
                          "; name the right one with --tokenizer");
   }
   command.options.source_form = record ? &*record : nullptr;
   if (command.print_eval_commands) {  // what cannot be printed shows before anything is written
-    SALA_RETURN_IF_ERROR(
-        recipes::EvalCommands(command.options.engine, command.options.directory, {}).status());
+    SALA_RETURN_IF_ERROR(recipes::EvalCommands(command.options.engine, command.options.directory,
+                                               nlohmann::json::object())
+                             .status());
   }
   SALA_ASSIGN_OR_RETURN(
       const recipes::ExportReport report,

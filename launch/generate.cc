@@ -8,6 +8,7 @@
 #include <memory>
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -22,6 +23,7 @@
 #include "model/generate.h"
 #include "recipes/checkpointing.h"
 #include "recipes/export.h"
+#include "recipes/export_stops.h"
 
 namespace sala::launch {
 namespace {
@@ -43,28 +45,100 @@ void Show(const std::string& text) {
   std::fflush(stdout);
 }
 
+// A text that comes in pieces and ends in front of a line that starts a turn.
+class Answer {
+ public:
+  explicit Answer(std::vector<std::string> turn_starts) : starts_(std::move(turn_starts)) {
+    for (std::string& start : starts_) start.insert(0, "\n");
+  }
+
+  // What more of it is sure.
+  std::string Push(const std::string& piece) {
+    text_ += piece;
+    size_t sure = text_.size();
+    for (const std::string& start : starts_) {
+      if (const size_t at = text_.find(start); at != std::string::npos) {
+        over_ = true;
+        text_.resize(at);
+        sure = std::min(sure, at);
+      }
+      for (size_t length = std::min(start.size() - 1, text_.size()); length > 0; --length) {
+        if (text_.ends_with(std::string_view(start).substr(0, length)))
+          sure = std::min(sure, text_.size() - length);
+      }
+    }
+    return Until(over_ ? text_.size() : sure);
+  }
+  std::string Finish() { return Until(text_.size()); }
+  bool over() const { return over_; }
+  const std::string& text() const { return text_; }
+
+ private:
+  std::string Until(size_t end) {
+    const std::string more = end > told_ ? text_.substr(told_, end - told_) : "";
+    told_ = std::max(told_, end);
+    return more;
+  }
+
+  std::vector<std::string> starts_;
+  std::string text_;
+  size_t told_ = 0;
+  bool over_ = false;
+};
+
 // A model that answers, one prompt after the other.
 class Speaker {
  public:
+  // What prompts are made with. The weights come with Load: what is wrong with a prompt shows
+  // before they are read.
   static StatusOr<std::unique_ptr<Speaker>> Open(const GenerateOptions& options) {
     std::unique_ptr<Speaker> speaker(new Speaker(options));
-    SALA_RETURN_IF_ERROR(speaker->Load());
+    SALA_ASSIGN_OR_RETURN(speaker->tokenizer_path_,
+                          recipes::TokenizerPathFor(options.checkpoint, options.tokenizer));
+    SALA_ASSIGN_OR_RETURN(speaker->tokenizer_, data::LoadTokenizer(speaker->tokenizer_path_));
+    if (options.chat) {
+      SALA_ASSIGN_OR_RETURN(
+          speaker->renderer_,
+          data::ChatRenderer::Open(options.chat_template, speaker->tokenizer_path_,
+                                   *speaker->tokenizer_, data::ChatMask::kAllAssistant));
+    }
     return speaker;
+  }
+
+  Status Load() {
+    SALA_ASSIGN_OR_RETURN(recipes::LoadedModel loaded, recipes::LoadModel(options_.checkpoint));
+    if (tokenizer_->vocab_size() > loaded.config.vocab_size) {
+      return MakeError(ExitCode::kData, "TOK-VOCAB",
+                       Printable(tokenizer_path_) + ": has " +
+                           std::to_string(tokenizer_->vocab_size()) + " tokens, the model " +
+                           std::to_string(loaded.config.vocab_size) +
+                           "; name the tokenizer the model was trained with");
+    }
+    SALA_ASSIGN_OR_RETURN(sparse_,
+                          UseSparseAttention(options_.sparse, options_.checkpoint, loaded));
+    for (const int64_t id : recipes::StopIds(loaded, options_.checkpoint, *tokenizer_))
+      sampling_.stop_tokens.push_back(static_cast<int32_t>(id));
+    loaded_ = std::make_unique<recipes::LoadedModel>(std::move(loaded));
+    model_ = std::make_unique<model::Model>(loaded_->config, loaded_->params);
+    return OkStatus();
   }
 
   // What follows the prompt; shown as it comes where `show`.
   std::string Continue(const std::vector<int32_t>& prompt, bool show) {
-    std::string text;
+    Answer answer(renderer_ == nullptr ? std::vector<std::string>() : renderer_->TurnStarts());
     const auto add = [&](const std::string& piece) {
-      if (show) Show(piece);
-      text += piece;
+      const std::string more = answer.Push(piece);
+      if (show) Show(more);
+      return !answer.over();
     };
     data::StreamDecoder decoder(tokenizer_.get());
     model::Generate(ctx_, arena_, *model_, prompt, {.sparse_attention = sparse_}, sampling_,
-                    [&](int32_t id) { add(decoder.Push(id)); });
-    add(decoder.Finish());
+                    [&](int32_t id) { return add(decoder.Push(id)); });
+    if (!answer.over()) add(decoder.Finish());
+    const std::string rest = answer.Finish();
+    if (show) Show(rest);
     ++sampling_.seed;  // the next answer is drawn anew
-    return text;
+    return answer.text();
   }
 
   StatusOr<std::vector<int32_t>> EncodeText(const std::string& text) const {
@@ -87,47 +161,13 @@ class Speaker {
                   : std::max(1, static_cast<int>(std::thread::hardware_concurrency()))),
         ctx_{.pool = &pool_, .scratch = &scratch_} {}
 
-  Status Load() {
-    SALA_ASSIGN_OR_RETURN(const std::string path,
-                          recipes::TokenizerPathFor(options_.checkpoint, options_.tokenizer));
-    SALA_ASSIGN_OR_RETURN(tokenizer_, data::LoadTokenizer(path));
-    SALA_ASSIGN_OR_RETURN(recipes::LoadedModel loaded, recipes::LoadModel(options_.checkpoint));
-    if (tokenizer_->vocab_size() > loaded.config.vocab_size) {
-      return MakeError(ExitCode::kData, "TOK-VOCAB",
-                       path + ": has " + std::to_string(tokenizer_->vocab_size()) +
-                           " tokens, the model " + std::to_string(loaded.config.vocab_size) +
-                           "; name the tokenizer the model was trained with");
-    }
-    SALA_ASSIGN_OR_RETURN(sparse_,
-                          UseSparseAttention(options_.sparse, options_.checkpoint, loaded));
-    loaded_ = std::make_unique<recipes::LoadedModel>(std::move(loaded));
-    model_ = std::make_unique<model::Model>(loaded_->config, loaded_->params);
-    return FindStops(path);
-  }
-
-  Status FindStops(const std::string& tokenizer_path) {
-    std::vector<int32_t>& stops = sampling_.stop_tokens;
-    stops.push_back(static_cast<int32_t>(loaded_->config.eos_token_id));
-    if (tokenizer_->eos_id() >= 0) stops.push_back(tokenizer_->eos_id());
-    if (options_.chat) {
-      SALA_ASSIGN_OR_RETURN(
-          renderer_, data::ChatRenderer::Open(options_.chat_template, tokenizer_path, *tokenizer_,
-                                              data::ChatMask::kAllAssistant));
-      const std::vector<int32_t> ends = renderer_->TurnEnds();
-      stops.insert(stops.end(), ends.begin(), ends.end());
-      return OkStatus();
-    }
-    const auto im_end = tokenizer_->added_tokens().find(data::kImEnd);
-    if (im_end != tokenizer_->added_tokens().end()) stops.push_back(im_end->second);
-    return OkStatus();
-  }
-
   GenerateOptions options_;
   model::SamplingOptions sampling_;
   ThreadPool pool_;
   Arena arena_, scratch_;
   Context ctx_;
   bool sparse_ = false;
+  std::string tokenizer_path_;
   std::unique_ptr<data::Tokenizer> tokenizer_;
   std::unique_ptr<data::ChatRenderer> renderer_;
   std::unique_ptr<recipes::LoadedModel> loaded_;
@@ -144,8 +184,15 @@ Status Talk(Speaker& speaker, std::istream& in) {
     if (!std::getline(in, line)) break;
     if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
     talk.messages.push_back({.role = "user", .content = line});
-    SALA_ASSIGN_OR_RETURN(const std::vector<int32_t> prompt, speaker.renderer().EncodePrompt(talk));
-    talk.messages.push_back({.role = "assistant", .content = speaker.Continue(prompt, true)});
+    const auto prompt = speaker.renderer().EncodePrompt(talk);
+    if (!prompt.ok()) {
+      // Who types can say it in other words; a program that writes the turns cannot.
+      if (!terminal || !data::IsRecordError(prompt.status())) return prompt.status();
+      PrintError(prompt.status());
+      talk.messages.pop_back();
+      continue;
+    }
+    talk.messages.push_back({.role = "assistant", .content = speaker.Continue(*prompt, true)});
     Show("\n");
   }
   if (terminal) Show("\n");
@@ -180,9 +227,9 @@ StatusOr<Conversation> ParseConversation(const data::ChatRenderer& renderer,
   return talk;
 }
 
-// Every conversation of the file, a line each, with the model's answer as its last message. All are
-// read before the first is answered.
-Status AnswerFile(Speaker& speaker, const std::string& path) {
+// The conversations of the file, a line each.
+StatusOr<std::vector<Conversation>> ReadConversations(const data::ChatRenderer& renderer,
+                                                      const std::string& path) {
   SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
   std::vector<Conversation> talks;
   std::istringstream lines(text);
@@ -190,18 +237,23 @@ Status AnswerFile(Speaker& speaker, const std::string& path) {
   for (std::string line; std::getline(lines, line);) {
     ++number;
     if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
-    auto talk = ParseConversation(speaker.renderer(), line);
-    if (!talk.ok()) return Annotate(talk.status(), path + ": line " + std::to_string(number));
+    auto talk = ParseConversation(renderer, line);
+    if (!talk.ok())
+      return Annotate(talk.status(), Printable(path) + ": line " + std::to_string(number));
     talks.push_back(std::move(talk).value());
   }
   if (talks.empty())
-    return MakeError(ExitCode::kData, "ING-FIELD", path + ": holds no conversation");
+    return MakeError(ExitCode::kData, "ING-FIELD", Printable(path) + ": holds no conversation");
+  return talks;
+}
+
+// Prints each with the model's answer as its last message.
+void AnswerAll(Speaker& speaker, std::vector<Conversation> talks) {
   for (Conversation& talk : talks) {
     talk.json["messages"].push_back(
         {{"role", "assistant"}, {"content", speaker.Continue(talk.prompt, false)}});
     Show(DumpJson(talk.json) + "\n");
   }
-  return OkStatus();
 }
 
 Status GenerateText(GenerateOptions options, bool has_prompt) {
@@ -213,8 +265,17 @@ Status GenerateText(GenerateOptions options, bool has_prompt) {
   }
   options.chat = options.chat || from_file;
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<Speaker> speaker, Speaker::Open(options));
-  if (from_file) return AnswerFile(*speaker, options.messages);
-  if (!has_prompt) return Talk(*speaker, std::cin);
+  if (from_file) {
+    SALA_ASSIGN_OR_RETURN(std::vector<Conversation> talks,
+                          ReadConversations(speaker->renderer(), options.messages));
+    SALA_RETURN_IF_ERROR(speaker->Load());
+    AnswerAll(*speaker, std::move(talks));
+    return OkStatus();
+  }
+  if (!has_prompt) {
+    SALA_RETURN_IF_ERROR(speaker->Load());
+    return Talk(*speaker, std::cin);
+  }
   std::vector<int32_t> prompt;
   if (options.chat) {
     const data::ChatRecord record{.messages = {{.role = "user", .content = options.prompt}},
@@ -222,8 +283,9 @@ Status GenerateText(GenerateOptions options, bool has_prompt) {
     SALA_ASSIGN_OR_RETURN(prompt, speaker->renderer().EncodePrompt(record));
   } else {
     SALA_ASSIGN_OR_RETURN(prompt, speaker->EncodeText(options.prompt));
-    Show(options.prompt);
   }
+  SALA_RETURN_IF_ERROR(speaker->Load());
+  if (!options.chat) Show(options.prompt);
   speaker->Continue(prompt, true);
   Show("\n");
   return OkStatus();

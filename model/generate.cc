@@ -40,7 +40,7 @@ int32_t SampleToken(const std::vector<float>& logits, double temperature, double
 std::vector<int32_t> Generate(const Context& ctx, Arena& arena, const Model& model,
                               const std::vector<int32_t>& prompt, const RunOptions& run,
                               const SamplingOptions& sampling,
-                              const std::function<void(int32_t)>& on_token) {
+                              const std::function<bool(int32_t)>& on_token) {
   PhiloxStream rng("v1|" + std::to_string(sampling.seed) + "|generate||0|sample|");
   Cache cache;
   std::vector<float> logits = model.Prefill(ctx, arena, prompt, run, &cache);
@@ -51,7 +51,7 @@ std::vector<int32_t> Generate(const Context& ctx, Arena& arena, const Model& mod
         sampling.stop_tokens.end())
       break;
     tokens.push_back(token);
-    if (on_token) on_token(token);
+    if (on_token && !on_token(token)) break;
     if (static_cast<int64_t>(tokens.size()) < sampling.max_new_tokens) {
       logits = model.Decode(ctx, arena, token, run, &cache);
     }

@@ -23,10 +23,11 @@ struct SamplingOptions {
 int32_t SampleToken(const std::vector<float>& logits, double temperature, double top_p,
                     PhiloxStream& rng);
 
-// Continues the prompt; `on_token` is called for each new token (stop tokens excluded).
+// Continues the prompt; `on_token` is called for each new token (stop tokens excluded)
+// and says whether to go on.
 std::vector<int32_t> Generate(const Context& ctx, Arena& arena, const Model& model,
                               const std::vector<int32_t>& prompt, const RunOptions& run,
                               const SamplingOptions& sampling,
-                              const std::function<void(int32_t)>& on_token = nullptr);
+                              const std::function<bool(int32_t)>& on_token = nullptr);
 
 }  // namespace sala::model

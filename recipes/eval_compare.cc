@@ -36,7 +36,7 @@ StatusOr<std::vector<SampleRow>> ReadSamples(const std::string& directory, const
     if (!json.is_object() || !has("log_probability", &nlohmann::json::is_number) ||
         !has("prompt_hash", &nlohmann::json::is_string)) {
       return MakeError(ExitCode::kData, "EVAL-FORMAT",
-                       path + ": line " + std::to_string(rows.size() + 1) +
+                       Printable(path) + ": line " + std::to_string(rows.size() + 1) +
                            " is no sample of an evaluation; evaluate again");
     }
     const bool right = has("right", &nlohmann::json::is_boolean) && json["right"].get<bool>();
@@ -65,8 +65,6 @@ std::string Verdict(const Interval& interval) {
   if (interval.high < 0) return "worse";
   return "no difference shown";
 }
-
-bool OfLosses(const ordered_json& line) { return line.contains("buckets"); }
 
 // What made the prompts of two evaluations differ, as far as their settings tell.
 std::string Cause(const std::string& a, const std::string& b) {
@@ -135,6 +133,18 @@ ordered_json PairLine(const Pair& pair, bool of_losses, const std::string& task,
   return row;
 }
 
+using Lines = std::vector<ordered_json>;
+
+Lines::const_iterator SameMeasure(const Lines& lines, const ordered_json& line) {
+  return std::find_if(lines.begin(), lines.end(), [&line](const ordered_json& l) {
+    return l["task"] == line["task"] && l["length"] == line["length"];
+  });
+}
+
+ordered_json AloneLine(const ordered_json& line, const std::string& of) {
+  return {{"task", line["task"]}, {"length", line["length"]}, {"not_comparable", "only in " + of}};
+}
+
 }  // namespace
 
 PairedDifference PairedBootstrap(const std::vector<double>& differences, int64_t resamples,
@@ -173,17 +183,20 @@ StatusOr<std::vector<ordered_json>> CompareEvaluations(const std::string& a, con
   SALA_ASSIGN_OR_RETURN(const std::vector<ordered_json> summary, ReadSummary(a));
   SALA_ASSIGN_OR_RETURN(const std::vector<ordered_json> other, ReadSummary(b));
   std::vector<ordered_json> lines;
+  std::vector<ordered_json> alone;
   bool any = false;
   for (const ordered_json& line : summary) {
     const auto task = line["task"].get<std::string>();
     const auto length = line["length"].get<int64_t>();
-    const auto same = std::find_if(other.begin(), other.end(), [&line](const ordered_json& l) {
-      return l["task"] == line["task"] && l["length"] == line["length"];
-    });
-    if (same == other.end()) continue;
+    const auto same = SameMeasure(other, line);
+    if (same == other.end()) {
+      alone.push_back(AloneLine(line, "a"));
+      continue;
+    }
     if (OfLosses(line) != OfLosses(*same)) {
       return MakeError(ExitCode::kData, "EVAL-COMPARE",
-                       a + " and " + b + ": " + task + " at length " + std::to_string(length) +
+                       Printable(a) + " and " + Printable(b) + ": " + task + " at length " +
+                           std::to_string(length) +
                            " has shares in one and losses in the other; evaluate again");
     }
     SALA_ASSIGN_OR_RETURN(Pair pair, PairSamples(a, b, task, length));
@@ -199,14 +212,18 @@ StatusOr<std::vector<ordered_json>> CompareEvaluations(const std::string& a, con
   }
   if (lines.empty()) {
     return MakeError(ExitCode::kData, "EVAL-COMPARE",
-                     a + " and " + b + " have no task and length in common");
+                     Printable(a) + " and " + Printable(b) + " have no task and length in common");
   }
   if (!any) {
     return MakeError(ExitCode::kData, "EVAL-COMPARE",
-                     a + " and " + b + ": nothing can be compared; " +
+                     Printable(a) + " and " + Printable(b) + ": nothing can be compared; " +
                          lines[0]["not_comparable"].get<std::string>() +
                          "; evaluate both with the same options and tokenizer");
   }
+  for (const ordered_json& line : other) {
+    if (SameMeasure(summary, line) == summary.end()) alone.push_back(AloneLine(line, "b"));
+  }
+  lines.insert(lines.end(), alone.begin(), alone.end());
   return lines;
 }
 

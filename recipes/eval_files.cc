@@ -75,10 +75,23 @@ std::string Shown(const json& settings, const std::string& key) {
   return Printable(DumpJson(settings[key]));
 }
 
-// Lines of a summary until the first that is none.
-std::vector<ordered_json> WholeLines(const std::string& path) {
-  auto lines = ReadSummaryFile(path);
-  return lines.ok() ? std::move(lines).value() : std::vector<ordered_json>();
+// Samples of prompts of the user, "prompts-512.jsonl" and "prompts_GROUP-512.jsonl": their groups
+// are in no setting.
+bool IsOfPrompts(const std::string& name) {
+  constexpr char kStart[] = "prompts";
+  constexpr char kEnd[] = ".jsonl";
+  if (name.rfind(kStart, 0) != 0 || !EndsWith(name, kEnd)) return false;
+  const std::string rest =
+      name.substr(sizeof kStart - 1, name.size() - (sizeof kStart - 1) - (sizeof kEnd - 1));
+  const size_t dash = rest.rfind('-');
+  return dash != std::string::npos && (dash == 0 || rest[0] == '_') && dash + 1 < rest.size() &&
+         rest.find_first_not_of("0123456789", dash + 1) == std::string::npos;
+}
+
+// Settings of something else may have this name.
+bool IsOfEvaluation(const json& settings) {
+  return settings.is_object() && settings.contains("tasks") && settings.contains("samples") &&
+         settings.contains("model");
 }
 
 // Bytes of the settings as they stand in the file.
@@ -138,8 +151,10 @@ json ReadSettings(const std::string& directory) {
 }
 
 EvalState StateOf(const std::string& directory) {
-  if (PathExists(directory + kSummary)) return EvalState::kComplete;
-  return PathExists(directory + kSettings) ? EvalState::kUnfinished : EvalState::kNothing;
+  const bool complete = PathExists(directory + kSummary);
+  if (!complete && !PathExists(directory + kSettings)) return EvalState::kNothing;
+  if (!IsOfEvaluation(ReadSettings(directory))) return EvalState::kForeign;
+  return complete ? EvalState::kComplete : EvalState::kUnfinished;
 }
 
 bool IsCompleteWith(const std::string& directory, const ordered_json& settings) {
@@ -153,15 +168,23 @@ bool IsCompleteWith(const std::string& directory, const ordered_json& settings) 
   return SettingsDifference(made, wanted).empty();
 }
 
+Status ForeignError(const std::string& directory) {
+  return MakeError(ExitCode::kIo, "EVAL-EXISTS",
+                   Printable(directory) +
+                       ": has a settings.json or summary.jsonl that is no evaluation's (expected "
+                       "tasks, samples and model in settings.json); name another directory, or "
+                       "remove it yourself");
+}
+
 Status RemoveEvaluation(const std::string& directory) {
-  std::vector<std::string> names = {kSettings, kParts, "/depths.svg"};
-  std::vector<ordered_json> lines = WholeLines(directory + kParts);
-  if (PathExists(directory + kSummary)) {
-    SALA_ASSIGN_OR_RETURN(lines, ReadSummary(directory));
-  }
-  for (const ordered_json& line : lines) names.push_back("/" + NameOf(line) + ".jsonl");
-  // The one that was written and is in no summary yet.
   const json settings = ReadSettings(directory);
+  if (!IsOfEvaluation(settings)) return ForeignError(directory);
+  std::vector<std::string> names = {kParts, "/depths.svg"};
+  for (const char* summary : {kParts, kSummary}) {
+    for (const ordered_json& line : WholeSummaryLines(directory + summary))
+      names.push_back("/" + NameOf(line) + ".jsonl");
+  }
+  // Those that are in no line: one was written and its line was not, or the lines are damaged.
   if (settings.is_object() && settings.contains("tasks") && settings.contains("lengths_tokens")) {
     for (const json& task : settings["tasks"]) {
       for (const json& length : settings["lengths_tokens"]) {
@@ -170,7 +193,14 @@ Status RemoveEvaluation(const std::string& directory) {
       }
     }
   }
-  names.emplace_back(kSummary);  // while it is there the names are known
+  if (!settings.value("prompts", json()).is_null()) {
+    SALA_ASSIGN_OR_RETURN(const std::vector<std::string> all, ListDirectory(directory));
+    for (const std::string& name : all) {
+      if (IsOfPrompts(name)) names.push_back("/" + name);
+    }
+  }
+  names.emplace_back(kSummary);
+  names.emplace_back(kSettings);  // while it is there this is an evaluation, and the rest is known
   for (const std::string& name : names) {
     if (name.find('/', 1) == std::string::npos && PathExists(directory + name))
       SALA_RETURN_IF_ERROR(RemoveTree(directory + name));
@@ -179,7 +209,7 @@ Status RemoveEvaluation(const std::string& directory) {
 }
 
 void EvalWriter::ReadParts() {
-  for (const ordered_json& line : WholeLines(target_.directory + kParts)) {
+  for (const ordered_json& line : WholeSummaryLines(target_.directory + kParts)) {
     if (!PathExists(target_.directory + "/" + NameOf(line) + ".jsonl")) break;
     done_.push_back(NameOf(line));
     summary_.push_back(line);
@@ -190,6 +220,7 @@ StatusOr<EvalWriter> EvalWriter::Open(const EvalTarget& target) {
   EvalWriter writer(target);
   const std::string& directory = target.directory;
   const EvalState state = StateOf(directory);
+  if (state == EvalState::kForeign) return ForeignError(directory);
   const std::string text = SettingsText(target.settings);
   std::string found = ": holds an evaluation; name";
   if (state == EvalState::kUnfinished) {

@@ -42,14 +42,18 @@ std::string SettingsDifference(const nlohmann::json& a, const nlohmann::json& b)
 // DIR/settings.json; null where there is none or it is no JSON object.
 nlohmann::json ReadSettings(const std::string& directory);
 
-enum class EvalState : uint8_t { kNothing, kUnfinished, kComplete };
+// kForeign: files of these names are there, but settings.json has no tasks, samples and model.
+enum class EvalState : uint8_t { kNothing, kForeign, kUnfinished, kComplete };
 EvalState StateOf(const std::string& directory);
+// EVAL-EXISTS (74), of kForeign.
+Status ForeignError(const std::string& directory);
 
 // Whether the evaluation there is complete and of these settings. Layout, device and the path of
 // the model do not count then: its numbers are as good as those of another.
 bool IsCompleteWith(const std::string& directory, const nlohmann::ordered_json& settings);
 
-// The files of an evaluation, and no others. EVAL-FORMAT (65), FILE-WRITE (74).
+// The files of an evaluation, and no others; its summary may be damaged. EVAL-EXISTS (74): it is
+// none. FILE-WRITE (74).
 Status RemoveEvaluation(const std::string& directory);
 
 struct EvalTarget {

@@ -47,8 +47,6 @@ ordered_json Depths(const TaskResult& result, int64_t depths) {
   return rows;
 }
 
-bool OfLosses(const ordered_json& line) { return line.contains("buckets"); }
-
 // The lines of each task, in the order of the summary.
 std::vector<std::vector<const ordered_json*>> ByTask(const std::vector<ordered_json>& summary) {
   std::vector<std::vector<const ordered_json*>> tasks;
@@ -113,6 +111,24 @@ std::string Colour(double share) {
   std::snprintf(text, sizeof(text), "#%02x%02x%02x", mix(0xd7, 0x2c), mix(0x60, 0x7b),
                 mix(0x4e, 0xb6));
   return text;
+}
+
+// False at the first line that is none; those in front of it are in `summary`.
+bool ParseSummary(const std::string& text, std::vector<ordered_json>* summary) {
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    const auto json = ordered_json::parse(line, nullptr, /*allow_exceptions=*/false);
+    const auto is = [&json](const char* key, auto kind) {
+      return json.contains(key) && (json[key].*kind)();
+    };
+    const bool known =
+        json.is_object() && is("task", &ordered_json::is_string) &&
+        is("length", &ordered_json::is_number_integer) &&
+        (is("buckets", &ordered_json::is_array) || is("share", &ordered_json::is_number));
+    if (!known) return false;
+    summary->push_back(json);
+  }
+  return true;
 }
 
 }  // namespace
@@ -242,6 +258,8 @@ std::string EvaluationSvg(const std::vector<ordered_json>& summary) {
          body + "</svg>\n";
 }
 
+bool OfLosses(const ordered_json& line) { return line.contains("buckets"); }
+
 StatusOr<std::vector<ordered_json>> ReadSummary(const std::string& directory) {
   return ReadSummaryFile(directory + "/summary.jsonl");
 }
@@ -249,23 +267,18 @@ StatusOr<std::vector<ordered_json>> ReadSummary(const std::string& directory) {
 StatusOr<std::vector<ordered_json>> ReadSummaryFile(const std::string& path) {
   SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
   std::vector<ordered_json> summary;
-  std::istringstream lines(text);
-  for (std::string line; std::getline(lines, line);) {
-    const auto json = ordered_json::parse(line, nullptr, /*allow_exceptions=*/false);
-    const auto is = [&json](const char* key, auto kind) {
-      return json.contains(key) && (json[key].*kind)();
-    };
-    const bool known =
-        json.is_object() && is("task", &ordered_json::is_string) &&
-        is("length", &ordered_json::is_number_integer) &&
-        (is("buckets", &ordered_json::is_array) || is("share", &ordered_json::is_number));
-    if (!known) {
-      return MakeError(ExitCode::kData, "EVAL-FORMAT",
-                       path + ": line " + std::to_string(summary.size() + 1) +
-                           " is no line of a summary; evaluate again");
-    }
-    summary.push_back(json);
+  if (!ParseSummary(text, &summary)) {
+    return MakeError(ExitCode::kData, "EVAL-FORMAT",
+                     Printable(path) + ": line " + std::to_string(summary.size() + 1) +
+                         " is no line of a summary; evaluate again");
   }
+  return summary;
+}
+
+std::vector<ordered_json> WholeSummaryLines(const std::string& path) {
+  std::vector<ordered_json> summary;
+  const auto text = ReadFile(path);
+  if (text.ok()) static_cast<void>(ParseSummary(*text, &summary));
   return summary;
 }
 

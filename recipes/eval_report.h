@@ -29,6 +29,8 @@ struct EvalIdentity {
 // The line of summary.jsonl, depth buckets [i / depths, (i + 1) / depths), the last one closed.
 nlohmann::ordered_json SummaryLine(const TaskResult& result, int64_t depths,
                                    const EvalIdentity& identity);
+// Whether a line of summary.jsonl has losses, no shares.
+bool OfLosses(const nlohmann::ordered_json& line);
 // The texts of TASK-LENGTH.jsonl, a line for each sample, and of summary.jsonl.
 std::string SamplesText(const TaskResult& result);
 std::string SummaryText(const std::vector<nlohmann::ordered_json>& lines);
@@ -40,5 +42,7 @@ std::string EvaluationSvg(const std::vector<nlohmann::ordered_json>& summary);
 // DIR/summary.jsonl, or a file of such lines: FILE-MISSING (66), EVAL-FORMAT (65).
 StatusOr<std::vector<nlohmann::ordered_json>> ReadSummary(const std::string& directory);
 StatusOr<std::vector<nlohmann::ordered_json>> ReadSummaryFile(const std::string& path);
+// Its lines until the first that is none; all of them where there is no such line.
+std::vector<nlohmann::ordered_json> WholeSummaryLines(const std::string& path);
 
 }  // namespace sala::recipes

@@ -315,11 +315,12 @@ StatusOr<std::vector<std::unique_ptr<EvalSource>>> ReadPromptSources(
   }
   if (bad > 0) {
     return MakeError(ExitCode::kData, "EVAL-PROMPTS",
-                     path + ": " + std::to_string(bad) + " of " + std::to_string(number) +
-                         " lines cannot be used: " + problems +
+                     Printable(path) + ": " + std::to_string(bad) + " of " +
+                         std::to_string(number) + " lines cannot be used: " + problems +
                          (bad > kShown ? "; and others" : "") + "; correct or remove them");
   }
-  if (groups.empty()) return MakeError(ExitCode::kData, "EVAL-PROMPTS", path + ": holds no record");
+  if (groups.empty())
+    return MakeError(ExitCode::kData, "EVAL-PROMPTS", Printable(path) + ": holds no record");
   std::vector<std::unique_ptr<EvalSource>> sources;
   sources.reserve(groups.size());
   for (auto& [group, source] : groups) sources.push_back(std::move(source));

@@ -157,13 +157,14 @@ StatusOr<Weights> ConvertWeights(const model::ParameterStore& params, const Type
 // "" when a folder may be made at this place, else what stands in the way.
 StatusOr<std::string> Obstacle(const std::string& directory, bool force) {
   if (!PathExists(directory)) return std::string();
-  if (!IsDirectory(directory)) return directory + " is a file";
+  if (!IsDirectory(directory)) return Printable(directory) + " is a file";
   SALA_ASSIGN_OR_RETURN(const std::vector<std::string> names, ListDirectory(directory));
   if (names.empty()) return std::string();
-  if (!force) return directory + " exists and is not empty; name another directory or add --force";
+  if (!force)
+    return Printable(directory) + " exists and is not empty; name another directory or add --force";
   // --force replaces models, not whatever else a mistyped path may hold.
   if (!PathExists(directory + "/config.json"))
-    return directory + " is not an exported model (no config.json); remove it yourself";
+    return Printable(directory) + " is not an exported model (no config.json); remove it yourself";
   return std::string();
 }
 
@@ -176,7 +177,7 @@ struct Texts {
 Status VerifyExport(const std::string& directory, const Weights& weights, const Texts& texts) {
   SALA_ASSIGN_OR_RETURN(const SafetensorsModel stored, SafetensorsModel::Open(directory));
   if (stored.names().size() != weights.tensors.size()) {
-    return DataError("EXP-VERIFY", directory + ": read back " +
+    return DataError("EXP-VERIFY", Printable(directory) + ": read back " +
                                        std::to_string(stored.names().size()) + " tensors, wrote " +
                                        std::to_string(weights.tensors.size()));
   }
@@ -189,15 +190,15 @@ Status VerifyExport(const std::string& directory, const Weights& weights, const 
         static_cast<size_t>(entry->bytes) != bytes ||
         std::memcmp(stored.Data(tensor.name), tensor.data, bytes) != 0) {
       return DataError("EXP-VERIFY",
-                       directory + ": tensor " + tensor.name +
+                       Printable(directory) + ": tensor " + tensor.name +
                            " read back differs from what was written; check the disk");
     }
   }
   SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(directory + "/config.json"));
   if (text != texts.config) {
-    return DataError(
-        "EXP-VERIFY",
-        directory + "/config.json: read back differs from what was written; check the disk");
+    return DataError("EXP-VERIFY",
+                     Printable(directory) +
+                         "/config.json: read back differs from what was written; check the disk");
   }
   return OkStatus();
 }
@@ -242,7 +243,7 @@ Status WriteExportRecord(const std::string& directory, nlohmann::json record,
 Status WriteTexts(const std::string& directory, const Texts& texts) {
   SALA_RETURN_IF_ERROR(WriteFileAtomically(directory + "/config.json", texts.config));
   if (!texts.generation) return OkStatus();
-  return WriteFileAtomically(directory + "/generation_config.json", *texts.generation);
+  return WriteFileAtomically(directory + "/" + kGenerationConfig, *texts.generation);
 }
 
 // Files, headers and index as the source had them.
@@ -254,11 +255,20 @@ Status WriteAsSource(const std::string& directory, const SourceRecord& record,
   return WriteFileAtomically(directory + "/" + SafetensorsModel::kIndexName, record.index);
 }
 
+// In generation_config.json, whoever wrote it.
+Status AddTurnEnds(const std::string& directory, const model::ModelConfig& config,
+                   const data::Tokenizer& tokenizer) {
+  const std::string path = directory + "/" + kGenerationConfig;
+  SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  const std::string with = WithTurnEnds(text, config, tokenizer);
+  return with == text ? OkStatus() : WriteFileAtomically(path, with);
+}
+
 // Everything, in a directory nobody looks at yet.
 Status WriteFolder(const std::string& directory, const Weights& weights, const Texts& texts,
-                   const data::Tokenizer* tokenizer, const nlohmann::json& source,
-                   const ExportOptions& options, const std::optional<BaseFolder>& base,
-                   ExportReport* report) {
+                   const model::ModelConfig& config, const data::Tokenizer* tokenizer,
+                   const nlohmann::json& source, const ExportOptions& options,
+                   const std::optional<BaseFolder>& base, ExportReport* report) {
   SALA_RETURN_IF_ERROR(MakeDirectories(directory));
   if (report->as_source) {
     SALA_RETURN_IF_ERROR(WriteAsSource(directory, *options.source_form, weights));
@@ -280,6 +290,8 @@ Status WriteFolder(const std::string& directory, const Weights& weights, const T
     SALA_ASSIGN_OR_RETURN(report->taken, TakeFromBase(*base, directory));
     report->left_out = base->left_out;
   }
+  if (options.chat && tokenizer != nullptr)
+    SALA_RETURN_IF_ERROR(AddTurnEnds(directory, config, *tokenizer));
   if (options.engine) SALA_RETURN_IF_ERROR(CheckEngineFolder(*options.engine, directory));
   const std::string fingerprint =
       tokenizer != nullptr ? tokenizer->fingerprint() : options.tokenizer_fingerprint;
@@ -300,17 +312,12 @@ std::string WithoutTrailingSlashes(std::string path) {
   return path;
 }
 
-// Puts `temporary` in the place of `directory`, which is absent, empty or to be replaced.
+// Puts `temporary` in the place of `directory`, which is absent, empty or to be replaced. At every
+// moment there is a whole folder where there was one.
 Status MoveIntoPlace(const std::string& temporary, const std::string& directory) {
   if (PathExists(directory)) {
-    const std::string old = directory + ".replaced-export";
-    SALA_RETURN_IF_ERROR(RemoveTree(old));
-    SALA_RETURN_IF_ERROR(RenamePath(directory, old));
-    if (Status moved = RenamePath(temporary, directory); !moved.ok()) {
-      static_cast<void>(RenamePath(old, directory));  // what was there comes back
-      return moved;
-    }
-    SALA_RETURN_IF_ERROR(RemoveTree(old));
+    SALA_RETURN_IF_ERROR(ExchangePaths(temporary, directory));
+    SALA_RETURN_IF_ERROR(RemoveTree(temporary));  // what was there
   } else {
     SALA_RETURN_IF_ERROR(RenamePath(temporary, directory));
   }
@@ -357,8 +364,8 @@ void SetAutoMap(const std::optional<BaseFolder>& base, std::optional<Engine> eng
                 nlohmann::json* config, std::string* text) {
   const bool add = base && base->auto_map.is_object() && !config->contains("auto_map");
   if (add) (*config)["auto_map"] = base->auto_map;
-  const bool remove = engine == Engine::kSglang && config->contains("auto_map") &&
-                      (*config)["auto_map"].is_object() &&
+  const bool remove = engine == Engine::kSglang && (*config)["model_type"] == "minicpm_sala" &&
+                      config->contains("auto_map") && (*config)["auto_map"].is_object() &&
                       (*config)["auto_map"].contains(kAutoConfig);
   if (remove) (*config)["auto_map"].erase(kAutoConfig);
   if (!add && !remove) return;
@@ -411,8 +418,6 @@ StatusOr<ExportReport> ExportModel(const model::ModelConfig& config,
     for (const SourceRecord::Tensor& tensor : *tensors) types[tensor.name] = tensor.type;
     texts = {.config = record->config, .generation = record->generation_config};
     report.config = nlohmann::json::parse(record->config);
-    if (options.chat && tokenizer != nullptr && texts.generation)
-      texts.generation = WithTurnEnds(*texts.generation, config, *tokenizer);
   }
   std::optional<BaseFolder> base;
   if (!options.base.empty()) {
@@ -420,18 +425,22 @@ StatusOr<ExportReport> ExportModel(const model::ModelConfig& config,
         base, ReadBase(options.base, hf_config["model_type"].get<std::string>(), tokenizer));
   }
   SetAutoMap(base, options.engine, &report.config, &texts.config);
-  if (options.engine)
-    SALA_RETURN_IF_ERROR(
-        CheckEngineConfig(*options.engine, report.config, base && base->has_code()));
+  if (options.engine) {
+    SALA_RETURN_IF_ERROR(CheckEngineConfig(*options.engine, report.config,
+                                           base ? base->files : std::vector<std::string>()));
+  }
+  // Else WriteFolder adds the ends of a turn.
+  if (options.chat && !texts.generation && !(base && base->Has(kGenerationConfig)))
+    texts.generation = HfGenerationConfig(config, hf).dump(2) + "\n";
   SALA_ASSIGN_OR_RETURN(const Weights weights, ConvertWeights(params, [&](const std::string& name) {
                           return report.as_source ? types.at(name) : dtype;
                         }));
   report.bytes = weights.bytes;
   const std::string temporary = directory + ".tmp-export";
   SALA_RETURN_IF_ERROR(RemoveTree(temporary));
-  SALA_RETURN_IF_ERROR(
-      Place(temporary, directory,
-            WriteFolder(temporary, weights, texts, tokenizer, source, options, base, &report)));
+  SALA_RETURN_IF_ERROR(Place(
+      temporary, directory,
+      WriteFolder(temporary, weights, texts, config, tokenizer, source, options, base, &report)));
   return report;
 }
 

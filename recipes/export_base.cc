@@ -27,6 +27,16 @@ bool IsOfTokenizer(const std::string& name) {
          data::kTokenizerFiles.end();
 }
 
+constexpr char kChatTemplate[] = "chat_template.jinja";
+
+// A file of its own would be read in place of that.
+bool HasChatTemplate(const std::string& directory) {
+  const auto text = ReadFile(directory + "/tokenizer_config.json");
+  const nlohmann::json config = text.ok() ? ParseJson(*text) : nlohmann::json();
+  return config.is_object() && config.contains("chat_template") &&
+         !config["chat_template"].is_null();
+}
+
 bool HasTokenizer(const std::string& directory, const data::Tokenizer* tokenizer) {
   if (tokenizer == nullptr) return false;
   const auto own = data::LoadTokenizer(directory);
@@ -36,6 +46,9 @@ bool HasTokenizer(const std::string& directory, const data::Tokenizer* tokenizer
 }  // namespace
 
 bool BaseFolder::has_code() const { return std::any_of(files.begin(), files.end(), IsCode); }
+bool BaseFolder::Has(const std::string& name) const {
+  return std::find(files.begin(), files.end(), name) != files.end();
+}
 
 StatusOr<BaseFolder> ReadBase(const std::string& directory, const std::string& model_type,
                               const data::Tokenizer* tokenizer) {
@@ -59,7 +72,7 @@ StatusOr<BaseFolder> ReadBase(const std::string& directory, const std::string& m
     if (IsDirectory(directory + "/" + name)) continue;
     if (IsOfTokenizer(name)) {
       (same_tokenizer ? base.files : base.left_out).push_back(name);
-    } else if (IsCode(name) || IsLicence(name) || name == "generation_config.json") {
+    } else if (IsCode(name) || IsLicence(name) || name == kGenerationConfig) {
       base.files.push_back(name);
     }
   }
@@ -70,8 +83,9 @@ StatusOr<BaseFolder> ReadBase(const std::string& directory, const std::string& m
 
 StatusOr<std::vector<std::string>> TakeFromBase(const BaseFolder& base, const std::string& to) {
   std::vector<std::string> taken;
+  const bool has_template = HasChatTemplate(to);
   for (const std::string& name : base.files) {
-    if (PathExists(to + "/" + name)) continue;
+    if (PathExists(to + "/" + name) || (has_template && name == kChatTemplate)) continue;
     SALA_ASSIGN_OR_RETURN(const std::string bytes, ReadFile(base.directory + "/" + name));
     SALA_RETURN_IF_ERROR(WriteFileAtomically(to + "/" + name, bytes));
     taken.push_back(name);

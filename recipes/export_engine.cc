@@ -65,6 +65,29 @@ std::string Literal(const std::string& text) {
   return literal + "\"";
 }
 
+constexpr char kNameBase[] =
+    "; name a folder with the published configuration_*.py and modeling_*.py as --base";
+
+// Every class of auto_map is loaded from a file of the folder. SGLang takes no model's class.
+Status CheckModules(Engine engine, const json& config, const std::vector<std::string>& files) {
+  if (!HasOwnCode(config)) return OkStatus();
+  for (const auto& [key, value] : config["auto_map"].items()) {
+    if (engine == Engine::kSglang && key.rfind("AutoModel", 0) == 0) continue;
+    for (const json& each : value.is_array() ? value : json::array({value})) {
+      // "module.Class", or "repository--module.Class", which is loaded from elsewhere.
+      const std::string name = each.is_string() ? each.get<std::string>() : "";
+      const std::string file = name.substr(0, name.rfind('.')) + ".py";
+      if (name.empty() || name.find("--") != std::string::npos ||
+          std::find(files.begin(), files.end(), file) != files.end())
+        continue;
+      return Refused(
+          engine, "auto_map." + key, Printable(name),
+          "loads from " + Printable(file) + ", which will not be in the folder" + kNameBase);
+    }
+  }
+  return OkStatus();
+}
+
 // The published model code makes linear layers of the softmax layers' heads, and counts cached
 // tokens in layer 0.
 Status CheckHybridCode(Engine engine, const json& config) {
@@ -93,7 +116,7 @@ std::optional<Engine> ParseEngine(const std::string& name) {
   return std::nullopt;
 }
 
-Status CheckEngineConfig(Engine engine, const json& config, bool has_code) {
+Status CheckEngineConfig(Engine engine, const json& config, const std::vector<std::string>& files) {
   const std::string type = TextOf(config, "model_type");
   const bool hybrid = type == "minicpm_sala";
   if (engine != Engine::kHf && DtypeOf(config) == "float64")
@@ -102,14 +125,20 @@ Status CheckEngineConfig(Engine engine, const json& config, bool has_code) {
     return Refused(engine, "model_type", type,
                    "has no model for; use --engine sglang, or hf with the published model code");
   }
-  if (engine != Engine::kHf || (!hybrid && type != "minicpm")) return OkStatus();
-  if (!has_code || !HasOwnCode(config)) {
-    return Refused(engine, HasOwnCode(config) ? "model_type" : "auto_map",
-                   HasOwnCode(config) ? type : "none",
-                   "has no model code for; name a folder with the published configuration_*.py and "
-                   "modeling_*.py as --base");
+  // Servers have models of their own, and SGLang the configuration of hybrids.
+  std::vector<std::string> classes;
+  if (engine == Engine::kHf && (hybrid || type == "minicpm")) {
+    classes = {kAutoConfig, "AutoModelForCausalLM"};
+  } else if (type == "minicpm") {
+    classes = {kAutoConfig};
   }
-  return hybrid ? CheckHybridCode(engine, config) : OkStatus();
+  for (const std::string& name : classes) {
+    if (HasOwnCode(config) && config["auto_map"].contains(name)) continue;
+    return Refused(engine, HasOwnCode(config) ? "auto_map." + name : "auto_map", "none",
+                   "needs for model_type " + type + std::string(kNameBase));
+  }
+  SALA_RETURN_IF_ERROR(CheckModules(engine, config, files));
+  return engine == Engine::kHf && hybrid ? CheckHybridCode(engine, config) : OkStatus();
 }
 
 Status CheckEngineFolder(Engine engine, const std::string& directory) {
@@ -127,7 +156,8 @@ std::string LoadCommand(Engine engine, const std::string& directory, const json&
   const std::string trust = own ? " --trust-remote-code" : "";
   switch (engine) {
     case Engine::kSglang:
-      return "python -m sglang.launch_server --model-path " + Quoted(directory) + trust;
+      return "python -m sglang.launch_server --model-path " + Quoted(directory) + trust +
+             "  # upstream SGLang (sgl-project/sglang)";
     case Engine::kVllm:
       return "vllm serve " + Quoted(directory) + trust;
     case Engine::kHf:
@@ -157,9 +187,13 @@ StatusOr<std::vector<std::string>> EvalCommands(std::optional<Engine> engine,
     model = "lm_eval --model hf --model_args " + Quoted(arguments) + " --batch_size auto";
   } else {
     const char* port = *engine == Engine::kSglang ? "30000" : "8000";  // that of the server
+    const json length = config.value("max_position_embeddings", json());
     model = "lm_eval --model local-completions --model_args " +
-            Quoted("model=" + directory + ",base_url=http://localhost:" + port +
-                   "/v1/completions,num_concurrent=8,max_retries=3,tokenized_requests=False");
+            Quoted("model=" + directory + ",tokenizer=" + directory +
+                   ",base_url=http://localhost:" + port +
+                   "/v1/completions,num_concurrent=8,max_retries=3,tokenized_requests=False" +
+                   (length.is_number_integer() ? ",max_length=" + length.dump() : "") +
+                   (HasOwnCode(config) ? ",trust_remote_code=True" : ""));
   }
   return std::vector<std::string>{
       model + " --tasks arc_easy,arc_challenge,hellaswag,winogrande --output_path results",

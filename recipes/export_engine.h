@@ -15,20 +15,22 @@ namespace sala::recipes {
 enum class Engine : uint8_t { kHf, kSglang, kVllm };
 std::optional<Engine> ParseEngine(const std::string& name);  // hf, sglang, vllm
 
-// Of config.json as it will be written. `has_code`: the model's own Python files will lie beside
-// it. EXP-ENGINE (65) with the field that stands in the way.
-Status CheckEngineConfig(Engine engine, const nlohmann::json& config, bool has_code);
+// Of config.json as it will be written. `files`: names of those that will lie beside it, the
+// model's own Python code among them. EXP-ENGINE (65) with the field that stands in the way.
+Status CheckEngineConfig(Engine engine, const nlohmann::json& config,
+                         const std::vector<std::string>& files);
 // Of the folder that was written: servers need a tokenizer that they read. EXP-ENGINE (65).
 Status CheckEngineFolder(Engine engine, const std::string& directory);
 
-// A user reported that SGLang takes its own configuration class only where config.json does not
-// name another one.
+// The class of the configuration in auto_map. SGLang has one of its own for hybrids, and takes it
+// where config.json names no other.
 inline constexpr char kAutoConfig[] = "AutoConfig";
 
 // The command that loads or serves the folder there.
 std::string LoadCommand(Engine engine, const std::string& directory, const nlohmann::json& config);
 // Commands of lm-evaluation-harness (which has RULER's tasks) on the folder, through transformers
-// or through the server that LoadCommand starts, and of this program's own tasks. USAGE (64): its
+// or through the server that LoadCommand starts, and of this program's own tasks. Through a server
+// the client is told the tokenizer and the length of a prompt: it does not ask. USAGE (64): its
 // lists of options cannot name such a path.
 StatusOr<std::vector<std::string>> EvalCommands(std::optional<Engine> engine,
                                                 const std::string& directory,

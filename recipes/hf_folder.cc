@@ -41,8 +41,9 @@ std::string ShapeText(const std::vector<int64_t>& shape) { return nlohmann::json
 StatusOr<nlohmann::json> ParseConfig(const std::string& text, const std::string& path) {
   nlohmann::json json = ParseJson(text);
   if (json.is_discarded())
-    return DataError("IMP-FIELD",
-                     path + ": not valid JSON, or nested more than 64 deep; fetch the file again");
+    return DataError(
+        "IMP-FIELD",
+        Printable(path) + ": not valid JSON, or nested more than 64 deep; fetch the file again");
   return json;
 }
 
@@ -57,7 +58,7 @@ StatusOr<ModelFolder> ModelFolder::Open(const std::string& directory,
   const std::string config_path = directory + "/config.json";
   if (!IsDirectory(directory))
     return MakeError(ExitCode::kNoInput, "FILE-MISSING",
-                     directory + ": no such folder; name the folder of a model");
+                     Printable(directory) + ": no such folder; name the folder of a model");
   if (!PathExists(config_path)) {
     // Where the weights are of a form that is not read, that is what to say.
     if (const Status form = SafetensorsModel::Open(directory).status();
@@ -95,12 +96,13 @@ Status ModelFolder::ReadExportRecord() {
   SALA_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
   const nlohmann::json record = ParseJson(text);
   if (!record.is_object())
-    return DataError("IMP-FIELD", path + ": not a JSON object; export the model again");
+    return DataError("IMP-FIELD", Printable(path) + ": not a JSON object; export the model again");
   const auto fingerprint = record.find("tokenizer_fingerprint");
   if (fingerprint != record.end()) {  // an older version did not write it
     if (!fingerprint->is_string())
-      return DataError("IMP-FIELD",
-                       path + ": tokenizer_fingerprint is not a text; export the model again");
+      return DataError(
+          "IMP-FIELD",
+          Printable(path) + ": tokenizer_fingerprint is not a text; export the model again");
     tokenizer_fingerprint_ = fingerprint->get<std::string>();
   }
   const auto shapes_only = record.find("shapes_only");

@@ -169,6 +169,14 @@ TEST(ChatFamilies, PlainNeedsNoTokensAndRefusesWhatLooksLikeATurn) {
                                      .added_tokens = {}}));
   const auto tokenizer = Value(LoadTokenizer(dir / "tok"));
   SALA_ASSERT_OK(CheckChatTokens(plain, *tokenizer));
+  // A line ends in every answer: that token ends no turn.
+  SALA_ASSERT_OK(TrainSentencePiece({.inputs = {dir / "corpus.txt"},
+                                     .vocab_size = 352,
+                                     .output = dir / "lines",
+                                     .added_tokens = {kImEnd, "\n"}}));
+  const auto lines = Value(LoadTokenizer(dir / "lines"));
+  ASSERT_TRUE(lines->added_tokens().contains("\n"));
+  EXPECT_THAT(TurnEndTokens(*lines), ::testing::ElementsAre(lines->FindToken(kImEnd)));
   const RenderedChat chat = Value(RenderChat(plain, kTalk, ChatMask::kAllAssistant));
   EncodedChat encoded = EncodeChat(chat, *tokenizer);
   EXPECT_TRUE(encoded.learn_eos);  // nothing else says that the answer is over

@@ -302,14 +302,58 @@ TEST_F(JinjaTest, ContentsReachATemplateAsTheRecordHasThem) {
       "{% elif m.content is none %}null{% elif m.content is defined %}"
       "{% for part in m.content %}<{{ part.text }}>{% endfor %}{% else %}absent{% endif %};"
       "{% endfor %}";
-  // Written otherwise than a string is: a list is no content that this template reads.
+  // It reads texts, so it gets one, whatever it would make of a list.
   EXPECT_EQ(rendered(what), "ab;null;absent;c;");
-  std::string same = what;
-  same.replace(same.find("<{{ part.text }}>"), 17, "{{ part.text }}{{ '' if loop.last else '|' }}");
-  EXPECT_EQ(rendered(same), "a|b;null;absent;c;");
   // Of families a text, as ever.
   EXPECT_EQ(record.messages[0].content, "ab");
   EXPECT_EQ(record.messages[1].content, "");
+}
+
+TEST_F(JinjaTest, NoPartOfAListIsLost) {
+  const ChatRecord two = Parsed(
+      R"({"messages":[{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]},
+          {"role":"assistant","content":[{"type":"text","text":"c"},{"type":"text","text":"d"}]}]})");
+  const ChatRecord one = Parsed(
+      R"({"messages":[{"role":"user","content":[{"type":"text","text":"a"}]},
+          {"role":"assistant","content":[{"type":"text","text":"c"}]}]})");
+  const auto turns = [](const std::string& user, const std::string& assistant) {
+    return "{% for m in messages %}{% if m.role == 'user' %}[" + user + "]{% else %}<" + assistant +
+           ">{% endif %}{% endfor %}{% if add_generation_prompt %}<{% endif %}";
+  };
+  const auto render = [&](const std::string& text, const ChatRecord& record) {
+    return Value(Open(text))->Render(record);
+  };
+  const std::string text = "{{ m.content }}";
+  const std::string list = "{% for part in m.content %}{{ part.text }};{% endfor %}";
+  const std::string either =
+      "{% if m.content is string %}{{ m.content }}{% else %}" + list + "{% endif %}";
+  const std::string first = "{{ m.content[0].text }}";
+  const std::string strict = "{{ m.content[0].text.strip() }}";  // an error of a text
+  struct Case {
+    std::string user, assistant, expected, learned;
+  };
+  for (const Case& good : std::vector<Case>{{text, text, "[ab]<cd>", "cd>"},
+                                            {either, text, "[ab]<cd>", "cd>"},
+                                            {text, either, "[ab]<cd>", "cd>"},
+                                            {list, text, "[a;b;]<cd>", "cd>"},
+                                            {list, list, "[a;b;]<c;d;>", "c;d;>"},
+                                            {"", text, "[]<cd>", "cd>"}}) {
+    const auto chat = render(turns(good.user, good.assistant), two);
+    EXPECT_EQ(Text(chat), good.expected);
+    EXPECT_EQ(Learned(chat), good.learned);
+  }
+  for (const std::string& reads : {first, strict}) {
+    EXPECT_EQ(Text(render(turns(reads, text), one)), "[a]<c>");
+    ExpectError(render(turns(reads, text), two).status(), "CHAT-TEMPLATE", ExitCode::kData,
+                {"message 0", "only in part", "one string"});
+    ExpectError(render(turns(text, reads), two).status(), "CHAT-TEMPLATE", ExitCode::kData,
+                {"only in part", "one string"});
+  }
+  // Lists are read of the user alone, in a template that takes nothing else there.
+  EXPECT_EQ(
+      Text(render(turns("{{ m.content[0].text.strip() }}{{ m.content[1].text.strip() }}", text),
+                  two)),
+      "[ab]<cd>");
 }
 
 TEST_F(JinjaTest, AConversationOfThousandsOfTurnsIsRefusedAtOnce) {

@@ -173,7 +173,15 @@ class Program(ErrorCase):
         self.refuse(train, 65, "TOK-TRAIN", text, "no text to train")
 
     def test_a_name_that_a_terminal_would_obey(self):
-        self.refuse(["ckpt", "list", "red\x1b[31m\x07"], 66, "CKPT-NONE", r"red\x1b[31m\x07: no such directory")
+        self.refuse(["ckpt", "list", "red\x1b[31m\x07\u009b"], 66, "CKPT-NONE", r"red\x1b[31m\x07\xc2\x9b: no such directory")
+        lines = "a\nsala: error: FILE-READ: made up"  # no second error
+        for words, code in ((["generate", "--ckpt", lines, "--prompt", "a"], 66), (["export", "--ckpt", lines, "--to", "x"], 66),
+                            (["eval", "--ckpt", lines, "--to", "x", "--tasks", "passkey", "--lengths", "512"], 66),
+                            (["generate", "--ckpt", lines, "--prompt", "a", "--tokenizer", "bytes"], 65),
+                            (["generate", "--ckpt", checkpoint(), "--tokenizer", "bytes", "--messages", lines], 66)):
+            result = h.run(words)
+            self.assertEqual(result.code, code, result)
+            self.assertEqual(result.err.count("\n"), 1, result)
 
 
 class ExitCodes(ErrorCase):

@@ -118,6 +118,15 @@ class Command(unittest.TestCase):
             job.result()
         self.assertGreaterEqual(kills, 2, "nothing was cut off")
         self.assertEqual(files(parts), files(whole))
+        # Of lines that are gone the rest is measured: two ranks wrote it, and rows of one are the same.
+        lines = (parts / "summary.jsonl").read_text().splitlines(keepends=True)
+        (parts / "summary.jsonl").unlink()
+        (parts / "summary.part.jsonl").write_text("".join(lines[:2]))
+        times = {p.name: p.stat().st_mtime_ns for p in parts.glob("*-*.jsonl")}
+        h.succeed(arguments(parts, **words))
+        self.assertEqual(files(parts), files(whole))
+        measured = {name for name, time in times.items() if (parts / name).stat().st_mtime_ns != time}
+        self.assertEqual(len(measured), len(times) - 2)
         # Another command is refused, and nothing of what is there goes.
         (parts / "summary.jsonl").rename(parts / "summary.part.jsonl")
         kept = files(parts)
@@ -127,9 +136,6 @@ class Command(unittest.TestCase):
         self.assertIn("EVAL-EXISTS", result.error_lines[0])
         self.assertIn("samples: 40 and 41", result.error_lines[0])
         self.assertEqual(files(parts), kept)
-        # Two ranks wrote it, but rows of one are the same.
-        h.succeed(arguments(parts, **words))
-        self.assertEqual(files(parts), files(whole))
 
     def test_a_pair_goes_on_with_its_second_model(self):
         target = h.ROOT / "eval-pair"
@@ -141,6 +147,19 @@ class Command(unittest.TestCase):
         h.succeed(pair)
         self.assertEqual({**files(target), **files(target / "against")}, kept)
         self.assertEqual((target / "summary.jsonl").stat().st_mtime_ns, first)
+        # One that replaces another goes on, too, and nothing of that other stays beside a new first.
+        shutil.rmtree(target / "against")
+        h.succeed([*pair, "--force"])
+        self.assertEqual((target / "summary.jsonl").stat().st_mtime_ns, first)
+        self.assertEqual({**files(target), **files(target / "against")}, kept)
+        job = h.Job([*arguments(target, "--against", base("other"), samples=20), "--force"])
+        self.assertTrue(job.wait_for((target / "summary.part.jsonl").exists, "the first task"))
+        self.assertFalse((target / "against" / "summary.jsonl").exists())
+        job.signal_rank(0, h.SIGKILL)
+        job.result()
+        h.succeed([*pair, "--force"])
+        self.assertEqual({**files(target), **files(target / "against")}, kept)
+        first = (target / "summary.jsonl").stat().st_mtime_ns
         shutil.rmtree(target / "against")
         result = h.run(arguments(target, "--against", base("other"), samples=4))
         self.assertEqual(result.code, 74, result)
@@ -196,6 +215,13 @@ class Command(unittest.TestCase):
         self.assertTrue((target / "summary.jsonl").exists(), "removed before it was known that there is something to write")
         h.succeed(arguments(target, "--force", samples=2))
         self.assertTrue((target / "mine.txt").exists())
+        (target / "settings.json").write_text('{"model": "another program"}')
+        kept = files(target)
+        for more in ([], ["--force"]):
+            result = h.run(arguments(target, *more, samples=2))
+            self.assertEqual(result.code, 74, result)
+            self.assertIn("no evaluation's", result.err)
+            self.assertEqual(files(target), kept)
         result = h.run(arguments(h.ROOT / "twice", tasks="passkey,passkey"))
         self.assertEqual(result.code, 64)
         self.assertIn("names a task twice", result.err)

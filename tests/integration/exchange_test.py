@@ -145,7 +145,13 @@ class Exchange(unittest.TestCase):
         self.assertEqual(written, {**json.loads((folder / "config.json").read_text()), "auto_map": config["auto_map"]})
         self.assertIn("modeling_m.py", json.loads((target / "export.json").read_text())["sha256"])
         h.succeed(["export", "--ckpt", minicpm, "--to", target, "--engine", "sglang", "--base", base, "--force"])
-        self.assertEqual(json.loads((target / "config.json").read_text())["auto_map"], {"AutoModelForCausalLM": "modeling_m.M"})
+        self.assertEqual(json.loads((target / "config.json").read_text())["auto_map"], config["auto_map"])
+        result = h.succeed(["export", "--ckpt", minicpm, "--to", target, "--base", base, "--tokenizer", "none", "--force"])
+        self.assertIn("left out, with the tokenizer: ", result.out)
+        (base / "modeling_m.py").rename(base / "other.py")
+        result = h.run(["export", "--ckpt", minicpm, "--to", target, "--engine", "hf", "--base", base, "--force"])
+        self.assertEqual(result.code, 65, result)
+        self.assertIn("auto_map.AutoModelForCausalLM: found modeling_m.M", result.err)
 
     def test_a_model_that_learned_chats_stops_at_the_end_of_a_turn(self):
         folder, checkpoint = imported("llama")
@@ -156,13 +162,32 @@ class Exchange(unittest.TestCase):
         h.succeed(["export", "--ckpt", h.final_checkpoints(run)["talk"], "--to", exported])
         self.assertEqual(json.loads((exported / "generation_config.json").read_text()), {"eos_token_id": [257, 260], "top_p": 0.8})
         self.assertEqual((exported / "config.json").read_bytes(), (folder / "config.json").read_bytes())
+        # Also where the folder said nothing of it, alone or with that of a base.
+        silent = h.ROOT / "models" / "silent"
+        shutil.copytree(folder, silent)
+        (silent / "generation_config.json").unlink()
+        h.succeed(["import", "--from", silent, "--to", h.ROOT / "runs" / "import-silent"])
+        stage["init_from"] = {"path": str(h.ROOT / "runs" / "import-silent" / "checkpoints" / "step-000000000")}
+        run = h.ROOT / "runs" / "silent"
+        h.succeed(h.train(h.write_stage(h.ROOT / "talk" / "silent.yaml", stage), run))
+        for more, found in (([], [257, 260]), (["--base", folder], [257, 260])):
+            h.succeed(["export", "--ckpt", h.final_checkpoints(run)["talk"], "--to", exported, "--force", *more])
+            generation = json.loads((exported / "generation_config.json").read_text())
+            self.assertEqual(generation["eos_token_id"], found)
+            self.assertEqual("top_p" in generation, bool(more))
 
     def test_commands_take_the_checkpoint(self):
         _, checkpoint = imported("llama")
         h.succeed(["ckpt", "verify", checkpoint, "--deep"])
         self.assertIn("llama", h.succeed(["import", "--from", h.ROOT / "models" / "llama", "--check"]).out)
         text = h.succeed(["generate", "--ckpt", checkpoint, "--prompt", "the", "--max-new-tokens", "4", "--temperature", "0"]).out
-        self.assertTrue(text.startswith("the"))
+        self.assertGreater(len(text), len("the\n"))
+        # What the folder says of where it stops holds: here at every byte.
+        stops = h.ROOT / "models" / "stops"
+        shutil.copytree(teacher("llama"), stops)
+        (stops / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(256))}))
+        words = ["--tokenizer", "bytes", "--prompt", "the", "--max-new-tokens", "4", "--temperature", "0"]
+        self.assertEqual(h.succeed(["generate", "--ckpt", stops, *words]).out, "the\n")
 
     def test_a_tokenizer_that_is_not_read_is_handed_on(self):
         folder = h.ROOT / "models" / "other-tokenizer"

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import pty
 import shutil
 import subprocess
 import unittest
@@ -229,6 +231,26 @@ class Pipeline(unittest.TestCase):
             self.assertEqual((result.code, result.out), (65, ""), result)
             self.assertIn(code, result.err)
             self.assertIn(f"{record}: line 2" if bad else "holds no conversation", result.err)
+        # What is wrong with a record shows before the weights are read.
+        broken = h.ROOT / "no-weights"
+        shutil.copytree(self.last(), broken)
+        (broken / "manifest.json").write_text("{}")
+        record.write_text("[]\n")
+        result = h.run(["generate", "--ckpt", broken, "--tokenizer", "bytes", "--messages", record])
+        self.assertIn("ING-JSON", result.err, result)
+        # A marker that was typed is said, and the talk goes on; a program that writes one is told by the exit code.
+        marked = "what is <|im_end|>?\n"
+        done = subprocess.run(h.command([*talk, "--chat"]), input=marked, capture_output=True, text=True, timeout=h.LIMIT_SECONDS)
+        self.assertEqual(done.returncode, 65, done.stderr)
+        near, far = pty.openpty()
+        typing = subprocess.Popen(h.command([*talk, "--chat"]), stdin=far, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        os.close(far)
+        os.write(near, (marked + "Continue: the lamp\n\x04").encode())
+        out, err = (text.decode(errors="replace") for text in typing.communicate(timeout=h.LIMIT_SECONDS))
+        os.close(near)
+        self.assertEqual(typing.returncode, 0, err)
+        self.assertEqual(err.count("sala: error: CHAT-TEMPLATE: message 0: the content contains"), 1, err)
+        self.assertIn(first.rstrip("\n"), out)
         for words in ([], ["--prompt", "a", "--messages", record]):
             self.assertEqual(h.run([*talk, *words]).code, 64)
         self.assertEqual(h.run([*talk, "--messages", h.ROOT / "nowhere.jsonl"]).code, 66)

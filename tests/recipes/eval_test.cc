@@ -370,6 +370,19 @@ TEST(EvalReport, ComparisonOfWrittenEvaluations) {
   others.task = "kv";
   ASSERT_TRUE(WriteEvaluation(dir / "d", others).ok());
   EXPECT_EQ(ErrorCodeOf(CompareEvaluations(dir / "a", dir / "d", 1).status()), "EVAL-COMPARE");
+  // What only one of them has is said.
+  {
+    auto both = EvalWriter::Open({.directory = dir / "e", .settings = {{"seed", 1}}});
+    ASSERT_TRUE(both.ok());
+    ASSERT_TRUE(both->Add(Made(few)).ok() && both->Add(others).ok() && both->Finish().ok());
+    const auto rows = CompareEvaluations(dir / "a", dir / "e", 1).value();
+    ASSERT_EQ(rows.size(), 2U);
+    EXPECT_EQ(rows[1]["task"], "kv");
+    EXPECT_EQ(rows[1]["not_comparable"], "only in b");
+    EXPECT_EQ(CompareEvaluations(dir / "e", dir / "a", 1).value()[1]["not_comparable"],
+              "only in a");
+    EXPECT_THAT(ComparisonTable(rows), HasSubstr("not comparable: only in b"));
+  }
   EXPECT_EQ(ErrorCodeOf(CompareEvaluations(dir / "a", dir / "none", 1).status()), "FILE-MISSING");
   ASSERT_TRUE(WriteFileAtomically(dir / "d/summary.jsonl", "{\"task\": 3}\n").ok());
   EXPECT_EQ(ErrorCodeOf(CompareEvaluations(dir / "a", dir / "d", 1).status()), "EVAL-FORMAT");
@@ -486,6 +499,14 @@ TEST_F(EvalTest, AnEvaluationThatWasCutOffGoesOn) {
   EXPECT_TRUE(EvalWriter::Open(target)->done().empty());
   ASSERT_TRUE(MakeEvaluation(*mesh_, evaluation, copies, target).ok());
   EXPECT_EQ(files_of("bad"), files_of("whole"));
+  cut_off("cut");
+  const std::string parts = ReadFile(dir / "cut/summary.part.jsonl").value();
+  ASSERT_TRUE(WriteFileAtomically(dir / "cut/summary.part.jsonl",
+                                  parts.substr(0, parts.size() / 2 + parts.size() / 6))
+                  .ok());
+  EXPECT_EQ(EvalWriter::Open(target)->done().size(), 2U) << "lines in front of the damage hold";
+  ASSERT_TRUE(MakeEvaluation(*mesh_, evaluation, copies, target).ok());
+  EXPECT_EQ(files_of("cut"), files_of("whole"));
 
   // Another command, another model: refused, and everything stays.
   cut_off("other");
@@ -500,6 +521,39 @@ TEST_F(EvalTest, AnEvaluationThatWasCutOffGoesOn) {
   target.replace = true;
   EXPECT_TRUE(EvalWriter::Open(target)->done().empty());
   EXPECT_EQ(files_of("other").size(), 1U);
+
+  // A summary that is damaged is replaced, with files of prompts that no line names; others stay.
+  ASSERT_TRUE(MakeEvaluation(*mesh_, evaluation, copies, target).ok());
+  const auto made = files_of("other");
+  nlohmann::json settings = nlohmann::json::parse(made.at("settings.json"));
+  settings["prompts"] = "a hash";
+  for (const auto& [name, text] :
+       std::map<std::string, std::string>{{"summary.jsonl", "{\"task\": "},
+                                          {"prompts_mine-0.jsonl", "orphan"},
+                                          {"prompts-12.jsonl", "orphan"},
+                                          {"prompts_of_mine.jsonl", "mine"},
+                                          {"settings.json", settings.dump()}})
+    ASSERT_TRUE(WriteFileAtomically(dir / ("other/" + name), text).ok());
+  EXPECT_EQ(StateOf(dir / "other"), EvalState::kComplete);
+  ASSERT_TRUE(RemoveEvaluation(dir / "other").ok());
+  EXPECT_EQ(files_of("other"),
+            (std::map<std::string, std::string>{{"prompts_of_mine.jsonl", "mine"}}));
+
+  // Settings of something else are not replaced.
+  for (const auto& [name, text] : std::map<std::string, std::string>{
+           {"settings.json", "{\"model\": \"x\", \"tasks\": []}"}, {"summary.jsonl", ""}}) {
+    ASSERT_TRUE(RemoveTree(dir / "other").ok());
+    ASSERT_TRUE(MakeDirectories(dir / "other").ok());
+    ASSERT_TRUE(WriteFileAtomically(dir / ("other/" + name), text).ok());
+    const auto kept = files_of("other");
+    EXPECT_EQ(StateOf(dir / "other"), EvalState::kForeign);
+    for (const Status& refused :
+         {EvalWriter::Open(target).status(), RemoveEvaluation(dir / "other")}) {
+      EXPECT_EQ(ErrorCodeOf(refused), "EVAL-EXISTS");
+      EXPECT_THAT(MessageOf(refused), HasSubstr("no evaluation's"));
+    }
+    EXPECT_EQ(files_of("other"), kept);
+  }
 }
 
 }  // namespace

@@ -65,7 +65,9 @@ def check_links(tree):
             continue
         call = re.search(r"sala_room\(\s*(\w+)([^)]*)\)", tree.text(build_file))
         if call is None:
-            continue  # a room that is a program, not a library: launch
+            if "add_executable(" not in tree.text(build_file):  # a room that is a program, not a library: launch
+                yield f"{build_file}:1: neither sala_room({room} ...) nor a program"
+            continue
         number = line_of(tree.text(build_file), call.start())
         uses = re.search(r"\bUSES\b([^A-Z]*)", call.group(2))
         uses = set(uses.group(1).split()) if uses else set()

@@ -152,6 +152,10 @@ class StructureTest(unittest.TestCase):
         self.expect_one({"data/CMakeLists.txt": "sala_room(datum USES core)\n"},
                         "data/CMakeLists.txt:1: sala_room names datum, the folder is data")
 
+    def test_link_of_no_room(self):
+        self.expect_one({"data/CMakeLists.txt": "sala_rooms(data USES core)\n"},
+                        "data/CMakeLists.txt:1: neither sala_room(data ...) nor a program")
+
     def test_unlisted_error_code(self):
         self.expect_one({"data/store.cc": '#include "core/status.h"\nauto e = MakeError(f(ExitCode::kData, 2),\n "DS-NEW", "x");\n'},
                         "data/store.cc:3: error code DS-NEW is not listed in docs/errors.md")
@@ -186,7 +190,8 @@ class StructureTest(unittest.TestCase):
                         "docs/errors.md:10: error code AB-CODE is raised with exit code 70 at data/store.cc:3, the row does not have it")
 
     def test_exit_code_that_cannot_be_read(self):
-        for text in ('auto e = elsewhere("AB-CODE", "x");', 'auto e = MakeError(unknown, "AB-CODE", "x");'):
+        for text in ('auto e = elsewhere("AB-CODE", "x");', 'auto e = MakeError(unknown, "AB-CODE", "x");',
+                     'auto e = MakeError(unknown.exit, c ? "AB-CODE" : code, "x");', 'auto e = MakeError(Exit(1), "AB-CODE", "x");'):
             self.expect_one({"data/store.cc": f'#include "core/status.h"\n{text}\n'},
                             "data/store.cc:2: error code AB-CODE reaches no MakeError whose exit code can be read here")
 
@@ -203,7 +208,8 @@ class StructureTest(unittest.TestCase):
         self.assertEqual(test.count(expectation), 1)
         for instead in ("// " + expectation, "/* " + expectation + " */", 'EXPECT_THAT(text, Not(HasSubstr("INTERNAL: a defect")));',
                         'EXPECT_NE(ErrorCodeOf(D()), "INTERNAL");', 'EXPECT_TRUE(ErrorCodeOf(D()) != "INTERNAL");',
-                        'EXPECT_EQ(ErrorCodeOf(D()), "INTERNAL-OTHER");',
+                        'EXPECT_EQ(ErrorCodeOf(D()), "INTERNAL-OTHER");', 'EXPECT_TRUE(D().ok()) << "INTERNAL";',
+                        'EXPECT_TRUE(D().ok()) << what << "INTERNAL";',
                         # The test makes the error it finds.
                         'EXPECT_EQ(Pass(MakeError(ExitCode::kData, "INTERNAL", "x")), "INTERNAL");'):
             with self.subTest(instead):
@@ -212,7 +218,7 @@ class StructureTest(unittest.TestCase):
 
     def test_row_that_no_python_test_expects(self):
         for text in ("# AB-MORE\n", '"""AB-MORE"""\n', 'def test(self):\n    """AB-MORE"""\n', 'self.assertNotIn("AB-MORE", text)\n',
-                     'assert code != "AB-MORE"\n', 'assert "AB-MORE" not in text\n', 'self.assertIn("AB-MOREOVER", text)\n'):
+                     'with self.subTest("AB-MORE"):\n    pass\n', 'with self.subTest(code="AB-MORE"):\n    pass\n', 'assert code != "AB-MORE"\n', 'assert "AB-MORE" not in text\n', 'self.assertIn("AB-MOREOVER", text)\n'):
             with self.subTest(text):
                 self.expect_one({"tests/integration/run_test.py": text}, "docs/errors.md:10: no test expects error code AB-MORE")
         for text in ('self.assertIn(f"AB-MORE: {path}", text)\n', 'TABLE = [(1, "AB-MORE")]\n'):

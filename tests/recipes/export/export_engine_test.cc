@@ -25,15 +25,30 @@ json Hybrid() {
           {"lightning_nh", 4},
           {"lightning_head_dim", 8},
           {"mixer_types", {"minicpm4", "lightning-attn"}},
-          {"auto_map", {{"AutoModelForCausalLM", "modeling_minicpm_sala.X"}}}};
+          {"auto_map",
+           {{"AutoConfig", "configuration_minicpm_sala.C"},
+            {"AutoModelForCausalLM", "modeling_minicpm_sala.X"}}}};
 }
 
 TEST(ExportEngine, SaysWhichFieldAnEngineCannotLoad) {
   const json llama = {{"model_type", "llama"}, {"torch_dtype", "bfloat16"}};
   for (const Engine engine : {Engine::kHf, Engine::kSglang, Engine::kVllm})
-    EXPECT_TRUE(CheckEngineConfig(engine, llama, false).ok());
-  EXPECT_TRUE(CheckEngineConfig(Engine::kHf, Hybrid(), true).ok());
-  EXPECT_TRUE(CheckEngineConfig(Engine::kSglang, Hybrid(), false).ok());
+    EXPECT_TRUE(CheckEngineConfig(engine, llama, {}).ok());
+  const std::vector<std::string> code = {"configuration_minicpm_sala.py",
+                                         "modeling_minicpm_sala.py"};
+  EXPECT_TRUE(CheckEngineConfig(Engine::kHf, Hybrid(), code).ok());
+  json own = Hybrid();
+  own["auto_map"].erase("AutoConfig");
+  EXPECT_TRUE(CheckEngineConfig(Engine::kSglang, own, {}).ok());
+  json minicpm = {{"model_type", "minicpm"},
+                  {"auto_map", {{"AutoConfig", "c.C"}, {"AutoModelForCausalLM", "m.M"}}}};
+  for (const Engine engine : {Engine::kHf, Engine::kSglang, Engine::kVllm})
+    EXPECT_TRUE(CheckEngineConfig(engine, minicpm, {"c.py", "m.py"}).ok());
+  EXPECT_TRUE(CheckEngineConfig(Engine::kSglang, minicpm, {"c.py"}).ok());
+  minicpm["auto_map"]["AutoTokenizer"] = {"t.T", nullptr};
+  json elsewhere = minicpm;
+  elsewhere["auto_map"] = {{"AutoConfig", "me/it--c.C"}, {"AutoModelForCausalLM", "me/it--m.M"}};
+  EXPECT_TRUE(CheckEngineConfig(Engine::kHf, elsewhere, {}).ok());
 
   const auto with = [](const char* key, const json& value) {
     json config = Hybrid();
@@ -45,24 +60,34 @@ TEST(ExportEngine, SaysWhichFieldAnEngineCannotLoad) {
   struct Case {
     Engine engine;
     json config;
-    bool has_code;
+    std::vector<std::string> files;
     const char* text;
   };
   for (const Case& bad : std::vector<Case>{
-           {Engine::kVllm, Hybrid(), true, "model_type: found minicpm_sala, which vLLM"},
-           {Engine::kHf, Hybrid(), false, "name a folder with the published"},
-           {Engine::kHf, no_map, true, "auto_map: found none"},
-           {Engine::kHf, with("lightning_nh", 2), true, "lightning_nh: found 2"},
-           {Engine::kHf, with("lightning_head_dim", 16), true, "it takes head_dim, 8"},
-           {Engine::kHf, with("mixer_types", {"lightning-attn", "minicpm4"}), true,
+           {Engine::kVllm, Hybrid(), code, "model_type: found minicpm_sala, which vLLM"},
+           {Engine::kHf, Hybrid(), {}, "name a folder with the published"},
+           {Engine::kHf,
+            Hybrid(),
+            {"configuration_minicpm_sala.py", "other.py"},
+            "auto_map.AutoModelForCausalLM: found modeling_minicpm_sala.X, which transformers "
+            "loads from modeling_minicpm_sala.py"},
+           {Engine::kHf, no_map, code, "auto_map: found none"},
+           {Engine::kHf, own, code, "auto_map.AutoConfig: found none"},
+           {Engine::kHf, with("lightning_nh", 2), code, "lightning_nh: found 2"},
+           {Engine::kHf, with("lightning_head_dim", 16), code, "it takes head_dim, 8"},
+           {Engine::kHf, with("mixer_types", {"lightning-attn", "minicpm4"}), code,
             "mixer_types[0]: found \"lightning-attn\""},
-           {Engine::kHf, {{"model_type", "minicpm"}}, false, "auto_map: found none"},
-           {Engine::kSglang, with("torch_dtype", "float64"), true, "torch_dtype: found float64"},
+           {Engine::kHf, {{"model_type", "minicpm"}}, {}, "auto_map: found none"},
+           {Engine::kSglang, {{"model_type", "minicpm"}}, {}, "auto_map: found none"},
+           {Engine::kVllm, {{"model_type", "minicpm"}}, {"c.py"}, "auto_map: found none"},
+           {Engine::kVllm, minicpm, {"m.py"}, "auto_map.AutoConfig: found c.C"},
+           {Engine::kSglang, minicpm, {"c.py"}, "auto_map.AutoTokenizer: found t.T"},
+           {Engine::kSglang, with("torch_dtype", "float64"), code, "torch_dtype: found float64"},
            {Engine::kVllm,
             {{"model_type", "llama"}, {"torch_dtype", "float64"}},
-            false,
+            {},
             "use --dtype bf16"}}) {
-    const Status status = CheckEngineConfig(bad.engine, bad.config, bad.has_code);
+    const Status status = CheckEngineConfig(bad.engine, bad.config, bad.files);
     EXPECT_EQ(ErrorCodeOf(status), "EXP-ENGINE");
     EXPECT_EQ(ExitCodeOf(status), ExitCode::kData);
     EXPECT_THAT(MessageOf(status), HasSubstr(bad.text));
@@ -79,7 +104,8 @@ TEST(ExportEngine, Commands) {
   const json llama = {{"model_type", "llama"}, {"torch_dtype", "float16"}};
   EXPECT_EQ(LoadCommand(Engine::kVllm, "a/b", llama), "vllm serve a/b");
   EXPECT_EQ(LoadCommand(Engine::kSglang, "it's", Hybrid()),
-            "python -m sglang.launch_server --model-path 'it'\\''s' --trust-remote-code");
+            "python -m sglang.launch_server --model-path 'it'\\''s' --trust-remote-code"
+            "  # upstream SGLang (sgl-project/sglang)");
   EXPECT_EQ(LoadCommand(Engine::kHf, "a", Hybrid()),
             "python -c 'from transformers import AutoModelForCausalLM; "
             "AutoModelForCausalLM.from_pretrained(\"a\", torch_dtype=\"auto\", "
@@ -93,6 +119,16 @@ TEST(ExportEngine, Commands) {
   EXPECT_THAT(own.back(), HasSubstr("sala eval --ckpt a "));
   EXPECT_THAT(EvalCommands(Engine::kSglang, "a", llama).value()[0],
               HasSubstr("base_url=http://localhost:30000/v1/completions"));
+  json length = Hybrid();
+  length["max_position_embeddings"] = 524288;
+  const auto served = EvalCommands(Engine::kVllm, "a", length).value();
+  for (size_t task = 0; task + 1 < served.size(); ++task) {
+    for (const char* argument :
+         {"model=a,", ",tokenizer=a,", ",max_length=524288", ",trust_remote_code=True"})
+      EXPECT_THAT(served[task], HasSubstr(argument));
+  }
+  EXPECT_THAT(EvalCommands(Engine::kVllm, "a", llama).value()[0],
+              ::testing::Not(HasSubstr("trust_remote_code")));
   EXPECT_EQ(ErrorCodeOf(EvalCommands(Engine::kHf, "a,b", llama).status()), "USAGE");
 }
 
@@ -126,7 +162,13 @@ TEST(ExportBase, TakesWhatIsNotWrittenAndBelongsToTheModel) {
 
   const BaseFolder same = ReadBase(dir / "base", "llama", bytes.get()).value();
   EXPECT_TRUE(same.left_out.empty());
-  EXPECT_THAT(TakeFromBase(same, dir / "to").value(), ::testing::Contains("byte_tokenizer.json"));
+  write("base/chat_template.jinja", "theirs");
+  const BaseFolder chats = ReadBase(dir / "base", "llama", bytes.get()).value();
+  write("to/tokenizer_config.json", "{\"chat_template\": \"ours\"}");
+  EXPECT_THAT(TakeFromBase(chats, dir / "to").value(), ::testing::Contains("byte_tokenizer.json"));
+  EXPECT_FALSE(PathExists(dir / "to/chat_template.jinja"));
+  write("to/tokenizer_config.json", "{\"chat_template\": null}");
+  EXPECT_THAT(TakeFromBase(chats, dir / "to").value(), ElementsAre("chat_template.jinja"));
 }
 
 TEST(ExportStops, TheEndOfATurnIsAddedOnce) {
