@@ -1,6 +1,6 @@
 """The peak of resident memory that `sala train --dry-run` and `sala plan` say, beside that of the processes of a run (VmHWM).
 
-Models of 0.1, 1.8 and 14.2 million parameters, so that in some the program itself is most of it and in others the weights are.
+Models of 0.1 to 14.2 million parameters, so that in some the program itself is most of it and in others the weights are.
 
 Two terms of the plan are residuals (recipes/resident_plan.cc): what code of steps and saves takes was fitted to the models tiny, long and
 weights, what MPI takes to one and two ranks. They prove nothing about themselves, so the 5 percent are asked where they are less than a
@@ -26,6 +26,7 @@ def said(command):
 class ResidentMemory(unittest.TestCase):
     TINY = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
     SMALL = {"hidden_size": 192, "intermediate_size": 480, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32}
+    MEDIUM = {"hidden_size": 320, "intermediate_size": 800, "num_attention_heads": 10, "num_key_value_heads": 2, "head_dim": 32}
     LARGE = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2,
              "head_dim": 64}
     MIXERS = ["minicpm4", "lightning-attn"]
@@ -94,7 +95,7 @@ class ResidentMemory(unittest.TestCase):
         self.compare("ranks", self.stage(self.LARGE, parallel={"zero_stage": 1}), ranks=2)
 
     def halo(self, name, **section):
-        content = self.stage({**self.SMALL, "num_hidden_layers": 4})
+        content = self.stage({**self.MEDIUM, "num_hidden_layers": 4})
         content["model"]["mixer_types"] = ["minicpm4"] * 4
         base = h.ROOT / "memory" / "halo_base"
         if not base.exists():
@@ -114,7 +115,7 @@ class ResidentMemory(unittest.TestCase):
         Most items are prompts, whose number is sure; how much text is held out of a small store is up to chance."""
         prompts, length = 80, 384
         found = self.halo("scored", score={"text_tokens": 512, "recall_items": prompts, "recall_length_tokens": length, "bootstrap": 0})
-        rows = 2 * prompts * length * self.SMALL["hidden_size"] * 4
+        rows = 2 * prompts * length * self.MEDIUM["hidden_size"] * 4
         self.assertGreater(found["distil"][0]["resident"], found["align"][0]["resident"] + rows / 2)
 
 
