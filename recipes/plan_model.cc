@@ -44,6 +44,11 @@ Tables ModelPass::MakeTables(const std::vector<int32_t>& cu_seqlens) {
   return tables;
 }
 
+void ModelPass::Products(int64_t tokens, int64_t out, int64_t in) {
+  if (forward_only_) return GemmScratch(ctx_, tokens, out, in);
+  ProductScratch(ctx_, tokens, out, in);
+}
+
 void ModelPass::Gather(int64_t width) {
   if (!summed()) return;
   Activations(share_.tokens(), width);
@@ -89,7 +94,7 @@ void ModelPass::LayerForward(const Tables& tables, int64_t layer) {
   Gather(hidden());
   const int64_t inner = config_.intermediate_size / ctx_.tp_ranks;
   Activations(share_.tokens(), 2 * inner);
-  ProductScratch(ctx_, share_.tokens(), 2 * inner, hidden());
+  Products(share_.tokens(), 2 * inner, hidden());
   Activations(share_.tokens(), inner);
   RowParallel(inner, Write::kAccumulate);
 }
@@ -106,7 +111,7 @@ void ModelPass::LayerBackward(const Tables& tables, int64_t layer) {
     const MeterScope mlp(ctx_.arena);
     Gather(hidden());
     Activations(share_.tokens(), inner);
-    ProductScratch(ctx_, share_.tokens(), hidden(), inner);
+    Products(share_.tokens(), hidden(), inner);
     Activations(share_.tokens(), 2 * inner);
     sum_terms();
   }
@@ -121,7 +126,7 @@ void ModelPass::MixerForward(const Tables& tables, MixerType type, Write write) 
   const int64_t tokens = share_.tokens();
   const int64_t projected = ProjectedWidth(type);
   Activations(tokens, projected);
-  ProductScratch(ctx_, tokens, projected, hidden());
+  Products(tokens, projected, hidden());
   if (!Raw(tables, type)) {
     for (const int64_t heads : {g.heads, g.kv_heads}) {
       Activations(tokens, heads * g.d);
@@ -147,7 +152,7 @@ void ModelPass::MixerBackward(const Tables& tables, MixerType type) {
   const int64_t tokens = share_.tokens();
   const MeterScope scope(ctx_.arena);
   Activations(tokens, g.width());  // du
-  ProductScratch(ctx_, tokens, hidden(), g.width());
+  Products(tokens, hidden(), g.width());
   Activations(tokens, ProjectedWidth(type));
   if (HasGate(type) || HasOutputNorm(type)) {
     Activations(tokens, g.width());
@@ -204,6 +209,7 @@ void ModelPass::Backward(const Tables& tables, bool recompute, bool embedding_tr
 
 void ModelPass::ForwardOnly(const std::vector<int32_t>& cu_seqlens,
                             const std::function<void(int64_t)>& hook, bool input_given) {
+  forward_only_ = true;
   const model::TokenShare share =
       model::ShareTokens(cu_seqlens.back(), ctx_.cp, ctx_.cp_ranks, ctx_.tp, ctx_.tp_ranks);
   if (input_given) Activations(share.part(), hidden());

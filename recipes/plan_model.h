@@ -64,6 +64,8 @@ class ModelPass {
 
  private:
   Heads HeadsOf(model::MixerType type) const;
+  // Work space of y = x W^T, and of its two gradients unless the pass goes forward only.
+  void Products(int64_t tokens, int64_t out, int64_t in);
   bool HasNorm(model::MixerType type) const;
   bool HasGate(model::MixerType type) const;
   bool HasOutputNorm(model::MixerType type) const;
@@ -86,6 +88,7 @@ class ModelPass {
   PassContext& ctx_;
   const model::ModelConfig& config_;
   bool sparse_;
+  bool forward_only_ = false;
   const std::function<void(int64_t)>& enter_;
   model::TokenShare share_;
 };
