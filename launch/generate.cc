@@ -75,7 +75,7 @@ class Answer {
 
  private:
   std::string Until(size_t end) {
-    const std::string more = end > told_ ? text_.substr(told_, end - told_) : "";
+    std::string more = end > told_ ? text_.substr(told_, end - told_) : "";
     told_ = std::max(told_, end);
     return more;
   }
