@@ -44,9 +44,14 @@ Tables ModelPass::MakeTables(const std::vector<int32_t>& cu_seqlens) {
   return tables;
 }
 
-void ModelPass::Products(int64_t tokens, int64_t out, int64_t in) {
-  if (forward_only_) return GemmScratch(ctx_, tokens, out, in);
-  ProductScratch(ctx_, tokens, out, in);
+void ModelPass::Products(int64_t tokens, int64_t out, int64_t in, bool trained) {
+  if (!forward_only_) return ProductScratch(ctx_, tokens, out, in, trained);
+  GemmScratch(ctx_, tokens, out, in);
+}
+
+bool ModelPass::Trained(MixerType type) const {
+  if (ctx_.input.phase != PlanPhase::kDistil) return true;
+  return ctx_.input.trainable != HaloTrainable::kLinearMixers || type == MixerType::kLightning;
 }
 
 void ModelPass::Gather(int64_t width) {
@@ -94,7 +99,7 @@ void ModelPass::LayerForward(const Tables& tables, int64_t layer) {
   Gather(hidden());
   const int64_t inner = config_.intermediate_size / ctx_.tp_ranks;
   Activations(share_.tokens(), 2 * inner);
-  Products(share_.tokens(), 2 * inner, hidden());
+  Products(share_.tokens(), 2 * inner, hidden(), AllTrained(ctx_.input));
   Activations(share_.tokens(), inner);
   RowParallel(inner, Write::kAccumulate);
 }
@@ -111,7 +116,7 @@ void ModelPass::LayerBackward(const Tables& tables, int64_t layer) {
     const MeterScope mlp(ctx_.arena);
     Gather(hidden());
     Activations(share_.tokens(), inner);
-    Products(share_.tokens(), hidden(), inner);
+    Products(share_.tokens(), hidden(), inner, AllTrained(ctx_.input));
     Activations(share_.tokens(), 2 * inner);
     sum_terms();
   }
@@ -126,7 +131,7 @@ void ModelPass::MixerForward(const Tables& tables, MixerType type, Write write) 
   const int64_t tokens = share_.tokens();
   const int64_t projected = ProjectedWidth(type);
   Activations(tokens, projected);
-  Products(tokens, projected, hidden());
+  Products(tokens, projected, hidden(), Trained(type));
   if (!Raw(tables, type)) {
     for (const int64_t heads : {g.heads, g.kv_heads}) {
       Activations(tokens, heads * g.d);
@@ -152,7 +157,7 @@ void ModelPass::MixerBackward(const Tables& tables, MixerType type) {
   const int64_t tokens = share_.tokens();
   const MeterScope scope(ctx_.arena);
   Activations(tokens, g.width());  // du
-  Products(tokens, hidden(), g.width());
+  Products(tokens, hidden(), g.width(), Trained(type));
   Activations(tokens, ProjectedWidth(type));
   if (HasGate(type) || HasOutputNorm(type)) {
     Activations(tokens, g.width());

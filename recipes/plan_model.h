@@ -64,8 +64,9 @@ class ModelPass {
 
  private:
   Heads HeadsOf(model::MixerType type) const;
-  // Work space of y = x W^T, and of its two gradients unless the pass goes forward only.
-  void Products(int64_t tokens, int64_t out, int64_t in);
+  // Work space of y = x W^T, and of its gradients unless the pass goes forward only.
+  void Products(int64_t tokens, int64_t out, int64_t in, bool trained);
+  bool Trained(model::MixerType type) const;
   bool HasNorm(model::MixerType type) const;
   bool HasGate(model::MixerType type) const;
   bool HasOutputNorm(model::MixerType type) const;

@@ -35,7 +35,7 @@ void LossChunks(PassContext& ctx, const ModelPass& pass, int64_t heads, int64_t 
     }
   }
   if (gradients) {
-    ProductScratch(ctx, chunk, vocabulary, pass.hidden());
+    ProductScratch(ctx, chunk, vocabulary, pass.hidden(), AllTrained(ctx.input));
   } else {
     GemmScratch(ctx, chunk, vocabulary, pass.hidden());
   }

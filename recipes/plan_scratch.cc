@@ -42,10 +42,14 @@ void GemmScratch(PassContext& ctx, int64_t m, int64_t n, int64_t k) {
                   kFloat);
 }
 
-void ProductScratch(PassContext& ctx, int64_t tokens, int64_t out, int64_t in) {
+bool AllTrained(const PlanInput& input) {
+  return input.phase != PlanPhase::kDistil || input.trainable == HaloTrainable::kAll;
+}
+
+void ProductScratch(PassContext& ctx, int64_t tokens, int64_t out, int64_t in, bool trained) {
   GemmScratch(ctx, tokens, out, in);
   GemmScratch(ctx, tokens, in, out);
-  GemmScratch(ctx, out, in, tokens);
+  if (trained) GemmScratch(ctx, out, in, tokens);
 }
 
 void RowSumsScratch(PassContext& ctx, int64_t rows, int64_t width) {

@@ -21,8 +21,10 @@ struct Heads {
 
 // A product of [m, k] and [k, n].
 void GemmScratch(PassContext& ctx, int64_t m, int64_t n, int64_t k);
-// y = x W^T of `tokens` rows and both gradients.
-void ProductScratch(PassContext& ctx, int64_t tokens, int64_t out, int64_t in);
+// Whether embedding, MLPs, norms and head learn: all but in a distillation of mixers only.
+bool AllTrained(const PlanInput& input);
+// y = x W^T of `tokens` rows and its gradients, W's where it is trained.
+void ProductScratch(PassContext& ctx, int64_t tokens, int64_t out, int64_t in, bool trained);
 // Partial sums over rows, of the gradients of norm weights.
 void RowSumsScratch(PassContext& ctx, int64_t rows, int64_t width);
 // Room for one gathering of n numbers over the tensor ranks (kernels/common/exchange.h). Stays

@@ -64,7 +64,7 @@ class BenchHaloTest(unittest.TestCase):
         self.assertEqual(second.code, 0, second)
         self.assertEqual(json.loads((h.ROOT / "second.json").read_text())["seeds"], self.report["seeds"][1:])
         self.assertNotIn("teacher:", second.err)
-        verdicts = second.out[second.out.index("verdicts"):].splitlines()[0]
+        verdicts = second.out[second.out.rindex("verdicts"):].splitlines()[0]
         self.assertIn("seed 2", verdicts)
         self.assertNotIn("seed 1", verdicts)
 
