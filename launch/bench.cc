@@ -110,15 +110,25 @@ StatusOr<model::ModelConfig> ReadBenchModel(const std::string& path) {
   return file.model;
 }
 
-void PrintBenchHead(const model::ModelConfig& config, const std::string& command) {
+void PrintOrigin(const std::string& command) {
   std::printf("hardware    %s\n", CpuDescription().c_str());
   std::printf("commit      %s (%s build)\n", Commit().c_str(), BuildType().c_str());
   std::printf("command     %s\n", command.c_str());
+}
+
+nlohmann::ordered_json OriginJson(const std::string& command) {
+  return {{"hardware", CpuDescription()},
+          {"commit", Commit()},
+          {"build", BuildType()},
+          {"command", command}};
+}
+
+void PrintBenchHead(const model::ModelConfig& config, const std::string& command) {
+  PrintOrigin(command);
   const auto softmax = std::count(config.mixer_types.begin(), config.mixer_types.end(), "minicpm4");
   std::printf(
       "model       %ld layers (%ld softmax), hidden %ld, MLP %ld, %ld heads of %ld, %ld of keys "
-      "and "
-      "values, vocabulary %ld\n",
+      "and values, vocabulary %ld\n",
       static_cast<long>(config.num_hidden_layers), static_cast<long>(softmax),
       static_cast<long>(config.hidden_size), static_cast<long>(config.intermediate_size),
       static_cast<long>(config.num_attention_heads), static_cast<long>(config.head_dim),

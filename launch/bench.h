@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/json.h"
 #include "core/status.h"
 #include "model/config.h"
 
@@ -40,7 +41,12 @@ Status BenchScaling(const ScalingBenchOptions& options, const std::string& comma
 // queries, first and last layer among them.
 StatusOr<model::ModelConfig> ReadBenchModel(const std::string& path);
 
-// Hardware, commit, command and model, one line each.
+// Where, from which sources and by which command something was measured: one line each, and the
+// first entries of a report's JSON.
+void PrintOrigin(const std::string& command);
+nlohmann::ordered_json OriginJson(const std::string& command);
+
+// The same and the model.
 void PrintBenchHead(const model::ModelConfig& config, const std::string& command);
 
 // The command as it was typed, for the head of a report.

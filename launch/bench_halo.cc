@@ -63,9 +63,7 @@ std::string Steps(const recipes::BatchConfig& batch) {
 void PrintHead(const ClaimSettings& settings, const BenchHaloOptions& options,
                const std::string& command) {
   const model::ModelConfig& model = *settings.lessons.front().model;
-  std::printf("hardware    %s\n", CpuDescription().c_str());
-  std::printf("commit      %s (%s build)\n", Commit().c_str(), BuildType().c_str());
-  std::printf("command     %s\n", command.c_str());
+  PrintOrigin(command);
   std::printf(
       "model       %ld layers, %ld stay softmax, hidden %ld, MLP %ld, %ld query and %ld key/value "
       "heads of %ld\n",
@@ -165,13 +163,13 @@ Status BenchHalo(const BenchHaloOptions& options, const std::string& command) {
   const bool quiet = Quiet();
   SetQuiet(true);
   std::vector<std::vector<ClaimResult>> verdicts;
-  json report = {{"hardware", CpuDescription()}, {"commit", Commit()},
-                 {"build", BuildType()},         {"command", command},
-                 {"quick", options.quick},       {"settings", settings.ToJson()},
-                 {"seeds", json::array()}};
+  json report = OriginJson(command);
+  report["quick"] = options.quick;
+  report["settings"] = settings.ToJson();
+  report["seeds"] = json::array();
   const auto write = [&] {
     return options.json.empty() ? OkStatus()
-                                : WriteFileAtomically(options.json, report.dump(1) + "\n");
+                                : WriteFileAtomically(options.json, DumpJson(report, 1) + "\n");
   };
   SALA_RETURN_IF_ERROR(TryReport(options.json));
   for (int64_t seed = options.first_seed; seed < options.first_seed + options.seeds; ++seed) {

@@ -16,7 +16,6 @@
 #include "kernels/lightning/lightning.h"
 #include "kernels/sparse_attention/sparse_attention.h"
 #include "launch/bench.h"
-#include "launch/build_info.h"
 #include "launch/command.h"
 
 namespace sala::launch {
@@ -234,9 +233,9 @@ void PrintFlatness(const char* name, int64_t window, const std::vector<double>& 
 
 Status WriteJson(const ScalingBenchOptions& options, const std::string& command,
                  const Results& results) {
-  nlohmann::ordered_json json = {{"hardware", CpuDescription()}, {"commit", Commit()},
-                                 {"build", BuildType()},         {"command", command},
-                                 {"threads", options.threads},   {"lengths", options.lengths}};
+  nlohmann::ordered_json json = OriginJson(command);
+  json["threads"] = options.threads;
+  json["lengths"] = options.lengths;
   for (size_t kind = 0; kind < kKinds; ++kind) {
     auto points = nlohmann::ordered_json::array();
     for (const Seconds& s : results[kind]) {

@@ -16,7 +16,6 @@
 #include "kernels/gemm/gemm.h"
 #include "launch/bench.h"
 #include "launch/blas_peers.h"
-#include "launch/build_info.h"
 #include "launch/command.h"
 #include "model/loss.h"
 #include "model/model.h"
@@ -303,21 +302,18 @@ void PrintRounds(const StepBenchOptions& options, const Rounds& rounds, const Bl
 
 Status WriteJson(const StepBenchOptions& options, const std::string& command, const Rounds& rounds,
                  const BlasPeers& peers, double gemm_flops, double step_flops, int64_t parameters) {
-  nlohmann::ordered_json json = {{"hardware", CpuDescription()},
-                                 {"commit", Commit()},
-                                 {"build", BuildType()},
-                                 {"command", command},
-                                 {"parameters", parameters},
-                                 {"seq_len", options.seq_len},
-                                 {"threads", options.threads},
-                                 {"step_flops", step_flops},
-                                 {"gemm_flops", gemm_flops},
-                                 {"step_seconds", rounds.step},
-                                 {"forward_seconds", rounds.forward},
-                                 {"optimizer_seconds", rounds.optimizer},
-                                 {"gemm_seconds", rounds.gemm},
-                                 {"step_over_gemm", rounds.step_over_gemm},
-                                 {"gemm_over_best_library", rounds.gemm_over_best}};
+  nlohmann::ordered_json json = OriginJson(command);
+  json["parameters"] = parameters;
+  json["seq_len"] = options.seq_len;
+  json["threads"] = options.threads;
+  json["step_flops"] = step_flops;
+  json["gemm_flops"] = gemm_flops;
+  json["step_seconds"] = rounds.step;
+  json["forward_seconds"] = rounds.forward;
+  json["optimizer_seconds"] = rounds.optimizer;
+  json["gemm_seconds"] = rounds.gemm;
+  json["step_over_gemm"] = rounds.step_over_gemm;
+  json["gemm_over_best_library"] = rounds.gemm_over_best;
   auto libraries = nlohmann::ordered_json::object();
   for (size_t p = 0; p < peers.found.size(); ++p) {
     libraries[peers.found[p].name()] = rounds.peers[p];

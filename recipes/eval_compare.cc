@@ -8,7 +8,7 @@
 #include "core/json.h"
 #include "core/rng.h"
 #include "recipes/eval_files.h"
-#include "recipes/eval_text.h"
+#include "recipes/text.h"
 
 namespace sala::recipes {
 namespace {

@@ -7,7 +7,7 @@
 
 #include "core/file.h"
 #include "core/json.h"
-#include "recipes/eval_text.h"
+#include "recipes/text.h"
 
 namespace sala::recipes {
 namespace {

@@ -7,17 +7,12 @@
 #include "core/hash.h"
 #include "core/log.h"
 #include "core/memory.h"
+#include "recipes/text.h"
 
 namespace sala::recipes {
 namespace {
 
 using Values = StepValues;
-
-std::string Format(const char* format, double value) {
-  char text[64];
-  std::snprintf(text, sizeof(text), format, value);
-  return text;
-}
 
 // The peak of the process with most, beside what the plan said of it.
 void LogResident(const nlohmann::ordered_json& ranks) {

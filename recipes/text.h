@@ -1,4 +1,4 @@
-// Numbers and columns of the tables of evaluations.
+// Numbers and columns of what is printed.
 #pragma once
 
 #include <cstdio>
