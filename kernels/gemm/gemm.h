@@ -12,7 +12,8 @@
 // do not depend on M, N, strides, slicing, thread count or vector width (AVX-512, AVX2 and the
 // portable form agree). Source of the rule: docs/decisions.md.
 //
-// On a GPU (cuBLASLt): A and B bf16; C bf16 or f32, rounded once from a float32 sum. Rows start at
+// On a GPU (cuBLASLt): A and B bf16; C bf16 or f32, rounded once from a float32 sum. What is added
+// to a bf16 C may be rounded to bf16 before: on an H100 the library does so. Rows start at
 // multiples of 16 bytes; widths are free. The order of a sum is the library's, the same each time
 // for the same shape, strides and device: bits do depend on the shape. Scratch: 32 MiB, 64 MiB on
 // sm_90. An error of the library is a DeviceError.

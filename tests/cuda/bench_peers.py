@@ -19,7 +19,9 @@ import time
 
 try:
     import torch
+    import torch._functorch.config
     import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 except ImportError:
     torch = None
 
@@ -40,8 +42,6 @@ class Peers:
             self.l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
         torch.manual_seed(1)
         # A compiled backward pass may otherwise reuse what the forward pass saved, and could not be walked twice.
-        import torch._functorch.config  # pylint: disable=import-outside-toplevel
-
         torch._functorch.config.donated_buffer = False
 
     # ---- what cases are made of
@@ -207,18 +207,16 @@ class Peers:
         def attention(q, k, v):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
         for tokens in self.lengths():
             def operands(grad, tokens=tokens):
                 return tuple(self.random(1, n, tokens, head_dim, grad=grad) for n in (heads, kv_heads, kv_heads))
 
             one = 2 * tokens * head_dim * (2 * heads + 2 * kv_heads)
-            with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
-                self.forward("dense_attention_forward", tokens, "scaled_dot_product_attention, flash", one,
-                             lambda: operands(False), attention)
-                self.backward("dense_attention_backward", tokens, "scaled_dot_product_attention, flash", 2 * one,
-                              lambda: operands(True), attention)
+            for backend, peer in ((SDPBackend.FLASH_ATTENTION, "flash"), (SDPBackend.CUDNN_ATTENTION, "cuDNN")):
+                peer = f"scaled_dot_product_attention, {peer}"
+                with sdpa_kernel([backend]):
+                    self.forward("dense_attention_forward", tokens, peer, one, lambda: operands(False), attention)
+                    self.backward("dense_attention_backward", tokens, peer, 2 * one, lambda: operands(True), attention)
         self.linear_attention(heads if self.smoke else HEADS, head_dim)
 
     def linear_attention(self, heads, head_dim):

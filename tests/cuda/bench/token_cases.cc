@@ -193,6 +193,9 @@ void EmbeddingCases(Bench& bench, const model::ModelConfig& model, int64_t token
       "rows of distinct ids are read and written in float32");
 }
 
+// Tokens that the model takes at a time on a GPU (model/loss.cc).
+constexpr int64_t kLossChunk = 2048;
+
 // The losses, with the head's products.
 void LossCases(Bench& bench, const model::ModelConfig& model, int64_t tokens) {
   const int64_t h = model.hidden_size;
@@ -204,9 +207,10 @@ void LossCases(Bench& bench, const model::ModelConfig& model, int64_t tokens) {
   what.section = "losses";
   what.tokens = tokens;
   what.shape = Shape({tokens, h}) + " x " + Shape({v, h});
-  for (const int64_t chunk : {int64_t{512}, int64_t{4096}}) {
-    if (chunk > 512 && bench.smoke()) continue;
-    what.name = "cross_entropy_step" + std::string(chunk == 512 ? "" : "_chunk4096");
+  for (const int64_t chunk : {kLossChunk, 2 * kLossChunk}) {
+    if (chunk > kLossChunk && bench.smoke()) continue;
+    what.name =
+        "cross_entropy_step" + (chunk == kLossChunk ? "" : "_chunk" + std::to_string(chunk));
     what.flops = 3 * product;
     what.set_bytes =
         6 * weights + 4.0 * static_cast<double>(tokens * h) + 4.0 * static_cast<double>(chunk * v);
@@ -227,9 +231,10 @@ void LossCases(Bench& bench, const model::ModelConfig& model, int64_t tokens) {
   }
   what.name = "kl_divergence_step";
   what.flops = 4 * product;
-  what.set_bytes =
-      8 * weights + 6.0 * static_cast<double>(tokens * h) + 8.0 * static_cast<double>(512 * v);
-  what.note = "teacher's and student's logits, both gradients of the student";
+  what.set_bytes = 8 * weights + 6.0 * static_cast<double>(tokens * h) +
+                   8.0 * static_cast<double>(kLossChunk * v);
+  what.note = "teacher's and student's logits, both gradients of the student, " +
+              std::to_string(kLossChunk) + " tokens at a time";
   bench.Run(what, [&](Arena& arena, int) {
     const Tensor teacher = bench.Random(arena, DType::kBF16, {tokens, h});
     const Tensor hidden = bench.Random(arena, DType::kBF16, {tokens, h});
@@ -239,7 +244,9 @@ void LossCases(Bench& bench, const model::ModelConfig& model, int64_t tokens) {
     const Tensor dweight = bench.Random(arena, DType::kF32, {v, h}, 0.02F);
     return [=, &bench](int) {
       kernels::KlDivergence(bench.ctx(), teacher, teacher_weight, hidden, weight,
-                            {.teacher_logit_scale = 0.0625F, .student_logit_scale = 0.0625F},
+                            {.teacher_logit_scale = 0.0625F,
+                             .student_logit_scale = 0.0625F,
+                             .chunk_tokens = kLossChunk},
                             dhidden, dweight);
     };
   });

@@ -180,7 +180,9 @@ TEST_F(AttentionCuda, LargeScoresStayFinite) {
   }
 }
 
-TEST_F(AttentionCuda, ShapesThatDoNotFitAbort) {
+using AttentionCudaDeathTest = AttentionCuda;
+
+TEST_F(AttentionCudaDeathTest, ShapesThatDoNotFitAbort) {
   AttentionCase c = NewCase(3, {2, 1, 24});
   EXPECT_DEATH(Run(c, {{0, 3}}), "head size 24, expected 16, 32, 64 or 128");
 }

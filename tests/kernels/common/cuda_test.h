@@ -241,7 +241,11 @@ inline Matrix RandomBf16(int64_t rows, int64_t columns, std::mt19937& rng, float
 // A context on the test device; all scratch must be given back by the end of the test.
 class CudaKernelTest : public ::testing::Test {
  protected:
-  CudaKernelTest() : pool_(1), scratch_(size_t{1} << 20, &TestDevice()) {}
+  // A copy of the process cannot use the device, so what must end in an abort runs in a process
+  // that starts anew.
+  CudaKernelTest() : pool_(1), scratch_(size_t{1} << 20, &TestDevice()) {
+    GTEST_FLAG_SET(death_test_style, "threadsafe");
+  }
   void TearDown() override {
     TestDevice().Synchronize();
     EXPECT_EQ(scratch_.used_bytes(), 0U) << "a kernel kept work space";

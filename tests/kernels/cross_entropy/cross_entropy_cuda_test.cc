@@ -253,7 +253,6 @@ TEST_F(CrossEntropyCuda, DryRunNeedsTheScratchOfARealRun) {
 using CrossEntropyCudaDeathTest = CrossEntropyCuda;
 
 TEST_F(CrossEntropyCudaDeathTest, LabelsOutOfRangeAreFound) {
-  GTEST_FLAG_SET(death_test_style, "threadsafe");
   Problem p(4, 8, 16);
   p.labels = {0, 16, -2, 15};
   EXPECT_DEATH(Compute(ctx(), p, 16), "2 labels outside of \\[-1, 16\\)");

@@ -184,7 +184,9 @@ TEST_F(QkNormRopeCuda, AgreesWithReference) {
   }
 }
 
-TEST_F(QkNormRopeCuda, RefusesOtherHeadDimensions) {
+using QkNormRopeCudaDeathTest = QkNormRopeCuda;
+
+TEST_F(QkNormRopeCudaDeathTest, RefusesOtherHeadDimensions) {
   const DeviceMatrix x(DType::kBF16, 2, 96);
   EXPECT_DEATH(QkNormRopeForward(ctx(), x.heads(4, 24), {}, kEps, {}, {}, x.heads(4, 24), {}),
                "head dimension 24, expected 16, 32, 64 or 128 on a GPU");

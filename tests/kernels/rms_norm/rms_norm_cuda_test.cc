@@ -172,7 +172,9 @@ TEST_F(RmsNormCuda, BackwardAgreesWithReferenceAndObeysWrite) {
   }
 }
 
-TEST_F(RmsNormCuda, RefusesWhatItCannotRead) {
+using RmsNormCudaDeathTest = RmsNormCuda;
+
+TEST_F(RmsNormCudaDeathTest, RefusesWhatItCannotRead) {
   const DeviceMatrix x(DType::kBF16, 2, 12), w(DType::kBF16, 1, 12), rstd(DType::kF32, 1, 2);
   EXPECT_DEATH(
       RmsNormForward(ctx(), x.tensor(), w.vector(), kEps, x.tensor(), rstd.vector()),

@@ -274,7 +274,9 @@ TEST_F(SparseAttentionCuda, BlocksThatCannotBeFreeArePassedOver) {
   ExpectSameResults(c, wrong);
 }
 
-TEST_F(SparseAttentionCuda, ShapesThatDoNotFitAbort) {
+using SparseAttentionCudaDeathTest = SparseAttentionCuda;
+
+TEST_F(SparseAttentionCudaDeathTest, ShapesThatDoNotFitAbort) {
   SparseCase c = NewCase(3, {17, 1, 16}, SmallConfig());
   EXPECT_DEATH(Run(c, {{0, 3}}), "17 query heads to a key/value head, expected at most 16");
 }

@@ -92,13 +92,15 @@ TEST_F(TensorOpsCuda, CopyColumnsCopiesStridedRowsAndNothingElse) {
   }
 }
 
-TEST_F(TensorOpsCuda, RefusesColumnsThatAreNoWholeUnits) {
+using TensorOpsCudaDeathTest = TensorOpsCuda;
+
+TEST_F(TensorOpsCudaDeathTest, RefusesColumnsThatAreNoWholeUnits) {
   const DeviceMatrix a(DType::kBF16, 2, 16), b(DType::kBF16, 2, 16);
   EXPECT_DEATH(CopyColumns(ctx(), a.tensor().Columns(4, 12), b.tensor().Columns(0, 8)),
                "expected rows of whole units of 16 bytes");
 }
 
-TEST_F(TensorOpsCuda, RefusesSumsOfTwoTypes) {
+TEST_F(TensorOpsCudaDeathTest, RefusesSumsOfTwoTypes) {
   const DeviceMatrix a(DType::kF32, 1, 8), b(DType::kBF16, 1, 8);
   EXPECT_DEATH(Add(ctx(), a.vector(), b.vector()), "found \\[8\\] f32 and \\[8\\] bf16, expected");
 }
