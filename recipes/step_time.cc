@@ -10,18 +10,18 @@ namespace {
 
 // Shares of the peaks.
 constexpr double kProducts = 0.71;
-constexpr double kDenseForward = 0.61;
-constexpr double kDenseBackward = 0.51;
-constexpr double kSparseForward = 0.28;
-constexpr double kSparseBackward = 0.22;
-constexpr double kSelection = 0.30;
+constexpr double kDenseForward = 0.31;
+constexpr double kDenseBackward = 0.19;
+constexpr double kSparseForward = 0.23;
+constexpr double kSparseBackward = 0.17;
+constexpr double kSelection = 0.27;
 constexpr double kMemory = 0.9;
 constexpr double kLink = 0.78;
 // Traffic of a token and layer, bytes.
-constexpr double kLightningForward = 49e3;
-constexpr double kLightningBackward = 112e3;
-constexpr double kElementwiseForward = 216e3;
-constexpr double kElementwiseBackward = 430e3;
+constexpr double kLightningForward = 60e3;
+constexpr double kLightningBackward = 163e3;
+constexpr double kElementwiseForward = 220e3;
+constexpr double kElementwiseBackward = 354e3;
 constexpr double kFeatures = 4096;  // of which they are
 constexpr double kUpdateBytes = 30;
 constexpr double kHiddenShare = 0.1;
