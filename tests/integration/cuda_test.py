@@ -1,6 +1,7 @@
 """The GPU path of the whole trainer, over the emulated CUDA module: the same program, configurations and checkpoints as on the CPU.
 
-Run by CTest with SALA_CUDA_MODULE naming the emulated module, and by launch/gpu-test on hardware without it.
+Run by CTest with SALA_CUDA_MODULE naming the emulated module, and by launch/gpu-test on hardware without it. Several ranks share
+the device; in a build without MPI, where no --mpirun is named, what needs them is skipped.
 """
 
 import os
@@ -41,14 +42,15 @@ def one_step(name, **changes):
 
 
 class Steps(unittest.TestCase):
-    """One update of the tiny hybrid on 1 and 4 ranks."""
+    """One update of the tiny hybrid on 1 and, with MPI, 4 ranks."""
 
     @classmethod
     def setUpClass(cls):
         cls.config = h.write_stage(h.ROOT / "cuda" / "step.yaml", one_step("only", sparse_attention=True))
-        cls.runs = {"cpu": cls.start("cpu", None, "run.device=cpu"), "cuda": cls.start("cuda", None, "run.device=cuda"),
-                    "mpi": cls.start("mpi", 4, "run.device=cuda", "parallel.transport=mpi")}
-        if EMULATED:
+        cls.runs = {"cpu": cls.start("cpu", None, "run.device=cpu"), "cuda": cls.start("cuda", None, "run.device=cuda")}
+        if h.MPIRUN:
+            cls.runs["mpi"] = cls.start("mpi", 4, "run.device=cuda", "parallel.transport=mpi")
+        if h.MPIRUN and EMULATED:
             cls.runs["nccl"] = cls.start("nccl", 4, "run.device=cuda", "parallel.transport=nccl")
 
     @classmethod
@@ -76,12 +78,14 @@ class Steps(unittest.TestCase):
             self.assertLess(relative, BF16_GRADIENT, tensor)
 
     def test_four_ranks_agree_with_one(self):
+        h.need_ranks()
         # Each sample is a micro-batch of its own, so only the order of the float32 sums over samples differs.
         for name in set(self.runs) & {"mpi", "nccl"}:
             for tensor, relative in self.gradients("cuda", name).items():
                 self.assertLess(relative, GRADIENT_TOLERANCE, f"{name}: {tensor}")
 
     def test_nccl_and_mpi_have_the_same_bits(self):
+        h.need_ranks()
         if not EMULATED:
             self.skipTest("needs a device per rank")
         self.assertEqual(h.differences(self.runs["mpi"], self.runs["nccl"]), [])
@@ -89,6 +93,7 @@ class Steps(unittest.TestCase):
 
 class SameBits(unittest.TestCase):
     def test_one_and_four_ranks_with_rank_independent_sums(self):
+        h.need_ranks()
         stage = h.pretrain("only", 3, first=True, model=hybrid(), batch={**h.batch(3, sequences=4, micro=1), "rank_independent_sums": True})
         config = h.write_stage(h.ROOT / "cuda" / "independent.yaml", stage)
         runs = []
@@ -196,12 +201,26 @@ class Errors(unittest.TestCase):
         # Enough for parameters and optimizer, not for cuBLASLt's work space of 64 MiB.
         self.fails(71, "CUDA-MEMORY", r"a micro-batch of 1 x 64 tokens needs \d+ MiB .* MiB free", env={"SALA_SIMT_MEMORY": str(16 << 20)})
 
+    def test_a_micro_batch_that_fits_no_device(self):
+        # The activations of 8 million tokens are planned as hundreds of GB; the model itself is small.
+        wide = h.model(hidden_size=512, intermediate_size=2048, head_dim=128)
+        stage = h.pretrain("only", 1, first=True, model=wide, batch=h.batch(1, sequences=2**17, micro=2**17), checkpoint={"every_steps": 1},
+                           data=h.data(h.ingest("prose"), validation={"fraction": 0}))
+        stage["data"]["mixture"][0]["max_epochs"] = 1000
+        config = h.write_stage(h.ROOT / "cuda" / "huge.yaml", stage)
+        run = h.ROOT / "runs" / "cuda-huge"
+        result = h.run(h.train(config, run, "run.device=cuda"))
+        self.assertEqual(result.code, 71, result)
+        self.assertRegex(result.err, r"CUDA-MEMORY: .*a micro-batch of 131072 x 64 tokens needs \d+ MiB .* MiB free")
+        self.assertEqual(h.checkpoints(run), [])
+
     @unittest.skipUnless(EMULATED, "failures are injected by the emulator")
     def test_a_failing_launch_names_operation_shape_and_rank(self):
         self.fails(71, "CUDA-FAILED", r"SwiGluForward \[\d+, \d+\] bf16: .*, rank 0 on ", env={"SALA_SIMT_FAIL": "launch:SwiGluForward"})
 
     @unittest.skipUnless(EMULATED, "failures are injected by the emulator")
     def test_a_failing_launch_on_one_rank_ends_all(self):
+        h.need_ranks()
         for transport in ("mpi", "nccl"):
             run = h.ROOT / "runs" / f"cuda-error-ranks-{transport}"
             program = h.command(h.train(self.config, run, "run.device=cuda", f"parallel.transport={transport}"))
