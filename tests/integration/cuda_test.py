@@ -4,6 +4,8 @@ Run by CTest with SALA_CUDA_MODULE naming the emulated module, and by launch/gpu
 the device; in a build without MPI, where no --mpirun is named, what needs them is skipped.
 """
 
+import json
+import math
 import os
 import pathlib
 import re
@@ -20,6 +22,10 @@ from parallel_test import GRADIENT_TOLERANCE
 # on each path. A wrong formula changes a gradient by tens of percent.
 BF16_GRADIENT = 3 * 0.017 + 2 / 256
 BF16_LOSS = 0.005
+# The forward pass alone has half of these roundings: a hidden state is off by sqrt(40) / 512 = 1.2 %, and logits by as much of their
+# standard deviation, which is 1.2 in the model that is evaluated here. A log probability is a logit less the mean of all: two such
+# errors, amplified as above.
+BF16_LOG_PROBABILITY = 3 * math.sqrt(2) * 0.012 * 1.2
 
 SPARSE = {"kernel_size": 8, "kernel_stride": 4, "block_size": 16, "init_blocks": 1, "window_size": 32, "topk": 3, "dense_len": 64}
 HYBRID = ["minicpm4", "lightning-attn", "lightning-attn", "minicpm4"]
@@ -160,6 +166,107 @@ class Stages(unittest.TestCase):
         used, planned, scratch, planned_scratch = (int(n) for n in found.groups())
         self.assertEqual(used, planned)
         self.assertLessEqual(scratch, planned_scratch)
+
+
+class Evaluations(unittest.TestCase):
+    """Evaluations inside a run and by themselves, on the GPU path and the CPU."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.haystack = h.ingest("texts", documents=200, seed=7, most_sentences=40)
+        section = {"when": ["after"], "tasks": ["passkey", "loss_by_position"], "lengths_tokens": [400], "samples": 3, "haystack": str(cls.haystack)}
+        stage = h.pretrain("only", 12, first=True, model=hybrid(), sparse_attention=True, eval=section)
+        cls.trained = h.ROOT / "runs" / "cuda-eval"
+        h.succeed(h.train(h.write_stage(h.ROOT / "cuda" / "eval.yaml", stage), cls.trained, "run.device=cuda"))
+        cls.last = h.checkpoints(cls.trained)[-1]
+        cls.cpu = cls.measure("cpu", device="cpu")
+        cls.cuda = cls.measure("cuda")
+
+    @classmethod
+    def words(cls, folder, *more, device="cuda", checkpoint=None):
+        return ["eval", "--ckpt", checkpoint or cls.last, "--to", folder, "--tasks", "passkey,loss_by_position", "--lengths", 400, "--samples", 3,
+                "--haystack", cls.haystack, "--device", device, *more]
+
+    @classmethod
+    def measure(cls, name, *more, ranks=None, env=None, **options):
+        folder = h.ROOT / "evaluations" / name
+        h.succeed(cls.words(folder, *more, **options), ranks=ranks, env=env)
+        return folder
+
+    def values(self, folder):
+        """log p of each answer, and the loss of each range of positions."""
+        recall, losses = (json.loads(line) for line in (folder / "summary.jsonl").read_text().splitlines())
+        samples = [json.loads(line) for line in (folder / "passkey-400.jsonl").read_text().splitlines()]
+        self.assertEqual((recall["task"], losses["task"], len(samples)), ("passkey", "loss_by_position", 3))
+        return [-s["log_probability"] for s in samples], [b["loss"] for b in losses["buckets"]]
+
+    def measured(self, folder):
+        """Every number that was measured, as it stands in the files."""
+        return {p.name: p.read_bytes() for p in folder.glob("*-400.jsonl")}
+
+    def distances(self, a, b):
+        return [abs(x - y) for group, other in zip(self.values(a), self.values(b), strict=True) for x, y in zip(group, other, strict=True)]
+
+    def test_log_probabilities_agree_with_the_cpu(self):
+        self.assertLess(max(self.distances(self.cpu, self.cuda)), BF16_LOG_PROBABILITY)
+        self.assertNotEqual(self.measured(self.cpu), self.measured(self.cuda))  # it was the other path
+        self.assertEqual(json.loads((self.cuda / "settings.json").read_text())["device"], "cuda")
+
+    def test_those_of_another_model_do_not(self):
+        other = self.measure("other", device="cpu", checkpoint=h.checkpoints(self.trained)[-2])
+        self.assertGreater(min(self.distances(other, self.cuda)), BF16_LOG_PROBABILITY)
+
+    def test_a_run_measures_the_same(self):
+        within = next((self.trained / "eval").iterdir())
+        self.assertEqual(len(self.measured(within)), 2)
+        self.assertEqual(self.measured(within), self.measured(self.cuda))
+
+    def test_repetition_gives_the_same_bits(self):
+        again = self.measure("again", env={"SALA_SIMT_SEED": "5"} if EMULATED else None)
+        self.assertEqual(self.measured(again), self.measured(self.cuda))
+
+    def test_ranks_give_the_same_bits(self):
+        h.need_ranks()
+        self.assertEqual(self.measured(self.measure("ranks", ranks=2)), self.measured(self.cuda))
+
+    def test_split_prompts_and_heads_agree_with_the_cpu(self):
+        h.need_ranks()
+        for axis in ("--cp", "--tp"):
+            folder = self.measure(f"split{axis}", axis, 2, ranks=2)
+            self.assertLess(max(self.distances(self.cpu, folder)), BF16_LOG_PROBABILITY, axis)
+
+    def fails(self, code, name, pattern, folder="failed", ranks=None, env=None, more=(), **options):
+        target = h.ROOT / "evaluations" / folder
+        result = h.run(self.words(target, *more, **options), ranks=ranks, env=env)
+        self.assertEqual(result.code, code, result)
+        self.assertEqual(len(result.error_lines), 1, result)
+        self.assertIn(f"sala: error: {name}: ", result.error_lines[0])
+        self.assertRegex(result.error_lines[0], pattern)
+        return target
+
+    def test_bad_input(self):
+        narrow = h.ROOT / "runs" / "cuda-eval-narrow"
+        h.succeed(h.train(h.write_stage(h.ROOT / "cuda" / "eval-narrow.yaml", h.pretrain("only", 1, first=True)), narrow))
+        no_module = {"SALA_CUDA_MODULE": "./nowhere.so"}
+        for ranks in (None, 2) if h.MPIRUN else (None,):
+            target = self.fails(71, "CUDA-MODULE", r"nowhere\.so: no such file; the CPU path \(device: cpu\) needs no module", ranks=ranks, env=no_module)
+            self.fails(78, "CFG-MODEL", "head_dim is 8, the GPU kernels need 16, 32, 64 or 128; use --device cpu", ranks=ranks,
+                       checkpoint=h.checkpoints(narrow)[-1])
+        self.fails(64, "USAGE", "--device.*gpu", device="gpu")
+        self.assertFalse(target.exists())
+        # The CPU needs none.
+        self.assertEqual(self.measured(self.measure("no-module", device="cpu", env=no_module)), self.measured(self.cpu))
+
+    @unittest.skipUnless(EMULATED, "the emulator says what devices there are")
+    def test_no_device_and_too_little_memory(self):
+        self.fails(71, "CUDA-NONE", r"no CUDA device: .*; use device: cpu, or see sala doctor", env={"SALA_SIMT_DEVICES": "0"})
+        target = self.fails(71, "CUDA-MEMORY", r"rank 0 on ", env={"SALA_SIMT_MEMORY": str(1 << 20)})
+        self.assertFalse((target / "summary.jsonl").exists())
+
+    def test_a_pair_is_measured_on_one_device(self):
+        target = h.copy_run(self.cpu, h.ROOT / "evaluations" / "pair")
+        self.fails(74, "EVAL-EXISTS", "holds an evaluation", folder="pair", more=["--against", h.checkpoints(self.trained)[-2]])
+        self.assertEqual(self.measured(target), self.measured(self.cpu))
 
 
 class Errors(unittest.TestCase):
