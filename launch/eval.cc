@@ -254,7 +254,8 @@ void AddEvalCommand(CommandLine& line) {
   CLI::App* command = AddCommand(
       line.app, "eval", "measure recall from long context; under mpirun on many ranks",
       "sala eval --ckpt runs/tiny/checkpoints/step-000000380 --tasks passkey,niah_single_1 "
-      "--lengths 512,1024 --to evaluations/tiny");
+      "--lengths 512,1024 --to evaluations/tiny\n"
+      "  sala eval --ckpt exported --tasks kv --lengths 32768 --to evaluations/kv --device cuda");
   command->require_subcommand(0, 1);
   command->add_option("--ckpt", options->model, "checkpoint directory or model folder");
   command->add_option("--against", options->against,
