@@ -20,6 +20,7 @@
 #include "recipes/eval_compare.h"
 #include "recipes/eval_files.h"
 #include "recipes/export.h"
+#include "recipes/rank_device.h"
 
 namespace sala::launch {
 namespace {
@@ -30,6 +31,7 @@ struct EvalOptions {
   std::optional<double> held_out_fraction;
   std::optional<int64_t> held_out_seed;
   std::string sparse = "auto";
+  std::string device = "cpu";
   int threads = 1;
   int64_t cp = 1, tp = 1;
   bool json = false, force = false;
@@ -89,17 +91,35 @@ Status PrintEvaluation(const EvalOptions& options, const std::string& path,
   return Print(options, summary, recipes::EvaluationTable(summary));
 }
 
-// One model, into one directory. With `keep` an evaluation that is complete and has the same
-// settings is not made again. Collective.
-Status EvaluateModel(parallel::Communicator& world, const EvalOptions& options,
+// Whether the model goes with the tokenizer and the device. TOK-VOCAB (65), CFG-MODEL (78).
+Status CheckModel(const Context& ctx, const parallel::Mesh& mesh, const model::ModelConfig& model,
+                  const data::Tokenizer& tokenizer, const std::string& tokenizer_path) {
+  if (tokenizer.vocab_size() > model.vocab_size) {
+    return MakeError(ExitCode::kData, "TOK-VOCAB",
+                     Printable(tokenizer_path) + ": has " + std::to_string(tokenizer.vocab_size()) +
+                         " tokens, the model " + std::to_string(model.vocab_size) +
+                         "; name the tokenizer the model was trained with");
+  }
+  const std::string problem = model.Local({mesh.tp_rank(), mesh.tp_size()}).CudaProblem();
+  if (!ctx.cuda() || problem.empty()) return OkStatus();
+  return MakeError(ExitCode::kConfig, "CFG-MODEL", problem + "; use --device cpu");
+}
+
+// One model, into one directory, on the device or, where it is null, on the CPU. With `keep` an
+// evaluation that is complete and has the same settings is not made again. Collective.
+Status EvaluateModel(parallel::Communicator& world, Device* device, const EvalOptions& options,
                      const std::string& path, const std::string& directory, bool keep) {
   const bool root = world.rank() == 0;
   SALA_RETURN_IF_ERROR(
       parallel::AgreeOnStatus(world, root && !keep ? CheckTarget(options, directory) : OkStatus()));
   ThreadPool pool(options.threads);
-  Arena arena;
-  Arena scratch;
-  const Context ctx{.pool = &pool, .scratch = &scratch};
+  Arena arena(kArenaBlockBytes, device);
+  Arena scratch(kArenaBlockBytes, device);
+  Context ctx{.pool = &pool, .scratch = &scratch};
+  if (device != nullptr) {
+    ctx.device = DeviceKind::kCuda;
+    ctx.gpu = device;
+  }
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<parallel::Mesh> mesh,
                         parallel::Mesh::Create(world, {.cp = options.cp, .tp = options.tp}, ctx));
   StatusOr<std::unique_ptr<data::Tokenizer>> tokenizer = nullptr;
@@ -115,13 +135,7 @@ Status EvaluateModel(parallel::Communicator& world, const EvalOptions& options,
     SALA_RETURN_IF_ERROR(evaluation.status());
     loaded = recipes::LoadModel(path, recipes::LayoutOn(*mesh));
     SALA_RETURN_IF_ERROR(loaded.status());
-    if ((*tokenizer)->vocab_size() > loaded->config.vocab_size) {
-      return MakeError(ExitCode::kData, "TOK-VOCAB",
-                       Printable(tokenizer_path) + ": has " +
-                           std::to_string((*tokenizer)->vocab_size()) + " tokens, the model " +
-                           std::to_string(loaded->config.vocab_size) +
-                           "; name the tokenizer the model was trained with");
-    }
+    SALA_RETURN_IF_ERROR(CheckModel(ctx, *mesh, loaded->config, **tokenizer, tokenizer_path));
     SALA_ASSIGN_OR_RETURN(sparse, UseSparseAttention(options.sparse, path, *loaded));
     return OkStatus();
   };
@@ -136,12 +150,16 @@ Status EvaluateModel(parallel::Communicator& world, const EvalOptions& options,
       .replace = options.force};
   int64_t complete = 0;
   const auto prepare = [&]() -> Status {
-    SALA_ASSIGN_OR_RETURN(
-        target.settings,
-        recipes::EvalSettings(
-            options.request, **tokenizer,
-            {.model_path = path, .sparse_attention = sparse, .cp = options.cp, .tp = options.tp}));
-    complete = keep && recipes::IsCompleteWith(directory, target.settings) ? 1 : 0;
+    SALA_ASSIGN_OR_RETURN(target.settings, recipes::EvalSettings(options.request, **tokenizer,
+                                                                 {.model_path = path,
+                                                                  .sparse_attention = sparse,
+                                                                  .cp = options.cp,
+                                                                  .tp = options.tp,
+                                                                  .device = options.device}));
+    // A pair is measured on one device: between two the same model differs by roundings.
+    const bool kept = keep && recipes::IsCompleteWith(directory, target.settings) &&
+                      recipes::ReadSettings(directory)["device"] == options.device;
+    complete = kept ? 1 : 0;
     // The second of a pair whose first is now replaced.
     const std::string second = directory + "/against";
     const bool stale = keep && complete == 0 && options.force &&
@@ -182,11 +200,17 @@ Status Evaluate(parallel::Communicator& world, EvalOptions options) {
     };
     SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, world.rank() == 0 ? second() : OkStatus()));
   }
-  SALA_RETURN_IF_ERROR(EvaluateModel(world, options, options.model, options.to, keep));
+  std::unique_ptr<Device> device;
+  if (options.device == "cuda") {
+    SALA_ASSIGN_OR_RETURN(device, recipes::OpenRankDevice(world));
+  }
+  SALA_RETURN_IF_ERROR(
+      EvaluateModel(world, device.get(), options, options.model, options.to, keep));
   if (options.against.empty()) return OkStatus();
   options.first = options.to;
   options.second = options.to + "/against";
-  SALA_RETURN_IF_ERROR(EvaluateModel(world, options, options.against, options.second, false));
+  SALA_RETURN_IF_ERROR(
+      EvaluateModel(world, device.get(), options, options.against, options.second, false));
   if (world.rank() == 0 && !options.json)
     std::printf("\na: %s\nb: %s\n", options.model.c_str(), options.against.c_str());
   return parallel::AgreeOnStatus(world, world.rank() == 0 ? Compare(options) : OkStatus());
@@ -230,7 +254,8 @@ void AddEvalCommand(CommandLine& line) {
   CLI::App* command = AddCommand(
       line.app, "eval", "measure recall from long context; under mpirun on many ranks",
       "sala eval --ckpt runs/tiny/checkpoints/step-000000380 --tasks passkey,niah_single_1 "
-      "--lengths 512,1024 --to evaluations/tiny");
+      "--lengths 512,1024 --to evaluations/tiny\n"
+      "  sala eval --ckpt exported --tasks kv --lengths 32768 --to evaluations/kv --device cuda");
   command->require_subcommand(0, 1);
   command->add_option("--ckpt", options->model, "checkpoint directory or model folder");
   command->add_option("--against", options->against,
@@ -269,6 +294,11 @@ void AddEvalCommand(CommandLine& line) {
       ->add_option("--sparse", options->sparse,
                    "block-sparse attention for long prompts: auto (as trained), on, off")
       ->check(CLI::IsMember({"auto", "on", "off"}))
+      ->capture_default_str();
+  command
+      ->add_option("--device", options->device,
+                   "cpu, or cuda: each rank computes in bfloat16 on a GPU of its host")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
   command->add_option("--cp", options->cp, "ranks that share the tokens of a prompt")
       ->check(CLI::PositiveNumber)

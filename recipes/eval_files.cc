@@ -254,8 +254,10 @@ Status EvalWriter::Add(const TaskResult& result) {
 Status EvalWriter::Finish() {
   const std::string& directory = target_.directory;
   SALA_RETURN_IF_ERROR(WriteFileAtomically(directory + "/depths.svg", EvaluationSvg(summary_)));
-  SALA_RETURN_IF_ERROR(WriteFileAtomically(directory + kSummary, SummaryText(summary_)));
-  return PathExists(directory + kParts) ? RemoveTree(directory + kParts) : OkStatus();
+  SALA_RETURN_IF_ERROR(WriteFileAtomically(directory + kParts, SummaryText(summary_)));
+  // Never both of them, whenever the process ends.
+  SALA_RETURN_IF_ERROR(RenamePath(directory + kParts, directory + kSummary));
+  return FsyncDirectory(directory);
 }
 
 Status MakeEvaluation(const parallel::Mesh& mesh, const Evaluation& evaluation,

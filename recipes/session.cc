@@ -11,7 +11,6 @@
 
 #include "core/checkpoint.h"
 #include "core/clock.h"
-#include "core/cuda_module.h"
 #include "core/file.h"
 #include "core/json.h"
 #include "core/log.h"
@@ -19,8 +18,8 @@
 #include "core/trace.h"
 #include "kernels/common/instruction_set.h"
 #include "parallel/comm_log.h"
-#include "parallel/device_communicator.h"
 #include "parallel/mpi_communicator.h"
+#include "recipes/rank_device.h"
 
 namespace sala::recipes {
 namespace {
@@ -91,17 +90,10 @@ void Session::LogDevice() const {
                  << "; between ranks: " << mesh_->transport();
 }
 
-// The device of this rank, and the arenas on it. All ranks learn of a rank that has none.
+// The device of this rank, and the arenas on it.
 Status Session::OpenDevice() {
   if (config_.run.device == DeviceKind::kCuda) {
-    const std::string host = parallel::HostName();
-    SALA_ASSIGN_OR_RETURN(const parallel::HostRanks ranks, parallel::RanksOfThisHost(world_, host));
-    auto device = OpenCudaDevice({.local_rank = ranks.local_rank,
-                                  .rank = world_.rank(),
-                                  .host = host,
-                                  .deterministic = config_.run.deterministic});
-    SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world_, device.status()));
-    device_ = std::move(device).value();
+    SALA_ASSIGN_OR_RETURN(device_, OpenRankDevice(world_, config_.run.deterministic));
     ctx_.device = DeviceKind::kCuda;
     ctx_.gpu = device_.get();
   }
