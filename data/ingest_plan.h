@@ -29,7 +29,7 @@ struct PlannedFile {
   int64_t modified_ns = 0;
 };
 
-struct Segment {
+struct IngestSegment {
   size_t file = 0;
   int64_t begin = 0;
   int64_t end = -1;   // -1: to the end of the file
@@ -43,7 +43,7 @@ struct Unit {
 
 struct IngestPlan {
   std::vector<PlannedFile> files;
-  std::vector<Segment> segments;
+  std::vector<IngestSegment> segments;
   std::vector<Unit> units;
   std::string text;         // of plan.json
   std::string fingerprint;  // of that text

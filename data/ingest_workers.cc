@@ -151,7 +151,7 @@ Status IngestWorkers::UnitRun::ClosePiece(const UnitPosition& next, bool last) {
 }
 
 Status IngestWorkers::UnitRun::RunSegment(uint64_t segment) {
-  const Segment& range = plan_.segments[segment];
+  const IngestSegment& range = plan_.segments[segment];
   file_ = &plan_.files[range.file];
   segment_ = segment;
   opened_.reset();

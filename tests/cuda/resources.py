@@ -6,7 +6,7 @@
     python3 tests/cuda/resources.py --update      # writes the limits anew from what was compiled
 
 Compiles each .cu of the CUDA module with the module's own flags, which it takes from build/release/compile_commands.json
-(warnings are errors there), once for each of four architectures, and reads what ptxas says of each kernel. Needs nvcc, no
+(warnings are errors there), for four architectures at once, and reads what ptxas says of each kernel. Needs nvcc, no
 GPU; without nvcc it says so and ends with 0. A file is compiled again only when it, a header of the project that it
 includes, the flags or the compiler changed (build/resources keeps the results).
 
@@ -40,11 +40,12 @@ ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)),
 
 
 def parse_ptxas(text):
-    """{mangled name of a kernel: {field: number}} from the output of `nvcc -Xptxas -v` for one architecture."""
-    kernels, entry, function = {}, None, None
+    """{architecture: {mangled name of a kernel: {field: number}}} from the output of `nvcc -Xptxas -v`."""
+    found, kernels, entry, function = {}, {}, None, None
     for line in text.splitlines():
-        if match := re.search(r"Compiling entry function '([^']+)'", line):
+        if match := re.search(r"Compiling entry function '([^']+)' for 'sm_(\w+)'", line):
             entry = match.group(1)
+            kernels = found.setdefault(match.group(2), {})
             kernels[entry] = dict.fromkeys(FIELDS, 0)
         elif match := re.search(r"Function properties for (\S+)", line):
             function = match.group(1).strip("'")
@@ -62,7 +63,7 @@ def parse_ptxas(text):
                     kernels[entry]["shared"] = int(shared.group(1))
                 if stack := re.search(r"(\d+) bytes cumulative stack size", line):
                     kernels[entry]["stack"] = max(kernels[entry]["stack"], int(stack.group(1)))
-    return kernels
+    return found
 
 
 def demangle(names):
@@ -102,7 +103,7 @@ def by_short_name(kernels):
 
 
 class Compiler:
-    """Compiles a source for an architecture unless nothing changed since the last time."""
+    """Compiles a source for all architectures unless nothing changed since the last time."""
 
     def __init__(self, root, commands, version, folder):
         self.root = root
@@ -126,18 +127,18 @@ class Compiler:
             queue += self.included[file]
         return sorted(seen)
 
-    def key(self, name, architecture):
+    def key(self, name):
         digest = hashlib.sha256()
-        digest.update("\0".join([*self.commands[name], architecture, self.version]).encode())
+        digest.update("\0".join([*self.commands[name], *ARCHITECTURES, self.version]).encode())
         for file in self.includes(name):
             with open(os.path.join(self.root, file), "rb") as data:
                 digest.update(file.encode() + b"\0" + data.read())
         return digest.hexdigest()
 
-    def compile(self, name, architecture):
-        """(kernels by short name, None), or (None, the compiler's words)."""
-        stem = os.path.join(self.folder, f"{name.replace('/', '_')}.{architecture}")
-        key = self.key(name, architecture)
+    def compile(self, name):
+        """({architecture: kernels by short name}, None), or (None, the compiler's words)."""
+        stem = os.path.join(self.folder, name.replace("/", "_"))
+        key = self.key(name)
         try:
             with open(stem + ".json", encoding="utf-8") as file:
                 kept = json.load(file)
@@ -145,8 +146,9 @@ class Compiler:
                 return kept["kernels"], None
         except (OSError, ValueError, KeyError):
             pass
-        command = [*self.commands[name], f"--generate-code=arch=compute_{architecture},code=sm_{architecture}",
-                   "-Xptxas=-v", "-x", "cu", "-c", os.path.join(self.root, name), "-o", stem + ".o"]
+        # One call: what is done once for all architectures is two fifths of the work.
+        command = [*self.commands[name], *(f"--generate-code=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES), "-Xptxas=-v",
+                   "-x", "cu", "-c", os.path.join(self.root, name), "-o", stem + ".o"]
         environment = dict(os.environ)
         if shutil.which("ccache"):
             command = ["ccache", *command]
@@ -156,7 +158,7 @@ class Compiler:
             os.remove(stem + ".o")
         if result.returncode != 0:
             return None, (result.stderr + result.stdout).strip()
-        kernels = by_short_name(parse_ptxas(result.stderr + result.stdout))
+        kernels = {a: by_short_name(found) for a, found in parse_ptxas(result.stderr + result.stdout).items()}
         with open(stem + ".json", "w", encoding="utf-8") as file:
             json.dump({"key": key, "kernels": kernels}, file)
         return kernels, None
@@ -295,14 +297,14 @@ def main():
     compiler = Compiler(ROOT, commands, version_text, folder)
 
     found, failed = {}, []
-    units = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
     with concurrent.futures.ThreadPoolExecutor(max(1, options.jobs)) as pool:
-        for (source, architecture), (kernels, words) in zip(units, pool.map(lambda unit: compiler.compile(*unit), units)):
+        for source, (kernels, words) in zip(sources, pool.map(compiler.compile, sources)):
             if kernels is None:
-                failed.append(f"{source}: sm_{architecture}: does not compile:\n{words}")
+                failed.append(f"{source}: does not compile:\n{words}")
                 continue
-            for kernel, numbers in kernels.items():
-                found.setdefault((source, kernel), {})[architecture] = numbers
+            for architecture in ARCHITECTURES:
+                for kernel, numbers in kernels.get(architecture, {}).items():
+                    found.setdefault((source, kernel), {})[architecture] = numbers
 
     limits_file = os.path.join(ROOT, LIMITS)
     limits_version, limits = None, {}
