@@ -66,6 +66,13 @@ std::string Verdict(const Interval& interval) {
   return "no difference shown";
 }
 
+// The verdict, with that of the log probability where it is another.
+std::string VerdictText(const ordered_json& line) {
+  const auto verdict = line.at("verdict").get<std::string>();
+  const auto likelihood = line.value("log_probability_verdict", verdict);
+  return verdict == likelihood ? verdict : verdict + "; by log p " + likelihood;
+}
+
 // What made the prompts of two evaluations differ, as far as their settings tell.
 std::string Cause(const std::string& a, const std::string& b) {
   nlohmann::json first = ReadSettings(a);
@@ -130,6 +137,8 @@ ordered_json PairLine(const Pair& pair, bool of_losses, const std::string& task,
   row["log_probability_difference"] = log_probability.mean;
   row["log_probability_interval"] = {log_probability.interval.low, log_probability.interval.high};
   row["verdict"] = Verdict(decides);
+  // Shares of small models are all 0 or all 1 while the answers become likelier or not.
+  if (!of_losses) row["log_probability_verdict"] = Verdict(log_probability.interval);
   return row;
 }
 
@@ -252,8 +261,8 @@ std::string ComparisonTable(const std::vector<ordered_json>& lines) {
             Padded(number("difference", "%+.3f"), 9) +
             Padded(shares ? interval(line, "interval") : "-", 18) +
             Padded(Format("%+.3f", line.at("log_probability_difference").get<double>()), 14) +
-            Padded(interval(line, "log_probability_interval"), 18) + "  " +
-            line.at("verdict").get<std::string>() + "\n";
+            Padded(interval(line, "log_probability_interval"), 18) + "  " + VerdictText(line) +
+            "\n";
   }
   return text;
 }

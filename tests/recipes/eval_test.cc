@@ -362,6 +362,16 @@ TEST(EvalReport, ComparisonOfWrittenEvaluations) {
   EXPECT_EQ(same[0]["difference"], 0.0);
   EXPECT_EQ(same[0]["interval"], (nlohmann::ordered_json{0.0, 0.0}));
   EXPECT_EQ(same[0]["verdict"], "no difference shown");
+  EXPECT_EQ(same[0]["log_probability_verdict"], "no difference shown");
+
+  // As many right, all of them less likely.
+  TaskResult unlikely = Made(few);
+  for (auto& sample : unlikely.samples) sample.log_probability -= 1;
+  ASSERT_TRUE(WriteEvaluation(dir / "unlikely", unlikely).ok());
+  const auto worse = CompareEvaluations(dir / "a", dir / "unlikely", 1).value();
+  EXPECT_EQ(worse[0]["verdict"], "no difference shown");
+  EXPECT_EQ(worse[0]["log_probability_verdict"], "worse");
+  EXPECT_THAT(ComparisonTable(worse), HasSubstr("no difference shown; by log p worse\n"));
 
   TaskResult others = Made(few);
   others.samples[3].hash = "else";
