@@ -118,6 +118,20 @@ void PrintSearch(const recipes::StageConfig& stage, const LayoutSearch& search, 
   if (search.written.empty()) std::printf("  as written: %s\n", search.refused.c_str());
 }
 
+using ChosenLayouts = std::vector<std::pair<const recipes::StageConfig*, LayoutEstimate>>;
+
+// How long all steps would take.
+void PrintDuration(const ChosenLayouts& chosen, int gpus) {
+  constexpr double kDay = 86400;
+  double days = 0;
+  std::printf("\nall steps with the first of each, by the model, days on %d GPUs:", gpus);
+  for (const auto& [stage, layout] : chosen) {
+    std::printf(" %s %.3g,", stage->name.c_str(), layout.seconds / kDay);
+    days += layout.seconds / kDay;
+  }
+  std::printf(" together %.3g\n", days);
+}
+
 // The model behind a stage that is not asked for; only HALO changes it.
 Status PassStage(const recipes::StageConfig& stage, const recipes::RunConfig& run,
                  model::ModelConfig* model) {
@@ -147,7 +161,7 @@ Status PlanLayouts(const recipes::PipelineConfig& config, const LayoutRequest& r
         gpu.source);
   }
   auto stages = nlohmann::ordered_json::array();
-  std::vector<std::pair<const recipes::StageConfig*, LayoutEstimate>> chosen;
+  ChosenLayouts chosen;
   for (const recipes::StageConfig& stage : config.stages) {
     if (!request.stage.empty() && stage.name != request.stage) {
       SALA_RETURN_IF_ERROR(PassStage(stage, config.run, &model));
@@ -172,6 +186,7 @@ Status PlanLayouts(const recipes::PipelineConfig& config, const LayoutRequest& r
   }
   std::printf("\nthe first of each, for the stage's file (run.device: cuda):\n");
   for (const auto& [stage, layout] : chosen) PrintYaml(*stage, layout);
+  PrintDuration(chosen, request.gpus);
   return OkStatus();
 }
 

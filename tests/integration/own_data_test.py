@@ -47,6 +47,10 @@ class OwnData(unittest.TestCase):
         sala("data", "ingest", "--input", "chats.jsonl.gz", "--tokenizer", "corpora/tokenizer", "--name", "chat", "--to", "corpora/chat")
         plan = sala("data", "plan", "configs/own/pipeline.yaml", "--set", "pretrain.batch.steps=30").out
         self.assertIn("pretrain", plan)
+        # The chain with a teacher: its files fit each other and these stores.
+        chain = sala("train", "configs/own/teacher_pipeline.yaml", "--dry-run", "--set", "teacher.batch.steps=30").out
+        for stage in ("teacher", "halo", "stable", "sft"):
+            self.assertIn(stage, chain)
         # Fewer steps on text than a user takes: what is checked is the chat.
         sala("train", "configs/own/pipeline.yaml", "--run", "runs/own", "--set", "pretrain.batch.steps=30", "--set", "sft.batch.steps=80")
         newest = sorted((folder / "runs/own/checkpoints").iterdir())[-1]

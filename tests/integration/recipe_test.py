@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import unittest
 
@@ -195,6 +196,14 @@ class Layouts(unittest.TestCase):
     def test_the_files_layout_is_the_first_proposal(self):
         self.assertEqual(self.stage["as_written"]["mesh"], self.stage["best"][0]["mesh"])
         self.assertEqual(self.stage["as_written"]["recompute"], self.stage["best"][0]["recompute"])
+
+    def test_days_of_all_steps(self):
+        found = re.search(r"days on 64 GPUs: long_decay_3 ([\d.]+), together ([\d.]+)\n", self.text)
+        self.assertIsNotNone(found, self.text)
+        step = self.stage["best"][0]["phases"][0]["step_seconds"]["all"]
+        expected = 5001 * step / 86400  # 50.6 billion tokens of 10,117,120 a step
+        for text in found.groups():
+            self.assertAlmostEqual(float(text), expected, delta=0.005 * expected)  # three digits
 
     def test_proposals_fit_are_ordered_and_use_all_gpus(self):
         seconds = [layout["seconds"] for layout in self.stage["best"]]
