@@ -182,6 +182,23 @@ std::string ShareText(double share) {
   return {text.data(), static_cast<size_t>(n)};
 }
 
+std::set<int64_t> LayersOf(const json& selection, const char* key) {
+  std::set<int64_t> layers;
+  const json list = selection.value(key, json::array());
+  for (const json& layer : list) {
+    if (layer.is_number_integer()) layers.insert(layer.get<int64_t>());
+  }
+  return layers;
+}
+
+// "layer 0", "layers 0, 3".
+std::string LayerList(const std::set<int64_t>& layers) {
+  if (layers.empty()) return "no layer";
+  std::string text;
+  for (const int64_t layer : layers) text += (text.empty() ? " " : ", ") + std::to_string(layer);
+  return (layers.size() == 1 ? "layer" : "layers") + text;
+}
+
 }  // namespace
 
 std::string TrainingSection(const ReportData& data) {
@@ -228,19 +245,15 @@ std::string HaloSection(const ReportData& data) {
   if (!curves.empty()) body += "<div class=\"grid2\">" + curves + "</div>";
   if (!data.selection.is_object()) return ReportSection("HALO conversion", "", body);
 
-  std::set<int64_t> kept;
-  if (data.selection.contains("softmax_layers") && data.selection["softmax_layers"].is_array()) {
-    for (const json& layer : data.selection["softmax_layers"]) {
-      if (layer.is_number_integer()) kept.insert(layer.get<int64_t>());
-    }
-  }
-  std::string text;
-  for (const int64_t layer : kept) text += (text.empty() ? "" : ", ") + std::to_string(layer);
+  const std::set<int64_t> kept = LayersOf(data.selection, "softmax_layers");
+  const std::set<int64_t> forced = LayersOf(data.selection, "forced");
   body += "<h3>Which layers keep softmax attention</h3><p class=\"lead\">Selector <b>" +
-          EscapeHtml(ReportText(data.selection, "selector")) + "</b> keeps layers " +
-          EscapeHtml(text.empty() ? "none" : text) +
+          EscapeHtml(ReportText(data.selection, "selector")) + "</b> keeps softmax in " +
+          LayerList(kept) +
+          (forced.empty() ? "" : ", " + LayerList(forced) + " by decision (halo.keep)") +
           ". A score says how much is lost when only this layer becomes linear; the share, in how "
-          "many resamples of the scored items the layer would be kept.</p>";
+          "many resamples of the scored items the layer would be kept. Layers are chosen by the "
+          "score over all items; where the shares of two are near, that was a close choice.</p>";
   const json scores = data.selection.value("scores", json::object());
   const json layers = scores.is_object() ? scores.value("layers", json::array()) : json::array();
   LayerBars keep = {.y_label = "score", .half = true};

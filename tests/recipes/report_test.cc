@@ -153,6 +153,15 @@ TEST(ReportPage, EscapesWhatFilesSay) {
   EXPECT_THAT(ReportPage(data, 5), Not(HasSubstr("http-equiv")));
 }
 
+TEST(Report, SaysWhichLayersWereForced) {
+  ReportData data;
+  data.selection = {{"selector", "halo"}, {"softmax_layers", {0, 3, 7}}, {"forced", {0, 7}}};
+  EXPECT_THAT(ReportPage(data),
+              HasSubstr("keeps softmax in layers 0, 3, 7, layers 0, 7 by decision (halo.keep)."));
+  data.selection = {{"selector", "kl"}, {"softmax_layers", {2}}, {"forced", {kHostile}}};
+  EXPECT_THAT(ReportPage(data), HasSubstr("keeps softmax in layer 2."));
+}
+
 TEST(Report, RefusesWhatIsNoRunAndNotesWhatIsBroken) {
   const TempDir dir;
   EXPECT_EQ(ErrorCodeOf(ReadReportData(dir.path() + "/none").status()), "FILE-MISSING");
