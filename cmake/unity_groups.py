@@ -4,8 +4,9 @@
     python3 cmake/unity_groups.py --size N FILE...     # prints one line per file that shares a unit: "number FILE"
 
 Files that give one name two meanings do not share a unit: those of unnamed namespaces, and what the headers of the project
-declare that the others include. A file that defines macros stays alone. Names are found by how clang-format leaves them: what
-a namespace declares begins at the start of a line.
+declare that the others include. A file stays alone that reaches further in other ways: macros, pragmas of the compiler, using
+directives of other namespaces, operators of its own. Names are found by how clang-format leaves them: what a namespace
+declares begins at the start of a line.
 """
 
 import argparse
@@ -16,7 +17,8 @@ ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)),
 NOT_NAMES = {"if", "for", "while", "return", "switch", "static_assert"}
 
 INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
-ALONE = re.compile(r'^\s*#\s*define|^#include "[^"]*\.inc"', re.MULTILINE)
+ALONE = re.compile(
+    r'^\s*#\s*(?:define|pragma GCC)|^#include "[^"]*\.inc"|^\s*using namespace |^(?!.*::operator)\w.*\boperator\W', re.MULTILINE)
 TYPE = re.compile(r"(?:template\s*<.*>\s*)?(?:struct|class|union|enum(?: class| struct)?)\s+(\w+)")
 ALIAS = re.compile(r"using\s+(\w+)\s*=\s*(.*);|using\s+([\w:]*::)(\w+);")
 FUNCTION = re.compile(r"[\w:<>,&*\s\[\]()]*?(\w+)\(")

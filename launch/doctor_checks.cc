@@ -382,7 +382,12 @@ std::vector<DoctorRow> CheckCuda(bool needed) {
   const Health absent = needed ? Health::kFails : Health::kInfo;
   const auto module = LoadCudaModule();
   if (!module.ok())
-    return {{.name = "CUDA", .health = absent, .found = MessageOf(module.status())}};
+    return {{.name = "CUDA",
+             .health = absent,
+             .found = MessageOf(module.status()),
+             .remedy = "for a GPU: install nvcc, cuBLASLt and NCCL, configure again and build the "
+                       "target sala_cuda beside this program; or name a module in "
+                       "SALA_CUDA_MODULE"}};
   std::vector<DoctorRow> rows = {{.name = "CUDA",
                                   .found = "module " + CudaModulePath() + ", " + (*module)->build +
                                            "; " + (*module)->libraries()}};

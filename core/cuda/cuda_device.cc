@@ -25,7 +25,10 @@ void CheckCuda(cudaError_t result, const char* operation, const std::string& sub
   std::string text = std::string(operation) + (subject.empty() ? "" : " " + subject) + ": " +
                      cudaGetErrorString(result) + " (" + cudaGetErrorName(result) + "), rank " +
                      std::to_string(options.rank) + " on " + options.host;
-  if (memory) text += "; use a smaller micro-batch, recompute: true, shorter prompts or more ranks";
+  if (memory)
+    text +=
+        "; training: a smaller micro-batch, recompute: true or more ranks; an evaluation: "
+        "shorter prompts, --cp or --tp";
   throw DeviceError(memory ? "CUDA-MEMORY" : "CUDA-FAILED", text);
 }
 

@@ -251,6 +251,8 @@ def violations(found, limits, sources, same_version):
         mark, limit = limits[source, kernel]
         if mark == "cool":
             continue
+        for architecture in sorted(set(limit) - set(numbers)):
+            yield f"{source}: {kernel}: sm_{architecture}: the compiler reported nothing of it"
         for architecture, values in numbers.items():
             if values["spill"] > 0 and mark == "hot":
                 yield f"{source}: {kernel}: sm_{architecture}: spills {values['spill']} bytes; a hot kernel must not spill"

@@ -81,16 +81,18 @@ class ResourcesTest(unittest.TestCase):
         limit = numbers(registers=100, shared=64)
         self.assertEqual(self.violations(numbers(registers=100, shared=64), limit), [])
         self.assertEqual(self.violations(numbers(registers=90), limit), [])
-        self.assertEqual(self.violations({"80": {**ZERO, "registers": 101}}, limit),
+        self.assertEqual(self.violations({**numbers(), "80": {**ZERO, "registers": 101}}, limit),
                          ["a.cu: F: sm_80: registers 101, the limit is 100"])
-        self.assertEqual(self.violations({"120": {**ZERO, "shared": 65}}, limit),
+        self.assertEqual(self.violations({**numbers(), "120": {**ZERO, "shared": 65}}, limit),
                          ["a.cu: F: sm_120: shared 65, the limit is 64"])
-        self.assertEqual(self.violations({"89": {**ZERO, "spill": 4}}, numbers(spill=4)),
+        self.assertEqual(self.violations({**numbers(), "89": {**ZERO, "spill": 4}}, numbers(spill=4)),
                          ["a.cu: F: sm_89: spills 4 bytes; a hot kernel must not spill"])
         self.assertEqual(self.violations(numbers(registers=200, spill=4), limit, mark="cool"), [])
+        some = {architecture: values for architecture, values in numbers().items() if architecture != "120"}
+        self.assertEqual(self.violations(some, limit), ["a.cu: F: sm_120: the compiler reported nothing of it"])
         # Known to spill: no more than it does.
         self.assertEqual(self.violations(numbers(spill=4), numbers(spill=4), "spills"), [])
-        self.assertEqual(self.violations({"89": {**ZERO, "spill": 8}}, numbers(spill=4), "spills"),
+        self.assertEqual(self.violations({**numbers(), "89": {**ZERO, "spill": 8}}, numbers(spill=4), "spills"),
                          ["a.cu: F: sm_89: spill 8, the limit is 4"])
         # Another compiler: its registers are not comparable, its spills are.
         self.assertEqual(self.violations(numbers(registers=200), limit, same_version=False), [])

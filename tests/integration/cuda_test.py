@@ -23,8 +23,8 @@ from parallel_test import GRADIENT_TOLERANCE
 BF16_GRADIENT = 3 * 0.017 + 2 / 256
 BF16_LOSS = 0.005
 # The forward pass alone has half of these roundings: a hidden state is off by sqrt(40) / 512 = 1.2 %, and logits by as much of their
-# standard deviation, which is 1.2 in the model that is evaluated here. A log probability is a logit less the mean of all: two such
-# errors, amplified as above.
+# standard deviation, which is 1.2 in the model that is evaluated here. A log probability is a logit less the log of the sum of all
+# exponentials, whose error is at most that of the largest logit: two such errors, amplified by norms and softmax as above.
 BF16_LOG_PROBABILITY = 3 * math.sqrt(2) * 0.012 * 1.2
 
 SPARSE = {"kernel_size": 8, "kernel_stride": 4, "block_size": 16, "init_blocks": 1, "window_size": 32, "topk": 3, "dense_len": 64}

@@ -31,7 +31,9 @@ def main():
     global SALA, MPIRUN, ROOT
     parser = argparse.ArgumentParser()
     parser.add_argument("--sala", required=True)
-    parser.add_argument("--mpirun", default="", help="left out: tests of several ranks are skipped")
+    ranks = parser.add_mutually_exclusive_group(required=True)
+    ranks.add_argument("--mpirun")
+    ranks.add_argument("--no-mpi", dest="mpirun", action="store_const", const="", help="tests of several ranks are skipped")
     known, rest = parser.parse_known_args()
     SALA, MPIRUN = os.path.abspath(known.sala), known.mpirun
     with tempfile.TemporaryDirectory(prefix="sala-integration-") as folder:
@@ -79,7 +81,7 @@ class Result:
 def need_ranks():
     """Skips what needs several ranks where there is nothing to start them with."""
     if not MPIRUN:
-        raise unittest.SkipTest("needs several ranks: no --mpirun was named (a build without MPI is one process)")
+        raise unittest.SkipTest("needs several ranks: a program without MPI (--no-mpi) is one process")
 
 
 def command(arguments, ranks=None):

@@ -140,15 +140,19 @@ class OneHost(RanksCase):
         self.assertEqual(self.end().code, 75)
         self.assert_resumes()
 
-    def test_ctrl_c_of_the_launcher_saves(self):
+    def test_ctrl_c_and_a_closed_terminal_save(self):
         oracle()
-        run = self.run_directory = h.ROOT / "runs" / "launcher-ctrl-c"
-        # In a process group of its own, all of which gets the signal, as from a terminal.
-        self.job = h.Job([], program=["setsid", LAUNCHER, "-np", RANKS, "--", *h.train(config(), run)], env=launcher_environment())
-        self.wait_for_a_checkpoint()
-        os.killpg(self.job.process.pid, h.signal.SIGINT)
-        self.assertEqual(self.end().code, 75)
-        self.assert_resumes()
+        for number in (h.signal.SIGINT, h.signal.SIGHUP):
+            with self.subTest(number):
+                run = self.run_directory = h.ROOT / "runs" / f"launcher-{number}"
+                # In a process group of its own, all of which gets the signal, as from a terminal.
+                self.job = h.Job([], program=["setsid", LAUNCHER, "-np", RANKS, "--", *h.train(config(), run)], env=launcher_environment())
+                self.wait_for_a_checkpoint()
+                os.killpg(self.job.process.pid, number)
+                result = self.end()
+                self.assertEqual(result.code, 75, result)
+                self.assertIn("STOPPED", result.err)
+                self.assert_resumes()
 
     def test_the_launcher_gives_up_where_nothing_gets_on(self):
         # Every start dies in its first save.

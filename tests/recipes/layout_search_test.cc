@@ -61,8 +61,8 @@ TEST(StepTime, GroupsUseTheLinksTheySpan) {
 
 // Steps of 9B-shaped stacks that an H100 was measured at
 // (docs/benchmarks/gpu_h100_80gb_hbm3_model.md): one document, recomputation, all parameters
-// updated. The shares of the peaks are means over the lengths, and the gaps between kernels are
-// left out: within 10 %.
+// updated. The model leaves out the gaps between kernels and has one share for all lengths, so it
+// may be 10 % short; longer by more than a rounding of its two-digit shares it must not be.
 TEST(StepTime, IsNearWhatAnH100Took) {
   struct Row {
     bool hybrid;
@@ -87,8 +87,10 @@ TEST(StepTime, IsNearWhatAnH100Took) {
     std::vector<model::ParameterSpec> specs = model::ParameterSpecs(input.model);
     memory.optimizer = 12 * model::LayOut(specs);
     const double found = EstimateStep(input, Known("h100"), {}, memory).total();
-    EXPECT_NEAR(found / row.seconds, 1, 0.10) << (row.hybrid ? "hybrid" : "teacher") << ", "
-                                              << row.tokens << " tokens: " << found << " s";
+    const auto what = (row.hybrid ? "hybrid, " : "teacher, ") + std::to_string(row.tokens) +
+                      " tokens: " + std::to_string(found) + " s";
+    EXPECT_GT(found / row.seconds, 0.90) << what;
+    EXPECT_LT(found / row.seconds, 1.02) << what;
   }
 }
 

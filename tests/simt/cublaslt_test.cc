@@ -152,6 +152,31 @@ TEST_F(CublasLt, RunsWithItsStream) {
   EXPECT_NE(d.Now(0), d.Before(0));
 }
 
+// As measured on an H100 (docs/decisions.md).
+TEST_F(CublasLt, WhatIsAddedToABf16ResultIsRoundedFirst) {
+  constexpr int kSide = 16;
+  const Matrix a(CUDA_R_16BF, kSide, kSide, kSide, 1);
+  const Matrix b(CUDA_R_16BF, kSide, kSide, kSide, 2);
+  const Matrix c(CUDA_R_16BF, kSide, kSide, kSide, 3);
+  const Matrix d(CUDA_R_16BF, kSide, kSide, kSide, 4);
+  ASSERT_EQ(Multiply(1.0F, a, b, 1.0F, c, d), CUBLAS_STATUS_SUCCESS);
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  const auto round = [](double x) {
+    return double{__bfloat162float(__float2bfloat16(static_cast<float>(x)))};
+  };
+  int others = 0;  // results that one rounding would give otherwise
+  for (int j = 0; j < kSide; ++j) {
+    for (int i = 0; i < kSide; ++i) {
+      double sum = 0.0;
+      for (int p = 0; p < kSide; ++p) sum += a.At(i, p) * b.At(p, j);
+      const double found = d.Now(static_cast<size_t>(j) * kSide + i);
+      ASSERT_EQ(found, round(round(sum) + c.At(i, j))) << i << ", " << j;
+      others += found != round(sum + c.At(i, j));
+    }
+  }
+  EXPECT_GT(others, kSide);
+}
+
 TEST_F(CublasLt, WithBetaZeroTheOldValueIsNotRead) {
   const Matrix a(CUDA_R_32F, 4, 4, 4, 1);
   const Matrix d(CUDA_R_32F, 4, 4, 4, 2);

@@ -39,6 +39,13 @@ class Groups(unittest.TestCase):
         self.assertEqual(self.groups(source("struct Name {};"), source("int Other();", '#include "a.h"\n'), headers=headers), [])
         self.assertEqual(self.groups(source("int Other();", '#include "a.h"\n'), source("struct Name {};"), headers=headers), [])
 
+    def test_what_reaches_beyond_its_file_stays_alone(self):
+        plain = source("int F() { return 1; }")
+        for line in ("using namespace std;", "#pragma GCC diagnostic ignored \"-Wall\"", "bool operator==(const A& a, const A& b) { return true; }",
+                     '#include "kernel.inc"'):
+            self.assertEqual(self.groups(line + "\n", plain), [], line)
+        self.assertEqual(self.groups("A& A::operator=(const A& other) {\n", plain), [["0.cc", "1.cc"]])
+
     def test_macros_keep_a_file_alone_and_units_have_a_size(self):
         plain = [source(f"int F{i}() {{ return 1; }}") for i in range(5)]
         self.assertEqual(self.groups("#define NAME 1\n" + plain[0], *plain[1:], size=2), [["1.cc", "2.cc"], ["3.cc", "4.cc"]])
