@@ -135,6 +135,7 @@ Status EvaluateModel(parallel::Communicator& world, Device* device, const EvalOp
     SALA_RETURN_IF_ERROR(evaluation.status());
     loaded = recipes::LoadModel(path, recipes::LayoutOn(*mesh));
     SALA_RETURN_IF_ERROR(loaded.status());
+    SALA_RETURN_IF_ERROR(recipes::CheckTokenizer(path, loaded->tokenizer_fingerprint, **tokenizer));
     SALA_RETURN_IF_ERROR(CheckModel(ctx, *mesh, loaded->config, **tokenizer, tokenizer_path));
     SALA_ASSIGN_OR_RETURN(sparse, UseSparseAttention(options.sparse, path, *loaded));
     return OkStatus();

@@ -107,6 +107,8 @@ class Speaker {
 
   Status Load() {
     SALA_ASSIGN_OR_RETURN(recipes::LoadedModel loaded, recipes::LoadModel(options_.checkpoint));
+    SALA_RETURN_IF_ERROR(
+        recipes::CheckTokenizer(options_.checkpoint, loaded.tokenizer_fingerprint, *tokenizer_));
     if (tokenizer_->vocab_size() > loaded.config.vocab_size) {
       return MakeError(ExitCode::kData, "TOK-VOCAB",
                        Printable(tokenizer_path_) + ": has " +

@@ -501,4 +501,15 @@ StatusOr<std::string> TokenizerPathFor(const std::string& model_path, const std:
           ": no tokenizer in the run directory or beside the weights; name one with --tokenizer");
 }
 
+Status CheckTokenizer(const std::string& model_path, const std::string& fingerprint,
+                      const data::Tokenizer& tokenizer) {
+  if (fingerprint.empty() || fingerprint == tokenizer.fingerprint()) return OkStatus();
+  constexpr size_t kShown = 12;
+  return MakeError(ExitCode::kData, "TOK-MISMATCH",
+                   Printable(model_path) + ": trained with tokenizer " +
+                       fingerprint.substr(0, kShown) + ", found " +
+                       tokenizer.fingerprint().substr(0, kShown) +
+                       "; name the right one with --tokenizer");
+}
+
 }  // namespace sala::recipes

@@ -78,4 +78,9 @@ StatusOr<ExportReport> ExportShapes(const model::ModelConfig& config,
 // EXP-TOKENIZER (66) when there is none.
 StatusOr<std::string> TokenizerPathFor(const std::string& model_path, const std::string& named);
 
+// TOK-MISMATCH (65) unless it is the tokenizer of this fingerprint, which the model at `model_path`
+// was trained with. "": not known, any will do.
+Status CheckTokenizer(const std::string& model_path, const std::string& fingerprint,
+                      const data::Tokenizer& tokenizer);
+
 }  // namespace sala::recipes
