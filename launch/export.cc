@@ -11,6 +11,7 @@
 #include "launch/command.h"
 #include "recipes/checkpointing.h"
 #include "recipes/export.h"
+#include "recipes/model_tokenizer.h"
 
 namespace sala::launch {
 namespace {

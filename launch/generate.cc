@@ -22,8 +22,8 @@
 #include "launch/sparse_rule.h"
 #include "model/generate.h"
 #include "recipes/checkpointing.h"
-#include "recipes/export.h"
 #include "recipes/export_stops.h"
+#include "recipes/model_tokenizer.h"
 
 namespace sala::launch {
 namespace {

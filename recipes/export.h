@@ -73,14 +73,4 @@ StatusOr<ExportReport> ExportShapes(const model::ModelConfig& config,
                                     const std::vector<int64_t>& stop_token_ids,
                                     const ExportOptions& options);
 
-// The tokenizer a command works with: `named` if not empty, else the copy in the run directory that
-// holds the checkpoint (CHECKPOINT/../../tokenizer), else the files of an exported folder itself.
-// EXP-TOKENIZER (66) when there is none.
-StatusOr<std::string> TokenizerPathFor(const std::string& model_path, const std::string& named);
-
-// TOK-MISMATCH (65) unless it is the tokenizer of this fingerprint, which the model at `model_path`
-// was trained with. "": not known, any will do.
-Status CheckTokenizer(const std::string& model_path, const std::string& fingerprint,
-                      const data::Tokenizer& tokenizer);
-
 }  // namespace sala::recipes

@@ -478,6 +478,11 @@ class Models(BadInputCase):
                 for other in ("bytes", same_size):
                     self.refuse([*words, "--tokenizer", other], 65, "TOK-MISMATCH", model, fingerprint, "found ", "name the right one with --tokenizer")
                 h.succeed([*words, "--tokenizer", self.tokenizer])
+        # The second of a pair is looked at before the first is measured; each has a tokenizer of its own.
+        pair = h.ROOT / "evaluations" / "pair"
+        self.refuse(["eval", "--ckpt", checkpoint, "--against", self.checkpoint, "--tasks", "passkey", "--lengths", "256", "--to", pair, "--tokenizer", self.tokenizer],
+                    65, "TOK-MISMATCH", self.checkpoint, "name the right one with --tokenizer")
+        self.assertFalse(pair.exists())
         # A folder that does not say what it was trained with is taken with any.
         shutil.copytree(folder, plain)
         (plain / "export.json").unlink()
