@@ -112,6 +112,7 @@ class Ingest {
 StatusOr<IngestReport> Ingest::Run() {
   const std::string pieces = PiecesDirectory(options_.output);
   SALA_ASSIGN_OR_RETURN(plan_, MakeIngestPlan(options_, tokenizer_, encoder_.chats()));
+  report_.passed_over = plan_.passed_over;
   if (PathExists(options_.output + "/dataset.json")) {
     if (!options_.resume || !PathExists(pieces)) return Exists(options_.output);
     // Killed between the commit and its last step.

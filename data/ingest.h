@@ -44,7 +44,7 @@
 namespace sala::data {
 
 enum class RecordRule { kError, kSkip, kFix };
-enum class TextSplit { kWholeFile, kBlankLines, kSeparator };
+enum class TextSplit { kWholeFile, kBlankLines, kSeparator, kLines };
 
 struct IngestSource {
   std::string name = {}, license = {}, note = {};
@@ -88,6 +88,7 @@ struct IngestReport {
   DatasetInfo info;
   int64_t records = 0;
   std::map<std::string, int64_t> cases;  // by rule name
+  std::vector<std::string> passed_over;  // as in InputFiles
 };
 
 StatusOr<IngestReport> RunIngest(const IngestOptions& options, const Tokenizer& tokenizer);
@@ -95,9 +96,17 @@ StatusOr<IngestReport> RunIngest(const IngestOptions& options, const Tokenizer& 
 // ING-NAME (64) unless a dataset or source may have that name.
 Status CheckDatasetName(const std::string& what, const std::string& name);
 
+struct InputFiles {
+  std::vector<std::string> read;
+  std::vector<std::string> passed_over;  // files of directories with another ending, sorted
+};
 // The files named by inputs: files as they are, directories walked in sorted order for the
 // extensions. ING-INPUT (66).
-StatusOr<std::vector<std::string>> FindInputFiles(const std::vector<std::string>& inputs,
-                                                  const std::vector<std::string>& extensions);
+StatusOr<InputFiles> FindInputFiles(const std::vector<std::string>& inputs,
+                                    const std::vector<std::string>& extensions);
+
+// "5 files are not read: in/a.md, in/b.csv, in/c.png and 2 more (...)", with what is read; "" when
+// there are none.
+std::string NamePassedOver(const std::vector<std::string>& files);
 
 }  // namespace sala::data

@@ -25,22 +25,23 @@ bool EndsWithOneOf(const std::string& path, const std::vector<std::string>& endi
   });
 }
 
-StatusOr<std::vector<std::string>> WalkDirectory(const std::string& directory,
-                                                 const std::vector<std::string>& endings) {
-  std::vector<std::string> found;
+StatusOr<InputFiles> WalkDirectory(const std::string& directory,
+                                   const std::vector<std::string>& endings) {
+  InputFiles found;
   std::string foreign;
   std::error_code error;
   for (auto it = std::filesystem::recursive_directory_iterator(directory, error);
        !error && it != std::filesystem::recursive_directory_iterator(); it.increment(error)) {
     if (!it->is_regular_file(error)) continue;
     const std::string path = it->path().string();
-    if (EndsWithOneOf(path, endings)) found.push_back(path);
+    (EndsWithOneOf(path, endings) ? found.read : found.passed_over).push_back(path);
     if (IsForeignFormat(path) && (foreign.empty() || path < foreign)) foreign = path;
   }
   if (error) return MakeError(ExitCode::kIo, "FILE-READ", directory + ": " + error.message());
   // Passing over it would leave out data without a word.
   if (!foreign.empty()) return KindOfFile(foreign).status();
-  std::sort(found.begin(), found.end());
+  std::sort(found.read.begin(), found.read.end());
+  std::sort(found.passed_over.begin(), found.passed_over.end());
   return found;
 }
 
@@ -171,29 +172,46 @@ json OptionsJson(const IngestOptions& options, const Tokenizer& tokenizer,
           {"piece_bytes", options.piece_bytes}};
 }
 
-StatusOr<std::vector<std::string>> FindInputFiles(const std::vector<std::string>& inputs,
-                                                  const std::vector<std::string>& extensions) {
-  std::vector<std::string> files;
+StatusOr<InputFiles> FindInputFiles(const std::vector<std::string>& inputs,
+                                    const std::vector<std::string>& extensions) {
+  InputFiles files;
   for (const std::string& input : inputs) {
     if (!PathExists(input))
       return MakeError(ExitCode::kNoInput, "ING-INPUT", input + ": no such file or directory");
     if (!IsDirectory(input)) {
-      files.push_back(input);
+      files.read.push_back(input);
       continue;
     }
-    SALA_ASSIGN_OR_RETURN(const auto found, WalkDirectory(input, extensions));
-    files.insert(files.end(), found.begin(), found.end());
+    SALA_ASSIGN_OR_RETURN(const InputFiles found, WalkDirectory(input, extensions));
+    files.read.insert(files.read.end(), found.read.begin(), found.read.end());
+    files.passed_over.insert(files.passed_over.end(), found.passed_over.begin(),
+                             found.passed_over.end());
   }
   return files;
+}
+
+std::string NamePassedOver(const std::vector<std::string>& files) {
+  constexpr size_t kNamed = 3;
+  if (files.empty()) return "";
+  std::string text = files.size() == 1 ? "1 file is not read: "
+                                       : std::to_string(files.size()) + " files are not read: ";
+  for (size_t i = 0; i < std::min(kNamed, files.size()); ++i)
+    text += (i == 0 ? "" : ", ") + Printable(files[i]);
+  if (files.size() > kNamed) text += " and " + std::to_string(files.size() - kNamed) + " more";
+  return text +
+         " (of a directory .txt, .jsonl and .ndjson are, also with .gz or .zst; .json only by "
+         "name)";
 }
 
 StatusOr<IngestPlan> MakeIngestPlan(const IngestOptions& options, const Tokenizer& tokenizer,
                                     const ChatRenderer& chats) {
   IngestPlan plan;
   for (size_t s = 0; s < options.sources.size(); ++s) {
-    SALA_ASSIGN_OR_RETURN(const auto paths,
+    SALA_ASSIGN_OR_RETURN(const InputFiles inputs,
                           FindInputFiles(options.sources[s].inputs, options.extensions));
-    for (const std::string& path : paths) {
+    plan.passed_over.insert(plan.passed_over.end(), inputs.passed_over.begin(),
+                            inputs.passed_over.end());
+    for (const std::string& path : inputs.read) {
       SALA_ASSIGN_OR_RETURN(PlannedFile file, Stat(path));
       SALA_ASSIGN_OR_RETURN(file.kind, KindOfFile(path));
       file.source = s;

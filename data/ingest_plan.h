@@ -45,8 +45,9 @@ struct IngestPlan {
   std::vector<PlannedFile> files;
   std::vector<IngestSegment> segments;
   std::vector<Unit> units;
-  std::string text;         // of plan.json
-  std::string fingerprint;  // of that text
+  std::vector<std::string> passed_over;  // as in InputFiles, of all sources
+  std::string text;                      // of plan.json
+  std::string fingerprint;               // of that text
 };
 
 StatusOr<IngestPlan> MakeIngestPlan(const IngestOptions& options, const Tokenizer& tokenizer,

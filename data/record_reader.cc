@@ -231,6 +231,8 @@ StatusOr<bool> RecordReader::Next(RawRecord* record) {
     found = NextLine(record);
   } else if (options_.kind.format == InputFormat::kJsonArray) {
     found = NextElement(record);
+  } else if (options_.split == TextSplit::kLines) {
+    found = NextLine(record);
   } else if (options_.split == TextSplit::kWholeFile) {
     found = NextWhole(record);
   } else {
@@ -259,12 +261,12 @@ StatusOr<bool> RecordReader::NextWhole(RawRecord* record) {
   return true;
 }
 
-// Lines of white space only are no records.
+// Lines of white space only are no records of JSON.
 StatusOr<bool> RecordReader::NextLine(RawRecord* record) {
   while (options_.end < 0 || text_->offset() < options_.end) {
     SALA_ASSIGN_OR_RETURN(const bool more, ReadLine(&record->bytes));
     if (!more) return false;
-    if (IsBlank(record->bytes)) continue;
+    if (options_.kind.format == InputFormat::kJsonLines && IsBlank(record->bytes)) continue;
     record->line = lines_;
     record->offset = line_offset_;
     return true;

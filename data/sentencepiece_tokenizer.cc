@@ -2,17 +2,14 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <utility>
 
 #include "core/file.h"
 #include "core/hash.h"
 #include "core/json.h"
-#include "core/rng.h"
 #include "data/sentencepiece_api.h"
 #include "data/tokenizer_files.h"
-#include "data/utf8.h"
 
 namespace sala::data {
 namespace {
@@ -166,136 +163,6 @@ StatusOr<std::unique_ptr<Tokenizer>> LoadSentencePieceTokenizer(const std::strin
   SALA_ASSIGN_OR_RETURN(auto added, ReadAddedTokens(directory + kAddedTokensFile, model->size()));
   return std::unique_ptr<Tokenizer>(std::make_unique<SentencePieceTokenizer>(
       path, std::move(bytes), std::move(model), std::move(added)));
-}
-
-namespace {
-
-// Gives the lines of the files to the trainer, cut at tabs (a reserved character of the trainer; a
-// tab is one byte token) and below the trainer's limit of 4,192 bytes a sentence, at a space. Keeps
-// a seeded share of the lines when there is too much.
-class TrainingLines {
- public:
-  TrainingLines(const TrainTokenizerOptions& options, int64_t total_bytes)
-      : inputs_(options.inputs),
-        draws_("tokenizer|" + std::to_string(options.seed)),
-        share_(total_bytes > options.max_bytes
-                   ? static_cast<double>(options.max_bytes) / static_cast<double>(total_bytes)
-                   : 1.0) {}
-
-  bool Next(std::string* sentence) {
-    while (pending_.empty()) {
-      std::string line;
-      if (!ReadLine(&line)) return false;
-      if (share_ < 1.0 && draws_.NextDouble() >= share_) continue;
-      Cut(ReplaceInvalidUtf8(line));
-    }
-    *sentence = std::move(pending_.back());
-    pending_.pop_back();
-    return true;
-  }
-
- private:
-  bool ReadLine(std::string* line) {
-    while (!std::getline(stream_, *line)) {
-      if (next_input_ == inputs_.size()) return false;
-      stream_.close();
-      stream_.clear();
-      stream_.open(inputs_[next_input_++], std::ios::binary);
-    }
-    return true;
-  }
-
-  void Cut(const std::string& line) {
-    constexpr size_t kLimit = 4000;
-    std::vector<std::string> parts;
-    size_t begin = 0;
-    while (begin < line.size()) {
-      size_t end = std::min(line.find('\t', begin), line.size());
-      if (end - begin > kLimit) {
-        end = line.rfind(' ', begin + kLimit);
-        if (end == std::string::npos || end <= begin) {
-          end = begin + kLimit;
-          while (end > begin + 1 && (static_cast<uint8_t>(line[end]) & 0xc0) == 0x80) --end;
-        }
-      }
-      if (end > begin) parts.push_back(line.substr(begin, end - begin));
-      begin = end < line.size() && line[end] == '\t' ? end + 1 : end;
-    }
-    pending_.assign(parts.rbegin(), parts.rend());
-  }
-
-  const std::vector<std::string>& inputs_;
-  PhiloxStream draws_;
-  double share_;
-  std::ifstream stream_;
-  size_t next_input_ = 0;
-  std::vector<std::string> pending_;  // reversed
-};
-
-}  // namespace
-
-Status TrainSentencePiece(const TrainTokenizerOptions& options) {
-  for (const char* name : kTokenizerFiles) {
-    if (PathExists(options.output + "/" + name)) {
-      return MakeError(ExitCode::kIo, "TOK-EXISTS",
-                       options.output + ": already holds a tokenizer (" + name +
-                           "); name another directory, or remove it");
-    }
-  }
-  const auto failed = [](const std::string& text) {
-    return MakeError(ExitCode::kData, "TOK-TRAIN", text);
-  };
-  int64_t total = 0;
-  for (const std::string& input : options.inputs) {
-    SALA_ASSIGN_OR_RETURN(const int64_t bytes, FileSize(input));
-    total += bytes;
-  }
-  if (total == 0) {
-    return failed((options.inputs.empty() ? std::string("no input") : options.inputs[0]) +
-                  ": no text to train a tokenizer on; give files with text");
-  }
-  const int64_t added = static_cast<int64_t>(options.added_tokens.size());
-  constexpr int64_t kSmallest = 3 + 256 + 1;  // unk, bos, eos, the bytes, one piece
-  if (options.vocab_size - added < kSmallest || options.vocab_size > (1 << 24)) {
-    return MakeError(ExitCode::kConfig, "TOK-TRAIN",
-                     "vocab_size: found " + std::to_string(options.vocab_size) +
-                         ", expected at least " + std::to_string(kSmallest + added) +
-                         " (256 bytes, 3 special, " + std::to_string(added) +
-                         " added tokens and one piece) and at most 2^24");
-  }
-  TrainingLines lines(options, total);
-  std::string model;
-  const SentencePieceTraining training{.vocab_size = static_cast<int>(options.vocab_size - added),
-                                       .character_coverage = options.character_coverage};
-  const std::string error = TrainSentencePieceModel(
-      training, [&](std::string* s) { return lines.Next(s); }, &model);
-  if (!error.empty()) {
-    return failed("vocab_size " + std::to_string(options.vocab_size) + " on " +
-                  std::to_string(total) + " bytes of text: " + Printable(error) +
-                  "; use more text or another vocab_size");
-  }
-  const auto write = [&]() -> Status {
-    SALA_RETURN_IF_ERROR(MakeDirectories(options.output));
-    nlohmann::json added_json = nlohmann::json::object();
-    for (size_t i = 0; i < options.added_tokens.size(); ++i)
-      added_json[options.added_tokens[i]] = training.vocab_size + static_cast<int64_t>(i);
-    SALA_RETURN_IF_ERROR(
-        WriteFileAtomically(options.output + "/" + kAddedTokensFile, added_json.dump(2) + "\n"));
-    SALA_RETURN_IF_ERROR(WriteFileAtomically(options.output + "/" + kSentencePieceFile, model));
-    SALA_ASSIGN_OR_RETURN(const auto tokenizer, LoadTokenizer(options.output));
-    if (tokenizer->vocab_size() != options.vocab_size) {
-      return failed("the text of " + std::to_string(total) + " bytes gives only " +
-                    std::to_string(tokenizer->vocab_size()) + " tokens, asked were " +
-                    std::to_string(options.vocab_size) + "; use more text or a smaller vocab_size");
-    }
-    return tokenizer->SaveTo(options.output);
-  };
-  Status written = write();
-  if (!written.ok()) {
-    // What is left would be taken for a tokenizer; before this call there were no such files.
-    for (const char* name : kTokenizerFiles) RemoveTree(options.output + "/" + name).IgnoreError();
-  }
-  return written;
 }
 
 }  // namespace sala::data

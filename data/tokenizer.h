@@ -16,13 +16,13 @@
 //   * bytes: 256 byte values, then bos 256, eos 257, pad 258, <|im_start|> 259, <|im_end|> 260. The
 //   word "bytes" names it.
 //
-// A tokenizer trained by TrainSentencePiece gives back every UTF-8 text exactly, with one exception
-// of the SentencePiece format: the character U+2581, which the format uses for the space, comes
-// back as a space.
+// A tokenizer trained by TrainSentencePiece (data/train_tokenizer.h) gives back every UTF-8 text
+// exactly, with one exception of the SentencePiece format: the character U+2581, which the format
+// uses for the space, comes back as a space.
 //
 // Encoding and decoding may be called from several threads at once.
 //
-// Errors: TOK-MISSING (66), TOK-FORMAT (65), TOK-UNSUPPORTED (65), TOK-VOCAB (65), TOK-TRAIN (65).
+// Errors: TOK-MISSING (66), TOK-FORMAT (65), TOK-UNSUPPORTED (65), TOK-VOCAB (65).
 #pragma once
 
 #include <cstdint>
@@ -129,20 +129,5 @@ class StreamDecoder {
 StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& path);
 
 std::unique_ptr<Tokenizer> MakeByteTokenizer();
-
-struct TrainTokenizerOptions {
-  std::vector<std::string> inputs = {};  // UTF-8 text files
-  int64_t vocab_size = 0;                // added tokens included
-  std::string output = {};               // directory
-  std::vector<std::string> added_tokens = {kImEnd,
-                                           kImStart};  // ids after the pieces, in this order
-  int64_t seed = 0;  // chooses the lines when the inputs are larger than max_bytes
-  int64_t max_bytes = int64_t{64} << 20;
-  double character_coverage = 0.9999;
-};
-
-// Trains BPE with byte fallback: unk 0, bos 1, eos 2. The same inputs and options give the same
-// files. TOK-EXISTS (74) where the directory holds files of a tokenizer; a failure leaves none.
-Status TrainSentencePiece(const TrainTokenizerOptions& options);
 
 }  // namespace sala::data

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/file.h"
+#include "core/log.h"
 #include "data/commands.h"
 #include "data/ingest.h"
 #include "data/megatron.h"
@@ -15,6 +16,7 @@
 #include "data/synthetic.h"
 #include "data/tokenizer.h"
 #include "launch/command.h"
+#include "launch/record_rules.h"
 
 namespace sala::launch {
 namespace {
@@ -50,24 +52,6 @@ std::vector<data::IngestSource> Sources(const IngestCommand& command) {
   return sources;
 }
 
-StatusOr<std::map<std::string, data::RecordRule>> Rules(const std::vector<std::string>& texts) {
-  const std::map<std::string, data::RecordRule> actions = {{"error", data::RecordRule::kError},
-                                                           {"skip", data::RecordRule::kSkip},
-                                                           {"fix", data::RecordRule::kFix}};
-  std::map<std::string, data::RecordRule> rules;
-  for (const std::string& text : texts) {
-    const size_t equals = text.find('=');
-    const auto action = actions.find(equals == std::string::npos ? "" : text.substr(equals + 1));
-    if (action == actions.end()) {
-      return MakeError(
-          ExitCode::kUsage, "USAGE",
-          "--rule " + Printable(text) + ": expected RULE=error, RULE=skip or RULE=fix");
-    }
-    rules[text.substr(0, equals)] = action->second;
-  }
-  return rules;
-}
-
 // "25" records, or "0.5%" of them to four decimals.
 Status SetMaxRejects(const std::string& text, data::IngestOptions* options) {
   if (text.empty()) return OkStatus();
@@ -98,7 +82,7 @@ Status Ingest(IngestCommand command) {
   data::IngestOptions& options = command.options;
   options.sources = Sources(command);
   options.progress = true;
-  SALA_ASSIGN_OR_RETURN(options.rules, Rules(command.rules));
+  SALA_ASSIGN_OR_RETURN(options.rules, ParseRules(command.rules));
   SALA_RETURN_IF_ERROR(SetMaxRejects(command.max_rejects, &options));
   if (command.blank_lines) options.split = data::TextSplit::kBlankLines;
   if (!command.separator.empty()) {
@@ -111,12 +95,14 @@ Status Ingest(IngestCommand command) {
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
                         data::LoadTokenizer(command.tokenizer));
   SALA_ASSIGN_OR_RETURN(const data::IngestReport report, data::RunIngest(options, *tokenizer));
+  if (!report.passed_over.empty()) SALA_LOG(Warn) << data::NamePassedOver(report.passed_over);
   std::printf("%s: %s of %s records, %s tokens, %s to learn\n", options.output.c_str(),
               WithCommas(report.info.documents).c_str(), WithCommas(report.records).c_str(),
               WithCommas(report.info.tokens).c_str(),
               WithCommas(report.info.target_tokens).c_str());
-  for (const auto& [rule, count] : report.cases)
-    std::printf("  %-16s %s\n", rule.c_str(), WithCommas(count).c_str());
+  PrintCases(report.cases);
+  if (!report.cases.empty())
+    std::printf("  which they are: %s/ingest.log.jsonl\n", options.output.c_str());
   return OkStatus();
 }
 
@@ -149,8 +135,7 @@ void AddIngest(CommandLine& line, CLI::App& group) {
                    "a .txt file is cut at lines that are exactly this")
       ->excludes(blank);
   command->add_flag("--dedup", options->options.dedup, "leave out exact copies");
-  command->add_option("--rule", options->rules,
-                      "RULE=error|skip|fix for a kind of bad record (docs/formats.md)");
+  command->add_option("--rule", options->rules, kRuleHelp);
   command->add_option("--max-rejects", options->max_rejects,
                       "malformed records that may be skipped: a number, or a share such as 0.1% "
                       "(the default)");

@@ -19,7 +19,7 @@
 #include "recipes/eval.h"
 #include "recipes/eval_compare.h"
 #include "recipes/eval_files.h"
-#include "recipes/export.h"
+#include "recipes/model_tokenizer.h"
 #include "recipes/rank_device.h"
 
 namespace sala::launch {
@@ -135,6 +135,7 @@ Status EvaluateModel(parallel::Communicator& world, Device* device, const EvalOp
     SALA_RETURN_IF_ERROR(evaluation.status());
     loaded = recipes::LoadModel(path, recipes::LayoutOn(*mesh));
     SALA_RETURN_IF_ERROR(loaded.status());
+    SALA_RETURN_IF_ERROR(recipes::CheckTokenizer(path, loaded->tokenizer_fingerprint, **tokenizer));
     SALA_RETURN_IF_ERROR(CheckModel(ctx, *mesh, loaded->config, **tokenizer, tokenizer_path));
     SALA_ASSIGN_OR_RETURN(sparse, UseSparseAttention(options.sparse, path, *loaded));
     return OkStatus();
@@ -196,6 +197,13 @@ Status Evaluate(parallel::Communicator& world, EvalOptions options) {
     // Found out now, not after the first model was measured.
     const auto second = [&]() -> Status {
       SALA_RETURN_IF_ERROR(recipes::ModelConfigAt(options.against).status());
+      SALA_ASSIGN_OR_RETURN(const std::string fingerprint,
+                            recipes::TokenizerFingerprintAt(options.against));
+      SALA_ASSIGN_OR_RETURN(const std::string tokenizer_path,
+                            recipes::TokenizerPathFor(options.against, options.tokenizer));
+      SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
+                            data::LoadTokenizer(tokenizer_path));
+      SALA_RETURN_IF_ERROR(recipes::CheckTokenizer(options.against, fingerprint, *tokenizer));
       return CheckTarget(options, options.to + "/against");
     };
     SALA_RETURN_IF_ERROR(parallel::AgreeOnStatus(world, world.rank() == 0 ? second() : OkStatus()));

@@ -11,6 +11,7 @@
 #include "launch/command.h"
 #include "recipes/checkpointing.h"
 #include "recipes/export.h"
+#include "recipes/model_tokenizer.h"
 
 namespace sala::launch {
 namespace {
@@ -170,13 +171,9 @@ Status Export(ExportCommand command) {
     SALA_ASSIGN_OR_RETURN(command.options.chat, LearnedChats(*model.checkpoint));
   }
   command.options.tokenizer_fingerprint = model.tokenizer_fingerprint;
-  if (tokenizer != nullptr && !model.tokenizer_fingerprint.empty() &&
-      model.tokenizer_fingerprint != tokenizer->fingerprint()) {
-    return MakeError(ExitCode::kData, "TOK-MISMATCH",
-                     Printable(command.checkpoint) + ": trained with tokenizer " +
-                         model.tokenizer_fingerprint.substr(0, 12) + ", found " +
-                         tokenizer->fingerprint().substr(0, 12) +
-                         "; name the right one with --tokenizer");
+  if (tokenizer != nullptr) {
+    SALA_RETURN_IF_ERROR(
+        recipes::CheckTokenizer(command.checkpoint, model.tokenizer_fingerprint, *tokenizer));
   }
   command.options.source_form = record ? &*record : nullptr;
   if (command.print_eval_commands) {  // what cannot be printed shows before anything is written

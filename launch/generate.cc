@@ -22,8 +22,8 @@
 #include "launch/sparse_rule.h"
 #include "model/generate.h"
 #include "recipes/checkpointing.h"
-#include "recipes/export.h"
 #include "recipes/export_stops.h"
+#include "recipes/model_tokenizer.h"
 
 namespace sala::launch {
 namespace {
@@ -107,6 +107,8 @@ class Speaker {
 
   Status Load() {
     SALA_ASSIGN_OR_RETURN(recipes::LoadedModel loaded, recipes::LoadModel(options_.checkpoint));
+    SALA_RETURN_IF_ERROR(
+        recipes::CheckTokenizer(options_.checkpoint, loaded.tokenizer_fingerprint, *tokenizer_));
     if (tokenizer_->vocab_size() > loaded.config.vocab_size) {
       return MakeError(ExitCode::kData, "TOK-VOCAB",
                        Printable(tokenizer_path_) + ": has " +

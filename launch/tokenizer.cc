@@ -10,9 +10,11 @@
 #include <vector>
 
 #include "core/file.h"
-#include "data/ingest.h"
+#include "core/log.h"
 #include "data/tokenizer.h"
+#include "data/train_tokenizer.h"
 #include "launch/command.h"
+#include "launch/record_rules.h"
 #include "launch/tokenizer_check.h"
 
 namespace sala::launch {
@@ -22,13 +24,28 @@ std::string ReadStandardInput() {
   return {std::istreambuf_iterator<char>(std::cin), std::istreambuf_iterator<char>()};
 }
 
-Status Train(data::TrainTokenizerOptions options) {
-  SALA_ASSIGN_OR_RETURN(options.inputs, data::FindInputFiles(options.inputs, {".txt"}));
-  SALA_RETURN_IF_ERROR(data::TrainSentencePiece(options));
+struct TrainCommand {
+  data::TrainTokenizerOptions options;
+  std::vector<std::string> rules;
+};
+
+Status Train(TrainCommand command) {
+  SALA_ASSIGN_OR_RETURN(command.options.reading.rules, ParseRules(command.rules));
+  SALA_ASSIGN_OR_RETURN(const data::TrainTokenizerReport report,
+                        data::TrainSentencePiece(command.options));
+  if (!report.passed_over.empty()) SALA_LOG(Warn) << data::NamePassedOver(report.passed_over);
+  const std::string& output = command.options.output;
   SALA_ASSIGN_OR_RETURN(const std::unique_ptr<data::Tokenizer> tokenizer,
-                        data::LoadTokenizer(options.output));
-  std::printf("%s: %s tokens, fingerprint %s\n", options.output.c_str(),
+                        data::LoadTokenizer(output));
+  std::printf("%s: %s tokens, fingerprint %s\n", output.c_str(),
               WithCommas(tokenizer->vocab_size()).c_str(), tokenizer->fingerprint().c_str());
+  std::printf(
+      "  made of %s bytes of text in %s files%s\n", WithCommas(report.text_bytes).c_str(),
+      WithCommas(report.files).c_str(),
+      report.text_bytes > command.options.max_bytes
+          ? (", of which about " + WithCommas(command.options.max_bytes) + " were taken").c_str()
+          : "");
+  PrintCases(report.cases);
   return OkStatus();
 }
 
@@ -106,6 +123,42 @@ Status Decode(const UseOptions& options) {
   return OkStatus();
 }
 
+void AddTrain(CLI::App& group, CommandLine& line) {
+  auto command = std::make_shared<TrainCommand>();
+  data::TrainTokenizerOptions& options = command->options;
+  CLI::App* train =
+      AddCommand(group, "train", "SentencePiece BPE with byte fallback from text and chat files",
+                 "sala tokenizer train --input texts/ --vocab-size 4096 --to tokenizer");
+  train
+      ->add_option("--input", options.inputs,
+                   ".txt, .jsonl, .ndjson and .json files, also with .gz or .zst, or directories "
+                   "of them (.json only by name)")
+      ->required();
+  train->add_option("--vocab-size", options.vocab_size, "added tokens included")
+      ->required()
+      ->check(CLI::Range(int64_t{262}, int64_t{1} << 24));
+  train->add_option("--to", options.output, "directory to make")->required();
+  train->add_option("--text-field", options.reading.text_field, "of .jsonl records, dotted")
+      ->capture_default_str();
+  train->add_option("--messages-field", options.reading.messages_field, "of chat records")
+      ->capture_default_str();
+  train->add_option("--rule", command->rules, kRuleHelp);
+  train
+      ->add_option("--zstd-long", options.reading.zstd_window_log,
+                   "largest window of .zst files, as a power of two")
+      ->check(CLI::Range(10, 31))
+      ->capture_default_str();
+  train->add_option("--added-token", options.added_tokens, "tokens after the pieces, in this order")
+      ->capture_default_str();
+  train
+      ->add_option("--max-bytes", options.max_bytes,
+                   "of text to train on; of more text lines are drawn")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  train->add_option("--seed", options.seed, "of that draw")->capture_default_str();
+  line.OnUse(train, [command] { return Train(*command); });
+}
+
 }  // namespace
 
 void AddTokenizerCommands(CommandLine& line) {
@@ -114,24 +167,7 @@ void AddTokenizerCommands(CommandLine& line) {
                  "sala tokenizer info bytes");
   group->require_subcommand(1);
 
-  auto options = std::make_shared<data::TrainTokenizerOptions>();
-  CLI::App* train =
-      AddCommand(*group, "train", "SentencePiece BPE with byte fallback from text files",
-                 "sala tokenizer train --input texts/ --vocab-size 4096 --to tokenizer");
-  train->add_option("--input", options->inputs, "UTF-8 text files, or directories of .txt files")
-      ->required();
-  train->add_option("--vocab-size", options->vocab_size, "added tokens included")
-      ->required()
-      ->check(CLI::Range(int64_t{262}, int64_t{1} << 24));
-  train->add_option("--to", options->output, "directory to make")->required();
-  train
-      ->add_option("--added-token", options->added_tokens, "tokens after the pieces, in this order")
-      ->capture_default_str();
-  train->add_option("--max-bytes", options->max_bytes, "of text to train on")
-      ->capture_default_str();
-  train->add_option("--seed", options->seed, "chooses the lines when there is more text")
-      ->capture_default_str();
-  line.OnUse(train, [options] { return Train(*options); });
+  AddTrain(*group, line);
 
   const auto add = [&](const char* name, const char* description, const char* example,
                        Status (*run)(const UseOptions&)) {

@@ -478,27 +478,4 @@ StatusOr<ExportReport> ExportShapes(const model::ModelConfig& config,
   return report;
 }
 
-StatusOr<std::string> TokenizerPathFor(const std::string& model_path, const std::string& named) {
-  if (!named.empty()) return named;
-  const std::string path = WithoutTrailingSlashes(model_path);
-  const std::string in_run = path + "/../../tokenizer";
-  if (PathExists(path + "/manifest.json") && IsDirectory(in_run)) return in_run;
-  for (const char* file : {"tokenizer.json", "tokenizer.model", "byte_tokenizer.json"}) {
-    if (PathExists(path + "/" + file)) return path;
-  }
-  if (!PathExists(path + "/manifest.json") && !PathExists(path + "/config.json")) {
-    const bool run = IsDirectory(path + "/checkpoints");
-    return MakeError(
-        ExitCode::kNoInput, "FILE-MISSING",
-        Printable(path) + (run ? ": is a run directory; name one of its checkpoints, which sala "
-                                 "ckpt list shows"
-                               : ": holds neither a checkpoint (manifest.json) nor an exported "
-                                 "model (config.json)"));
-  }
-  return MakeError(
-      ExitCode::kNoInput, "EXP-TOKENIZER",
-      Printable(path) +
-          ": no tokenizer in the run directory or beside the weights; name one with --tokenizer");
-}
-
 }  // namespace sala::recipes

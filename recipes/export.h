@@ -73,9 +73,4 @@ StatusOr<ExportReport> ExportShapes(const model::ModelConfig& config,
                                     const std::vector<int64_t>& stop_token_ids,
                                     const ExportOptions& options);
 
-// The tokenizer a command works with: `named` if not empty, else the copy in the run directory that
-// holds the checkpoint (CHECKPOINT/../../tokenizer), else the files of an exported folder itself.
-// EXP-TOKENIZER (66) when there is none.
-StatusOr<std::string> TokenizerPathFor(const std::string& model_path, const std::string& named);
-
 }  // namespace sala::recipes

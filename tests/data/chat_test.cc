@@ -67,8 +67,9 @@ TEST(ChatMask, CoversExactlyTheAnswersForBothTokenizers) {
   ExpectMaskedText(*MakeByteTokenizer());
   TempDir dir;
   WriteText(dir / "corpus.txt", SampleText(40));
-  SALA_ASSERT_OK(TrainSentencePiece(
-      {.inputs = {dir / "corpus.txt"}, .vocab_size = 350, .output = dir / "tok"}));
+  SALA_ASSERT_OK(
+      TrainSentencePiece({.inputs = {dir / "corpus.txt"}, .vocab_size = 350, .output = dir / "tok"})
+          .status());
   ExpectMaskedText(*Value(LoadTokenizer(dir / "tok")));
 }
 
@@ -84,7 +85,8 @@ TEST(ChatErrors, RolesMarkersAndTemplates) {
   SALA_ASSERT_OK(TrainSentencePiece({.inputs = {dir / "corpus.txt"},
                                      .vocab_size = 350,
                                      .output = dir / "tok",
-                                     .added_tokens = {}}));
+                                     .added_tokens = {}})
+                     .status());
   ExpectError(CheckChatTokens(ChatMl(), *Value(LoadTokenizer(dir / "tok"))), "CHAT-TEMPLATE",
               ExitCode::kData, {"<|im_start|>"});
 }
@@ -166,14 +168,16 @@ TEST(ChatFamilies, PlainNeedsNoTokensAndRefusesWhatLooksLikeATurn) {
   SALA_ASSERT_OK(TrainSentencePiece({.inputs = {dir / "corpus.txt"},
                                      .vocab_size = 350,
                                      .output = dir / "tok",
-                                     .added_tokens = {}}));
+                                     .added_tokens = {}})
+                     .status());
   const auto tokenizer = Value(LoadTokenizer(dir / "tok"));
   SALA_ASSERT_OK(CheckChatTokens(plain, *tokenizer));
   // A line ends in every answer: that token ends no turn.
   SALA_ASSERT_OK(TrainSentencePiece({.inputs = {dir / "corpus.txt"},
                                      .vocab_size = 352,
                                      .output = dir / "lines",
-                                     .added_tokens = {kImEnd, "\n"}}));
+                                     .added_tokens = {kImEnd, "\n"}})
+                     .status());
   const auto lines = Value(LoadTokenizer(dir / "lines"));
   ASSERT_TRUE(lines->added_tokens().contains("\n"));
   EXPECT_THAT(TurnEndTokens(*lines), ::testing::ElementsAre(lines->FindToken(kImEnd)));

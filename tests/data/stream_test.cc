@@ -209,8 +209,9 @@ TEST(SampleStream, TokenizerOfTheRunMustBeThatOfTheData) {
   TempDir dir;
   MakeStore(dir / "set", {10});
   WriteText(dir / "corpus.txt", SampleText(40));
-  SALA_ASSERT_OK(TrainSentencePiece(
-      {.inputs = {dir / "corpus.txt"}, .vocab_size = 320, .output = dir / "tok"}));
+  SALA_ASSERT_OK(
+      TrainSentencePiece({.inputs = {dir / "corpus.txt"}, .vocab_size = 320, .output = dir / "tok"})
+          .status());
   const auto other = Value(LoadTokenizer(dir / "tok"));
   ExpectError(SampleStream::Open(Config({dir / "set"}, Packing::kConcat), "s", 16, *other).status(),
               "TOK-MISMATCH", ExitCode::kData, {"bytes", "sentencepiece", "320"});

@@ -13,6 +13,7 @@
 #include "core/status.h"
 #include "data/token_store.h"
 #include "data/tokenizer.h"
+#include "data/train_tokenizer.h"
 #include "tests/core/temp_dir.h"
 
 namespace sala::data {
@@ -65,7 +66,8 @@ inline std::string SampleText(int repeat) {
 inline void TrainTokenizer(const TempDir& dir, const std::string& name, int64_t vocab) {
   WriteText(dir / "corpus.txt", SampleText(80));
   SALA_ASSERT_OK(TrainSentencePiece(
-      {.inputs = {dir / "corpus.txt"}, .vocab_size = vocab, .output = dir / name}));
+                     {.inputs = {dir / "corpus.txt"}, .vocab_size = vocab, .output = dir / name})
+                     .status());
 }
 
 // A trained tokenizer of kVocab tokens, made once for all tests of a suite.

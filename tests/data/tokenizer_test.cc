@@ -157,10 +157,11 @@ TEST(TokenizerErrors, VocabularyTheTextCannotFill) {
   WriteText(dir / "corpus.txt", "a few words only\n");
   const TrainTokenizerOptions options{
       .inputs = {dir / "corpus.txt"}, .vocab_size = 5000, .output = dir / "tok"};
-  ExpectError(TrainSentencePiece(options), "TOK-TRAIN", ExitCode::kData, {"5000"});
+  ExpectError(TrainSentencePiece(options).status(), "TOK-TRAIN", ExitCode::kData, {"5000"});
   TrainTokenizerOptions tiny = options;
   tiny.vocab_size = 100;
-  ExpectError(TrainSentencePiece(tiny), "TOK-TRAIN", ExitCode::kConfig, {"found 100", "262"});
+  ExpectError(TrainSentencePiece(tiny).status(), "TOK-TRAIN", ExitCode::kConfig,
+              {"found 100", "262"});
 }
 
 TEST(ByteTokenizer, EveryByteIsItsOwnToken) {

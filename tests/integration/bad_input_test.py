@@ -1,5 +1,6 @@
 """What a user gets wrong: each mistake ends with its exit code and one line that says where, what was found and what to do."""
 
+import gzip
 import json
 import shutil
 import unittest
@@ -276,6 +277,25 @@ class Data(BadInputCase):
         self.refuse_training(self.config(data=data), 78, "weight")
 
 
+class Folders(BadInputCase):
+    def test_what_is_not_read_and_what_was_left_out_is_said(self):
+        folder = h.ROOT / "folder"
+        folder.mkdir()
+        train = ["tokenizer", "train", "--input", folder, "--vocab-size", "300", "--to", h.ROOT / "corpus" / "folder-tokenizer"]
+        ingest = ["data", "ingest", "--input", folder, "--tokenizer", "bytes", "--name", "folder", "--to", h.ROOT / "corpus" / "folder"]
+        (folder / "notes.md").write_text("notes\n")
+        self.refuse(train, 65, "TOK-TRAIN", folder, "1 file is not read: ", folder / "notes.md")
+        draws = h.Draws(7)
+        texts = [h.sentences(draws, 3) for _ in range(100)]
+        with gzip.open(folder / "texts.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in [*texts, ""])
+        for words in (train, ingest):
+            result = h.succeed(words)
+            self.assertRegex(result.out, r"empty +1  records without text")
+            self.assertRegex(result.err, r"\A[^\n]*1 file is not read: [^\n]*/notes\.md [^\n]*\n\Z")
+        self.assertIn("/ingest.log.jsonl", result.out)
+
+
 class Models(BadInputCase):
     @classmethod
     def setUpClass(cls):
@@ -439,6 +459,34 @@ class Models(BadInputCase):
     def test_export_with_another_tokenizer(self):
         self.refuse(["export", "--ckpt", self.checkpoint, "--to", h.ROOT / "exports" / "other", "--tokenizer", self.tokenizer], 65, "TOK-MISMATCH", self.checkpoint)
         self.assertFalse((h.ROOT / "exports" / "other").exists())
+
+    def test_generating_and_evaluating_with_another_tokenizer(self):
+        # Another one of the same number of tokens, which nothing but the fingerprint tells apart.
+        same_size = h.ROOT / "corpus" / "same-size"
+        h.succeed(["tokenizer", "train", "--input", h.ROOT / "corpus" / "prose.txt", "--vocab-size", "300", "--added-token", "<a>", "--to", same_size])
+        stage = h.write_stage(h.ROOT / "bad" / "pieces.yaml", {**self.stage, "data": h.data(self.pieces)}, tokenizer=str(self.tokenizer))
+        run = h.ROOT / "runs" / "pieces"
+        h.succeed(h.train(stage, run))
+        checkpoint = h.checkpoints(run)[-1]
+        fingerprint = h.manifest(checkpoint)["tokenizer_fingerprint"][:12]
+        folder, plain = h.ROOT / "exports" / "pieces", h.ROOT / "exports" / "pieces-unknown"
+        h.succeed(["export", "--ckpt", checkpoint, "--to", folder])
+        for model in (checkpoint, folder):
+            generate = ["generate", "--ckpt", model, "--prompt", "a", "--max-new-tokens", "2"]
+            evaluate = ["eval", "--ckpt", model, "--tasks", "passkey", "--lengths", "256", "--samples", "1", "--to", h.ROOT / "evaluations" / model.name]
+            for words in (generate, evaluate):
+                for other in ("bytes", same_size):
+                    self.refuse([*words, "--tokenizer", other], 65, "TOK-MISMATCH", model, fingerprint, "found ", "name the right one with --tokenizer")
+                h.succeed([*words, "--tokenizer", self.tokenizer])
+        # The second of a pair is looked at before the first is measured; each has a tokenizer of its own.
+        pair = h.ROOT / "evaluations" / "pair"
+        self.refuse(["eval", "--ckpt", checkpoint, "--against", self.checkpoint, "--tasks", "passkey", "--lengths", "256", "--to", pair, "--tokenizer", self.tokenizer],
+                    65, "TOK-MISMATCH", self.checkpoint, "name the right one with --tokenizer")
+        self.assertFalse(pair.exists())
+        # A folder that does not say what it was trained with is taken with any.
+        shutil.copytree(folder, plain)
+        (plain / "export.json").unlink()
+        h.succeed(["generate", "--ckpt", plain, "--prompt", "a", "--max-new-tokens", "2", "--tokenizer", same_size])
 
     def test_empty_prompt(self):
         # The byte tokenizer has a start token, so there is something to go on from.

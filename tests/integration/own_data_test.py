@@ -40,7 +40,7 @@ class OwnData(unittest.TestCase):
         def sala(*words):
             return h.succeed(words, cwd=folder, limit=400)
 
-        sala("tokenizer", "train", "--input", *sorted((folder / "texts").iterdir()), "--vocab-size", "384", "--to", "corpora/tokenizer")
+        sala("tokenizer", "train", "--input", "texts", "--vocab-size", "384", "--to", "corpora/tokenizer")
         sala("data", "ingest", "--input", "texts", "--blank-lines", "--tokenizer", "corpora/tokenizer", "--name", "text", "--to", "corpora/text")
         shown = sala("data", "render", "chats.jsonl.gz", "--tokenizer", "corpora/tokenizer").out
         self.assertIn("ANSWER", shown)

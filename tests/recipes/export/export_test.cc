@@ -18,6 +18,7 @@
 #include "core/rng.h"
 #include "core/safetensors.h"
 #include "recipes/checkpointing.h"
+#include "recipes/model_tokenizer.h"
 #include "tests/core/temp_dir.h"
 
 namespace sala::recipes {
