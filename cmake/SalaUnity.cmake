@@ -1,6 +1,6 @@
 # SALA_UNITY=N: up to N sources of a room or of a test program are compiled as one unit, for the sanitizer builds (presets
-# asan and tsan). Headers are then read, and their templates
-# compiled, once for all of them. The release build stays file by file and so shows that every file includes what it uses.
+# asan and tsan). Headers are then read, and their templates compiled, once for all of them. The release build stays file by
+# file and so shows that every file includes what it uses.
 set(SALA_UNITY 0 CACHE STRING "sources compiled as one unit; 0: each alone")
 
 # sala_unity(TARGET): once all sources of the target are known.

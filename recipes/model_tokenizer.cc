@@ -2,6 +2,7 @@
 
 #include "core/checkpoint.h"
 #include "core/file.h"
+#include "data/tokenizer_files.h"
 #include "recipes/hf_folder.h"
 
 namespace sala::recipes {
@@ -10,7 +11,8 @@ StatusOr<std::string> TokenizerPathFor(const std::string& model_path, const std:
   if (!named.empty()) return named;
   const std::string in_run = model_path + "/../../tokenizer";
   if (PathExists(model_path + "/manifest.json") && IsDirectory(in_run)) return in_run;
-  for (const char* file : {"tokenizer.json", "tokenizer.model", "byte_tokenizer.json"}) {
+  for (const char* file :
+       {data::kHfTokenizerFile, data::kSentencePieceFile, data::kByteTokenizerFile}) {
     if (PathExists(model_path + "/" + file)) return model_path;
   }
   if (!PathExists(model_path + "/manifest.json") && !PathExists(model_path + "/config.json")) {
